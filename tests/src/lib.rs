@@ -1,0 +1,1 @@
+//! Cross-crate suites: see the files beside this one.

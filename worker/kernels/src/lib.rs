@@ -1,0 +1,20 @@
+//! The operations a decoder needs, behind one [`Backend`] trait, and our CPU implementation of them.
+//!
+//! What it is: products over dense and quantized weights, normalization, rotary positions, paged
+//! attention, activations, the reduction tree that fixes the order of every sum, and the thread pool.
+//! What it is not: it knows no model family, no file format and no request.
+//!
+//! Invariant (DESIGN P2): a value's bits depend on its own inputs alone, never on how many rows share
+//! the batch, how many threads compute it, or which instruction set runs it.
+
+pub mod backend;
+pub mod batch;
+pub mod dtype;
+pub mod error;
+pub mod tree;
+
+pub use backend::{ActivationKind, AttentionParams, Backend, KvShape, MatrixSource, NormKind, NormParams, Product, RopeParams, RopeStyle};
+pub use batch::{AttentionBatch, SequenceSlice};
+pub use dtype::{DType, KvDType};
+pub use error::KernelError;
+pub use tree::Segments;
