@@ -1,1 +1,246 @@
-//! placeholder
+//! Every metric Forge serves: its name, type and help, in this one place.
+//!
+//! Handles are cheap clones of shared atomics. A metric has one Forge name, and where vLLM serves the same
+//! quantity, vLLM's name as an alias of the same handle, so that existing dashboards and routers work.
+//!
+//! What it is not: it measures nothing itself, and it knows no HTTP.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// Gauge of a float.
+pub type FloatGauge = Gauge<f64, AtomicU64>;
+
+/// Label: which model.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ModelLabel {
+    /// Served name; taken from the configuration, never from a request.
+    pub model_name: String,
+}
+
+/// Labels of a finished request.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct FinishLabel {
+    /// Served name.
+    pub model_name: String,
+    /// stop, length, abort or error.
+    pub finished_reason: String,
+}
+
+/// Labels of an HTTP response.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HttpLabel {
+    /// Route pattern, not the path.
+    pub route: String,
+    /// Status code.
+    pub status: u16,
+}
+
+/// Makes histograms of one bucket layout.
+#[derive(Clone)]
+pub struct Buckets(&'static [f64]);
+
+impl MetricConstructor<Histogram> for Buckets {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
+}
+
+/// A histogram per model.
+pub type ModelHistogram = Family<ModelLabel, Histogram, Buckets>;
+
+const LATENCY_S: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+    2560.0,
+];
+const TOKEN_S: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5];
+const TOKENS: &[f64] = &[1.0, 8.0, 32.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 131072.0];
+const ROWS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0];
+
+/// Handles of all metrics and the registry that serves them. Clones share everything.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    /// HTTP responses by route and status.
+    pub http_responses: Family<HttpLabel, Counter>,
+    /// Requests being answered.
+    pub requests_in_progress: Family<ModelLabel, Gauge>,
+    /// Requests that ended, by reason.
+    pub requests_finished: Family<FinishLabel, Counter>,
+    /// Requests submitted again after an engine died.
+    pub requests_replayed: Family<ModelLabel, Counter>,
+    /// Prompt tokens accepted.
+    pub prompt_tokens: Family<ModelLabel, Counter>,
+    /// Tokens generated.
+    pub generation_tokens: Family<ModelLabel, Counter>,
+    /// Request in to first token out.
+    pub time_to_first_token_s: ModelHistogram,
+    /// Between two tokens of one answer.
+    pub inter_token_latency_s: ModelHistogram,
+    /// Request in to last token out.
+    pub end_to_end_latency_s: ModelHistogram,
+    /// Waiting before the first step.
+    pub queue_time_s: ModelHistogram,
+    /// Prompt lengths.
+    pub request_prompt_tokens: ModelHistogram,
+    /// Answer lengths.
+    pub request_generation_tokens: ModelHistogram,
+    /// Sequences in the running batch.
+    pub requests_running: Family<ModelLabel, Gauge>,
+    /// Sequences waiting.
+    pub requests_waiting: Family<ModelLabel, Gauge>,
+    /// Share of KV blocks in use, 0 to 1.
+    pub kv_cache_usage_ratio: Family<ModelLabel, FloatGauge>,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_cache_queries: Family<ModelLabel, Counter>,
+    /// Prompt tokens found there.
+    pub prefix_cache_hits: Family<ModelLabel, Counter>,
+    /// Sequences put back to wait because KV ran out.
+    pub preemptions: Family<ModelLabel, Counter>,
+    /// Rows per step.
+    pub step_rows: ModelHistogram,
+    /// Nanoseconds in the model.
+    pub step_model_ns: Family<ModelLabel, Counter>,
+    /// Nanoseconds of a step outside the model: scheduling, sampling, detokenizing, handing out.
+    pub step_other_ns: Family<ModelLabel, Counter>,
+    /// Engine restarts by its supervisor.
+    pub engine_restarts: Family<ModelLabel, Counter>,
+    /// Seconds the model took to load.
+    pub model_load_s: Family<ModelLabel, FloatGauge>,
+    /// Requests refused for want of capacity (429).
+    pub requests_rejected: Family<ModelLabel, Counter>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// A fresh registry with every metric at zero.
+    pub fn new() -> Self {
+        let histogram = |buckets| ModelHistogram::new_with_constructor(Buckets(buckets));
+        let mut metrics = Metrics {
+            registry: Arc::default(),
+            http_responses: Family::default(),
+            requests_in_progress: Family::default(),
+            requests_finished: Family::default(),
+            requests_replayed: Family::default(),
+            prompt_tokens: Family::default(),
+            generation_tokens: Family::default(),
+            time_to_first_token_s: histogram(LATENCY_S),
+            inter_token_latency_s: histogram(TOKEN_S),
+            end_to_end_latency_s: histogram(LATENCY_S),
+            queue_time_s: histogram(LATENCY_S),
+            request_prompt_tokens: histogram(TOKENS),
+            request_generation_tokens: histogram(TOKENS),
+            requests_running: Family::default(),
+            requests_waiting: Family::default(),
+            kv_cache_usage_ratio: Family::default(),
+            prefix_cache_queries: Family::default(),
+            prefix_cache_hits: Family::default(),
+            preemptions: Family::default(),
+            step_rows: histogram(ROWS),
+            step_model_ns: Family::default(),
+            step_other_ns: Family::default(),
+            engine_restarts: Family::default(),
+            model_load_s: Family::default(),
+            requests_rejected: Family::default(),
+        };
+        metrics.registry = Arc::new(metrics.register());
+        metrics
+    }
+
+    /// The names. Counters get `_total` from the encoder.
+    fn register(&self) -> Registry {
+        let mut registry = Registry::default();
+        let r = &mut registry;
+        r.register("forge_http_responses", "HTTP responses by route and status", self.http_responses.clone());
+        r.register("forge_requests_in_progress", "Requests being answered", self.requests_in_progress.clone());
+        r.register("forge_requests_finished", "Requests that ended, by reason", self.requests_finished.clone());
+        r.register("vllm:request_success", "Alias of forge_requests_finished", self.requests_finished.clone());
+        r.register("forge_requests_replayed", "Requests submitted again after an engine died", self.requests_replayed.clone());
+        r.register("forge_requests_rejected", "Requests refused for want of capacity", self.requests_rejected.clone());
+        r.register("forge_prompt_tokens", "Prompt tokens accepted", self.prompt_tokens.clone());
+        r.register("vllm:prompt_tokens", "Alias of forge_prompt_tokens", self.prompt_tokens.clone());
+        r.register("forge_generation_tokens", "Tokens generated", self.generation_tokens.clone());
+        r.register("vllm:generation_tokens", "Alias of forge_generation_tokens", self.generation_tokens.clone());
+        r.register("forge_time_to_first_token_seconds", "Request in to first token out", self.time_to_first_token_s.clone());
+        r.register("vllm:time_to_first_token_seconds", "Alias", self.time_to_first_token_s.clone());
+        r.register("forge_inter_token_latency_seconds", "Between two tokens of one answer", self.inter_token_latency_s.clone());
+        r.register("vllm:inter_token_latency_seconds", "Alias", self.inter_token_latency_s.clone());
+        r.register("forge_request_duration_seconds", "Request in to last token out", self.end_to_end_latency_s.clone());
+        r.register("vllm:e2e_request_latency_seconds", "Alias", self.end_to_end_latency_s.clone());
+        r.register("forge_queue_duration_seconds", "Waiting before the first step", self.queue_time_s.clone());
+        r.register("vllm:request_queue_time_seconds", "Alias", self.queue_time_s.clone());
+        r.register("forge_request_prompt_tokens", "Prompt tokens per request", self.request_prompt_tokens.clone());
+        r.register("vllm:request_prompt_tokens", "Alias", self.request_prompt_tokens.clone());
+        r.register("forge_request_generation_tokens", "Generated tokens per request", self.request_generation_tokens.clone());
+        r.register("vllm:request_generation_tokens", "Alias", self.request_generation_tokens.clone());
+        r.register("forge_requests_running", "Sequences in the running batch", self.requests_running.clone());
+        r.register("vllm:num_requests_running", "Alias of forge_requests_running", self.requests_running.clone());
+        r.register("forge_requests_waiting", "Sequences waiting", self.requests_waiting.clone());
+        r.register("vllm:num_requests_waiting", "Alias of forge_requests_waiting", self.requests_waiting.clone());
+        r.register("forge_kv_cache_usage_ratio", "Share of KV blocks in use", self.kv_cache_usage_ratio.clone());
+        r.register("vllm:kv_cache_usage_perc", "Alias of forge_kv_cache_usage_ratio", self.kv_cache_usage_ratio.clone());
+        r.register("forge_prefix_cache_queries", "Prompt tokens looked up in the prefix cache", self.prefix_cache_queries.clone());
+        r.register("vllm:prefix_cache_queries", "Alias", self.prefix_cache_queries.clone());
+        r.register("forge_prefix_cache_hits", "Prompt tokens found in the prefix cache", self.prefix_cache_hits.clone());
+        r.register("vllm:prefix_cache_hits", "Alias", self.prefix_cache_hits.clone());
+        r.register("forge_preemptions", "Sequences put back to wait because KV ran out", self.preemptions.clone());
+        r.register("vllm:num_preemptions", "Alias", self.preemptions.clone());
+        r.register("forge_step_rows", "Rows per engine step", self.step_rows.clone());
+        r.register("forge_step_model_nanoseconds", "Time in the model", self.step_model_ns.clone());
+        r.register("forge_step_other_nanoseconds", "Time of steps outside the model", self.step_other_ns.clone());
+        r.register("forge_engine_restarts", "Engine restarts by its supervisor", self.engine_restarts.clone());
+        r.register("forge_model_load_seconds", "Time the model took to load", self.model_load_s.clone());
+        registry
+    }
+
+    /// The Prometheus text page (OpenMetrics 1.0).
+    pub fn encode(&self) -> String {
+        let mut page = String::new();
+        // Writing to a String cannot fail; an error here would be a defect of an encoder.
+        if let Err(error) = encode(&mut page, &self.registry) {
+            page = format!("# metrics could not be encoded: {error}\n# EOF\n");
+        }
+        page
+    }
+}
+
+/// The label of a model.
+pub fn model_label(name: &str) -> ModelLabel {
+    ModelLabel { model_name: name.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn page_has_forge_and_vllm_names_of_one_handle() {
+        let metrics = Metrics::new();
+        metrics.requests_running.get_or_create(&model_label("m")).set(3);
+        metrics.generation_tokens.get_or_create(&model_label("m")).inc_by(7);
+        metrics.time_to_first_token_s.get_or_create(&model_label("m")).observe(0.02);
+        let page = metrics.encode();
+        for line in [
+            "forge_requests_running{model_name=\"m\"} 3",
+            "vllm:num_requests_running{model_name=\"m\"} 3",
+            "forge_generation_tokens_total{model_name=\"m\"} 7",
+            "forge_time_to_first_token_seconds_count{model_name=\"m\"} 1",
+        ] {
+            assert!(page.contains(line), "{line} not in\n{page}");
+        }
+        assert!(page.ends_with("# EOF\n"));
+    }
+}

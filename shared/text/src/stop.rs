@@ -125,16 +125,22 @@ impl StopMatcher {
         let delta_start = self.held.len();
         self.held.push_str(delta);
         for (offset, byte) in delta.bytes().enumerate() {
-            let mut longest: Option<usize> = None;
-            for (index, automaton) in self.automata.iter_mut().enumerate() {
+            let mut found: Option<&str> = None;
+            for automaton in &mut self.automata {
                 let complete = automaton.step(byte);
-                let length = automaton.stop.len();
-                if complete && longest.is_none_or(|best| length > self.automata_len(best)) {
-                    longest = Some(index);
+                if complete && found.is_none_or(|best| automaton.stop.len() > best.len()) {
+                    found = Some(&automaton.stop);
                 }
             }
-            if let Some(index) = longest {
-                return self.stop_at(index, delta_start + offset + 1);
+            if let Some(matched) = found {
+                let matched = matched.to_string();
+                self.stopped = true;
+                self.held.truncate(delta_start + offset + 1 - matched.len());
+                let text_before = std::mem::take(&mut self.held);
+                return StopOutcome::Stopped {
+                    text_before,
+                    matched,
+                };
             }
         }
         let hold = self.automata.iter().map(|a| a.matched).max().unwrap_or(0);

@@ -1,0 +1,222 @@
+//! [`Tokenizer`]: text to token ids and back.
+//!
+//! A thin shell over the `tokenizers` library that adds what serving needs: a cap on the input,
+//! raw bytes by id, the ids that end an answer, a digest. Cloning shares everything.
+//! Invariant: encoding and decoding are pure functions of the text or the ids.
+
+use std::sync::{Arc, OnceLock};
+
+use crate::vocabulary::Vocabulary;
+use crate::{Result, TextError};
+
+/// Bytes of text that [`Tokenizer::encode`] takes unless told otherwise.
+pub const DEFAULT_MAX_TEXT_BYTES: usize = 8 << 20;
+
+/// Text to token ids and back. Cheap to clone, usable from all threads.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: Arc<Inner>,
+    max_text_bytes: usize,
+}
+
+/// Ids with a meaning of their own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SpecialIds {
+    pub(crate) bos: Option<u32>,
+    /// Every id that ends an answer, the tokenizer's own first.
+    pub(crate) eos: Vec<u32>,
+    pub(crate) padding: Option<u32>,
+    pub(crate) unknown: Option<u32>,
+}
+
+/// What the loaders hand over.
+pub(crate) struct TokenizerParts {
+    pub(crate) library: tokenizers::Tokenizer,
+    pub(crate) vocabulary: Vocabulary,
+    /// Whether decoding is concatenating bytes.
+    pub(crate) byte_level: bool,
+    pub(crate) special: SpecialIds,
+    /// Ids put before and behind a text on request, where the library does not do it.
+    pub(crate) prefix: Vec<u32>,
+    pub(crate) suffix: Vec<u32>,
+}
+
+struct Inner {
+    parts: TokenizerParts,
+    /// The same tokenizer that takes special tokens' text for plain text; built on first use.
+    without_special: OnceLock<tokenizers::Tokenizer>,
+}
+
+impl Tokenizer {
+    pub(crate) fn new(parts: TokenizerParts) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                parts,
+                without_special: OnceLock::new(),
+            }),
+            max_text_bytes: DEFAULT_MAX_TEXT_BYTES,
+        }
+    }
+
+    /// The same tokenizer with another cap on the bytes of a text.
+    #[must_use]
+    pub fn with_max_text_bytes(mut self, max_text_bytes: usize) -> Self {
+        self.max_text_bytes = max_text_bytes;
+        self
+    }
+
+    /// Ids of a text. The text of a special token (such as `<|im_end|>`) becomes that token.
+    /// `add_special` adds what the model wants around a text (BOS, EOS).
+    ///
+    /// # Errors
+    /// [`TextError::TextTooLong`], or the library's error.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        self.encode_by(&self.inner.parts.library, text, add_special)
+    }
+
+    /// Ids of a text, without anything around it. `allow_special` says whether the text of a
+    /// special token becomes that token (as prompts and rendered templates need) or is cut like
+    /// any other text (for text that must not be able to forge a turn).
+    ///
+    /// # Errors
+    /// [`TextError::TextTooLong`], or the library's error.
+    pub fn encode_with_special_parsing(&self, text: &str, allow_special: bool) -> Result<Vec<u32>> {
+        if allow_special {
+            return self.encode(text, false);
+        }
+        let library = self.inner.without_special.get_or_init(|| {
+            let mut library = self.inner.parts.library.clone();
+            library.set_encode_special_tokens(true);
+            library
+        });
+        self.encode_by(library, text, false)
+    }
+
+    fn encode_by(
+        &self,
+        library: &tokenizers::Tokenizer,
+        text: &str,
+        add_special: bool,
+    ) -> Result<Vec<u32>> {
+        if text.len() > self.max_text_bytes {
+            return Err(TextError::TextTooLong {
+                bytes: text.len(),
+                limit_bytes: self.max_text_bytes,
+            });
+        }
+        let encoding =
+            library
+                .encode_fast(text, add_special)
+                .map_err(|error| TextError::Tokenize {
+                    action: "encode",
+                    reason: error.to_string(),
+                })?;
+        if !add_special {
+            return Ok(encoding.get_ids().to_vec());
+        }
+        let parts = &self.inner.parts;
+        Ok([&parts.prefix, encoding.get_ids(), &parts.suffix].concat())
+    }
+
+    /// Text of ids; invalid UTF-8 becomes U+FFFD. Ids that stand for nothing give no text.
+    /// `skip_special` leaves out special tokens.
+    ///
+    /// # Errors
+    /// The library's error.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        let parts = &self.inner.parts;
+        if !parts.byte_level {
+            return parts
+                .library
+                .decode(ids, skip_special)
+                .map_err(|error| TextError::Tokenize {
+                    action: "decode",
+                    reason: error.to_string(),
+                });
+        }
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        for &id in ids {
+            if !(skip_special && self.is_special(id)) {
+                bytes.extend_from_slice(self.token_bytes(id));
+            }
+        }
+        Ok(String::from_utf8(bytes)
+            .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+    }
+
+    /// The raw bytes a token stands for, perhaps a part of a character; none for an id that
+    /// stands for nothing. For `logprobs`' `bytes`.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.inner.parts.vocabulary.bytes(id)
+    }
+
+    /// [`Self::token_bytes`] as text, with U+FFFD for what is no character.
+    pub fn token_text(&self, id: u32) -> String {
+        String::from_utf8_lossy(self.token_bytes(id)).into_owned()
+    }
+
+    /// The token as the vocabulary writes it, such as `Ġthe`.
+    pub fn token_name(&self, id: u32) -> Option<String> {
+        self.inner.parts.library.id_to_token(id)
+    }
+
+    /// The id of a token as the vocabulary writes it, such as `<|im_end|>` or `Ġthe`.
+    pub fn token_id(&self, name: &str) -> Option<u32> {
+        self.inner.parts.library.token_to_id(name)
+    }
+
+    /// Highest id plus one; a model's logits may have more rows, which stand for nothing.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.parts.vocabulary.size()
+    }
+
+    /// Whether an id stands for a token.
+    pub fn is_known(&self, id: u32) -> bool {
+        self.inner.parts.vocabulary.is_known(id)
+    }
+
+    /// Whether a token is a special one, left out of text meant for people.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner.parts.vocabulary.is_special(id)
+    }
+
+    /// Every id that ends an answer.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.inner.parts.special.eos
+    }
+
+    /// The id that starts a text.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.inner.parts.special.bos
+    }
+
+    /// The id for padding.
+    pub fn padding_id(&self) -> Option<u32> {
+        self.inner.parts.special.padding
+    }
+
+    /// The id for what the vocabulary cannot express.
+    pub fn unknown_id(&self) -> Option<u32> {
+        self.inner.parts.special.unknown
+    }
+
+    /// Hex digest of ids, tokens and special flags: equal digests, equal vocabularies.
+    pub fn vocabulary_digest(&self) -> &str {
+        self.inner.parts.vocabulary.digest()
+    }
+
+    /// Whether text is the concatenation of the tokens' bytes.
+    pub(crate) fn is_byte_level(&self) -> bool {
+        self.inner.parts.byte_level
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("byte_level", &self.is_byte_level())
+            .field("special", &self.inner.parts.special)
+            .finish_non_exhaustive()
+    }
+}
