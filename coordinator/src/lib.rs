@@ -1,1 +1,8 @@
-//! placeholder
+//! The coordinator's decisions. Today: placement on one node, embedded in `forgectl serve`.
+//!
+//! What it is not: it keeps no state and talks to nobody; the raft group that will own these decisions calls
+//! the same functions.
+
+mod placement;
+
+pub use placement::{Wish, plan};

@@ -264,7 +264,9 @@ pub enum EngineEvent {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum AdmitError {
     /// Prompt and answer can never fit.
-    #[error("the prompt has {prompt_tokens} tokens and the model's context is {max_model_len}: shorten the prompt or start with a larger --max-model-len")]
+    #[error(
+        "the prompt has {prompt_tokens} tokens and the model's context is {max_model_len}: shorten the prompt or start with a larger --max-model-len"
+    )]
     PromptTooLong {
         /// Tokens of the prompt.
         prompt_tokens: usize,
@@ -272,7 +274,9 @@ pub enum AdmitError {
         max_model_len: usize,
     },
     /// The KV memory could never hold it, even alone.
-    #[error("the request needs {needed_blocks} KV blocks and the engine has {total_blocks}: lower max_tokens or n, or start with more --kv-memory")]
+    #[error(
+        "the request needs {needed_blocks} KV blocks and the engine has {total_blocks}: lower max_tokens or n, or start with more --kv-memory"
+    )]
     NeverFits {
         /// Blocks for prompt and answers.
         needed_blocks: usize,

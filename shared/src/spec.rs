@@ -254,12 +254,7 @@ pub struct SpecError {
 impl ModelService {
     /// A service of this name and wish.
     pub fn new(name: &str, spec: ModelServiceSpec) -> Self {
-        ModelService {
-            api_version: API_VERSION.into(),
-            kind: "ModelService".into(),
-            metadata: Metadata { name: name.to_owned() },
-            spec,
-        }
+        ModelService { api_version: API_VERSION.into(), kind: "ModelService".into(), metadata: Metadata { name: name.to_owned() }, spec }
     }
 
     /// Checks what can be checked without a model or a machine.

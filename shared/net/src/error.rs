@@ -1,0 +1,59 @@
+//! What can go wrong between ranks.
+
+use std::time::Duration;
+
+use forge_kernels::KernelError;
+use forge_shared::ids::Epoch;
+
+/// Errors of the net crate. After any of them the group is of no more use: form another at the next epoch.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// A group size whose ranks cannot walk the reduction tree.
+    #[error("a group of {size} ranks cannot be formed: the size must be a power of two; the nearest is {nearest}")]
+    GroupSize {
+        /// Ranks asked for.
+        size: usize,
+        /// Nearest size that can be had.
+        nearest: usize,
+    },
+    /// A peer did not come in time; the group is aborted.
+    #[error("{operation}: rank {rank} waited {waited:?} and {missing} of {size} ranks did not come; the group is aborted")]
+    Timeout {
+        /// The operation waited in.
+        operation: &'static str,
+        /// The rank that waited.
+        rank: usize,
+        /// Ranks that had not come.
+        missing: usize,
+        /// Ranks of the group.
+        size: usize,
+        /// How long the wait was.
+        waited: Duration,
+    },
+    /// The group was aborted by a rank or its supervisor.
+    #[error("the group of epoch {epoch} was aborted: {reason}")]
+    Aborted {
+        /// Epoch of the group.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+    },
+    /// Ranks disagree on what is being done: a defect of the callers.
+    #[error("{operation}: rank {rank} brought {actual}, the others {expected}")]
+    Mismatch {
+        /// The operation this rank called.
+        operation: &'static str,
+        /// This rank.
+        rank: usize,
+        /// What this rank brought.
+        actual: String,
+        /// What was expected.
+        expected: String,
+    },
+    /// The backend refused to read or write a buffer.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// Result of a collective.
+pub type Result<T> = std::result::Result<T, NetError>;
