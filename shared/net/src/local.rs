@@ -177,6 +177,13 @@ impl LocalRank {
     }
 }
 
+impl Drop for LocalRank {
+    /// A rank that is gone (also by a panic) must not keep its peers waiting for the deadline.
+    fn drop(&mut self) {
+        abort(&self.shared, &format!("rank {} has left the group", self.rank));
+    }
+}
+
 struct Call {
     operation: &'static str,
     rows: usize,

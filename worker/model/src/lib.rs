@@ -1,6 +1,30 @@
-//! placeholder
+//! Models: reading them, describing them as data, and running them over a [`forge_kernels::Backend`].
+//!
+//! What it is: loaders for GGUF files and Hugging Face folders, the table of model families, and one generic
+//! decoder for all of them. What it is not: it schedules nothing, samples nothing and knows no text.
+//!
+//! Invariant: what a file does not say clearly is refused with an error that names the tensor or key; nothing is
+//! guessed, and nothing in the file is left out in silence.
+
+pub mod arch;
+pub mod checkpoint;
+pub mod decoder;
+pub mod error;
+pub mod generation;
+pub mod gguf;
+pub mod memory;
+pub mod model;
+pub mod session;
 pub mod step;
-/// Errors of the model crate.
-#[derive(Debug, thiserror::Error)]
-pub enum ModelError {}
+
+pub use arch::Architecture;
+pub use checkpoint::{Checkpoint, Format, LoadMode};
+pub use decoder::Decoder;
+pub use decoder::options::{DecoderOptions, Shard};
+pub use error::{ModelError, Result};
+pub use generation::GenerationDefaults;
+pub use gguf::GgufTokenizerData;
+pub use memory::{ModelMemory, Quantization, TypeCount};
+pub use model::{Model, ModelSummary};
+pub use session::Session;
 pub use step::{StepModel, StepModelInfo, StepPlan};

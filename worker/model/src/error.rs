@@ -1,0 +1,158 @@
+//! What can go wrong between a file and its logits. Every message names the file, key, tensor or field at fault
+//! and, where there is one, the remedy.
+
+use std::path::PathBuf;
+
+use forge_kernels::KernelError;
+use forge_net::NetError;
+use forge_shared::ids::Epoch;
+
+/// Errors of the model crate.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The path holds nothing this crate can load.
+    #[error("{} is not a model: {reason}", path.display())]
+    NotAModel {
+        /// What was given.
+        path: PathBuf,
+        /// What was found, and what is needed.
+        reason: String,
+    },
+    /// A file of a known format is truncated, damaged or hostile.
+    #[error("invalid {format}: {reason}")]
+    Malformed {
+        /// "GGUF" or "safetensors" or a file's name.
+        format: String,
+        /// What is wrong, and where.
+        reason: String,
+    },
+    /// A tensor's storage type is not implemented.
+    #[error("tensor {tensor} has type {found}, which is not supported: {remedy}")]
+    UnsupportedType {
+        /// Tensor name.
+        tensor: String,
+        /// The type's name.
+        found: String,
+        /// What to do instead.
+        remedy: String,
+    },
+    /// A configuration key is missing or has a value that makes no sense.
+    #[error("{file}: {key}: {reason}")]
+    Config {
+        /// config.json, generation_config.json or "GGUF metadata".
+        file: String,
+        /// The key.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The model's family has no row in the table.
+    #[error("model family `{found}` is not supported; supported families: {supported}")]
+    UnknownFamily {
+        /// `model_type` or `general.architecture` as found.
+        found: String,
+        /// Supported names.
+        supported: String,
+    },
+    /// The family is known, but this variant is not implemented.
+    #[error("{what} is not supported: {remedy}")]
+    Unsupported {
+        /// What was found.
+        what: String,
+        /// What to do instead.
+        remedy: String,
+    },
+    /// Tensors the architecture needs are not in the file.
+    #[error("the checkpoint lacks {}: it is incomplete or its configuration is another model's", list(names))]
+    MissingTensors {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// The file has tensors the architecture does not know, so its output would be wrong without a word.
+    #[error("the checkpoint has tensors that this architecture does not use: {}; is the configuration another model's?", list(names))]
+    UnexpectedTensors {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// A tensor's shape is not the one the configuration gives.
+    #[error("tensor {name} has shape {actual:?}, the configuration needs {expected:?}")]
+    TensorShape {
+        /// Tensor name.
+        name: String,
+        /// Computed from the configuration.
+        expected: Vec<usize>,
+        /// In the file.
+        actual: Vec<usize>,
+    },
+    /// A weight is NaN or infinite.
+    #[error("tensor {tensor} holds a NaN or an infinity (element or block {index}): the file is damaged or training diverged")]
+    NonFinite {
+        /// Tensor name.
+        tensor: String,
+        /// First element, or first block of a quantized type.
+        index: usize,
+    },
+    /// Tensor parallelism or a pipeline cut that this model cannot have.
+    #[error("{requested} cannot be had: {reason}; nearest that can: {nearest}")]
+    Layout {
+        /// What was asked for.
+        requested: String,
+        /// Why not.
+        reason: String,
+        /// Nearest valid value.
+        nearest: String,
+    },
+    /// An option of the decoder is out of range.
+    #[error("{option} = {value}: {reason}")]
+    Option {
+        /// Option name.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong, and what would do.
+        reason: String,
+    },
+    /// A step plan does not fit the model: a defect of the engine, caught before anything is touched.
+    #[error("step plan: {field}: {reason}")]
+    Plan {
+        /// Field of the plan.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A plan of an epoch that has been closed.
+    #[error("step plan of epoch {plan} refused: this rank is at epoch {current}")]
+    StaleEpoch {
+        /// The plan's epoch.
+        plan: Epoch,
+        /// This rank's epoch.
+        current: Epoch,
+    },
+    /// A backend operation failed.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A collective failed.
+    #[error(transparent)]
+    Net(#[from] NetError),
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, ModelError>;
+
+/// The first few names, and how many more there are.
+fn list(names: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let mut text = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text.push_str(&format!(" and {} more", names.len() - SHOWN));
+    }
+    text
+}
