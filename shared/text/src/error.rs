@@ -85,19 +85,12 @@ impl TextError {
             | Self::TemplateFailed(_)
             | Self::TemplateLimit(_)
             | Self::InvalidRequest { .. } => true,
-            Self::Read { .. }
-            | Self::Invalid { .. }
-            | Self::Unsupported { .. }
-            | Self::Tokenize { .. }
-            | Self::TemplateInvalid(_) => false,
+            Self::Read { .. } | Self::Invalid { .. } | Self::Unsupported { .. } | Self::Tokenize { .. } | Self::TemplateInvalid(_) => false,
         }
     }
 
     /// An [`TextError::Invalid`] from anything printable.
     pub(crate) fn invalid(field: impl Into<String>, reason: impl ToString) -> Self {
-        Self::Invalid {
-            field: field.into(),
-            reason: reason.to_string(),
-        }
+        Self::Invalid { field: field.into(), reason: reason.to_string() }
     }
 }

@@ -12,6 +12,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
+use crate::decoding::{Decoding, TextStart};
 use crate::pre_tokenizer::PreTokenizer;
 use crate::tokenizer::{SpecialIds, Tokenizer, TokenizerParts};
 use crate::vocabulary::{Vocabulary, VocabularyEntry, bytes_of_name, check_size};
@@ -24,17 +25,8 @@ const UNUSED: i32 = 5;
 
 /// Control tokens that end an answer under these names in published models, whatever the
 /// metadata's single `eos_token_id` says.
-const END_NAMES: &[&str] = &[
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<|return|>",
-    "<end_of_turn>",
-    "</s>",
-];
+const END_NAMES: &[&str] =
+    &["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<|return|>", "<end_of_turn>", "</s>"];
 
 /// The tokenizer's part of a GGUF file's metadata (`tokenizer.ggml.*`), field by field.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -102,15 +94,13 @@ impl Tokenizer {
         let mut library = tokenizers::Tokenizer::new(metadata.model(pre)?);
         library.with_pre_tokenizer(Some(pipeline(pre)?));
         library.with_decoder(Some(ByteLevel::new(false, true, false)));
-        library
-            .add_tokens(metadata.added_tokens())
-            .map_err(|error| TextError::invalid("tokenizer.ggml.tokens", error))?;
+        library.add_tokens(metadata.added_tokens()).map_err(|error| TextError::invalid("tokenizer.ggml.tokens", error))?;
 
         let special = metadata.special_ids();
         let around = |add: bool, id: Option<u32>| id.filter(|_| add).into_iter().collect();
         Ok(Self::new(TokenizerParts {
             vocabulary: Vocabulary::new(metadata.entries())?,
-            byte_level: true,
+            decoding: Decoding::Bytes(TextStart::Keep),
             prefix: around(metadata.add_bos_token.unwrap_or(pre.add_bos), special.bos),
             suffix: around(metadata.add_eos_token.unwrap_or(false), metadata.eos_id),
             special,
@@ -128,30 +118,16 @@ impl GgufTokenizer {
         }
         check_size(size)?;
         if !self.token_types.is_empty() && self.token_types.len() != size {
-            return Err(TextError::invalid(
-                "tokenizer.ggml.token_type",
-                format!("{} types for {size} tokens", self.token_types.len()),
-            ));
+            return Err(TextError::invalid("tokenizer.ggml.token_type", format!("{} types for {size} tokens", self.token_types.len())));
         }
-        if let Some((id, kind)) = (self.token_types.iter().enumerate())
-            .find(|(_, kind)| !(1..=6).contains(*kind))
-        {
-            return Err(TextError::invalid(
-                "tokenizer.ggml.token_type",
-                format!("token {id} has type {kind}, expected 1 to 6"),
-            ));
+        if let Some((id, kind)) = (self.token_types.iter().enumerate()).find(|(_, kind)| !(1..=6).contains(*kind)) {
+            return Err(TextError::invalid("tokenizer.ggml.token_type", format!("token {id} has type {kind}, expected 1 to 6")));
         }
         if self.merges.is_empty() {
-            return Err(TextError::invalid(
-                "tokenizer.ggml.merges",
-                "it is empty; byte-level BPE needs merges",
-            ));
+            return Err(TextError::invalid("tokenizer.ggml.merges", "it is empty; byte-level BPE needs merges"));
         }
         if self.add_space_prefix == Some(true) {
-            return Err(TextError::invalid(
-                "tokenizer.ggml.add_space_prefix",
-                "true is not supported with byte-level BPE",
-            ));
+            return Err(TextError::invalid("tokenizer.ggml.add_space_prefix", "true is not supported with byte-level BPE"));
         }
         let ids = [
             ("tokenizer.ggml.bos_token_id", self.bos_id),
@@ -162,10 +138,7 @@ impl GgufTokenizer {
         ];
         for (field, id) in ids {
             if let Some(id) = id.filter(|&id| id as usize >= size) {
-                return Err(TextError::invalid(
-                    field,
-                    format!("{id} is outside the vocabulary of {size} tokens"),
-                ));
+                return Err(TextError::invalid(field, format!("{id} is outside the vocabulary of {size} tokens")));
             }
         }
         Ok(())
@@ -180,28 +153,17 @@ impl GgufTokenizer {
         let mut vocabulary = tokenizers::models::bpe::Vocab::with_capacity(self.tokens.len());
         for (id, token) in self.tokens.iter().enumerate() {
             if let Some(first) = vocabulary.insert(token.clone(), id as u32) {
-                return Err(TextError::invalid(
-                    "tokenizer.ggml.tokens",
-                    format!("{token:?} is both token {first} and token {id}"),
-                ));
+                return Err(TextError::invalid("tokenizer.ggml.tokens", format!("{token:?} is both token {first} and token {id}")));
             }
         }
         let mut merges = Vec::with_capacity(self.merges.len());
         for (rank, merge) in self.merges.iter().enumerate() {
-            let bad = |reason: &str| {
-                TextError::invalid(
-                    "tokenizer.ggml.merges",
-                    format!("merge {rank} {merge:?}: {reason}"),
-                )
-            };
+            let bad = |reason: &str| TextError::invalid("tokenizer.ggml.merges", format!("merge {rank} {merge:?}: {reason}"));
             let (left, right) = merge
                 .split_once(' ')
                 .filter(|(left, right)| !left.is_empty() && !right.is_empty())
                 .ok_or_else(|| bad("expected two tokens with a space between"))?;
-            if !(vocabulary.contains_key(left)
-                && vocabulary.contains_key(right)
-                && vocabulary.contains_key(&[left, right].concat()))
-            {
+            if !(vocabulary.contains_key(left) && vocabulary.contains_key(right) && vocabulary.contains_key(&[left, right].concat())) {
                 return Err(bad("a part or the whole is not in tokenizer.ggml.tokens"));
             }
             merges.push((left.to_string(), right.to_string()));
@@ -216,12 +178,8 @@ impl GgufTokenizer {
     /// Tokens that are found in text before it is cut.
     fn added_tokens(&self) -> Vec<AddedToken> {
         (self.tokens.iter().enumerate())
-            .filter(|(id, token)| {
-                matches!(self.token_type(*id), CONTROL | USER_DEFINED) && !token.is_empty()
-            })
-            .map(|(id, token)| {
-                AddedToken::from(token.clone(), self.token_type(id) == CONTROL).normalized(false)
-            })
+            .filter(|(id, token)| matches!(self.token_type(*id), CONTROL | USER_DEFINED) && !token.is_empty())
+            .map(|(id, token)| AddedToken::from(token.clone(), self.token_type(id) == CONTROL).normalized(false))
             .collect()
     }
 
@@ -253,28 +211,18 @@ impl GgufTokenizer {
                 eos.push(id);
             }
         }
-        SpecialIds {
-            bos: self.bos_id,
-            eos,
-            padding: self.padding_id,
-            unknown: self.unknown_id,
-        }
+        SpecialIds { bos: self.bos_id, eos, padding: self.padding_id, unknown: self.unknown_id }
     }
 
     /// The text of special tokens under the names that chat templates use.
     pub(crate) fn special_token_texts(&self) -> BTreeMap<String, String> {
-        [
-            ("bos_token", self.bos_id),
-            ("eos_token", self.eos_id),
-            ("unk_token", self.unknown_id),
-            ("pad_token", self.padding_id),
-        ]
-        .into_iter()
-        .filter_map(|(name, id)| {
-            let text = self.tokens.get(id? as usize)?;
-            Some((name.to_string(), text.clone()))
-        })
-        .collect()
+        [("bos_token", self.bos_id), ("eos_token", self.eos_id), ("unk_token", self.unknown_id), ("pad_token", self.padding_id)]
+            .into_iter()
+            .filter_map(|(name, id)| {
+                let text = self.tokens.get(id? as usize)?;
+                Some((name.to_string(), text.clone()))
+            })
+            .collect()
     }
 }
 
@@ -282,12 +230,8 @@ impl GgufTokenizer {
 fn pipeline(pre: &PreTokenizer) -> Result<Sequence> {
     let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
     for pattern in pre.patterns {
-        let split = Split::new(
-            SplitPattern::Regex((*pattern).to_string()),
-            SplitDelimiterBehavior::Isolated,
-            false,
-        )
-        .map_err(|error| TextError::invalid("tokenizer.ggml.pre", error))?;
+        let split = Split::new(SplitPattern::Regex((*pattern).to_string()), SplitDelimiterBehavior::Isolated, false)
+            .map_err(|error| TextError::invalid("tokenizer.ggml.pre", error))?;
         steps.push(split.into());
     }
     steps.push(ByteLevel::new(false, true, false).into());

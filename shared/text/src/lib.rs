@@ -14,6 +14,7 @@
 //! | messages to a prompt | [`ChatTemplate`] |
 //! | keys of the prefix cache | [`PrefixHasher`] |
 
+mod decoding;
 mod error;
 mod gguf;
 mod hugging_face;

@@ -1,7 +1,11 @@
 //! [`ModelText`]: everything of a model that concerns text, from one source.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde_json::Value;
+
+use crate::hugging_face::{SideFiles, parse_object};
 use crate::{ChatTemplate, GgufTokenizer, HuggingFaceFiles, Result, TextError, Tokenizer};
 
 /// A model's tokenizer and chat templates.
@@ -13,6 +17,53 @@ pub struct ModelText {
     tokenizer: Tokenizer,
     chat_template: Result<ChatTemplate>,
     tool_template: Option<Result<ChatTemplate>>,
+    special_tokens: BTreeMap<String, String>,
+}
+
+/// Template texts of a Hugging Face folder.
+#[derive(Default)]
+struct TemplateSources {
+    chat: Option<String>,
+    tools: Option<String>,
+}
+
+impl TemplateSources {
+    /// `chat_template.jinja` counts before `chat_template.json`, this before the field
+    /// `chat_template` of `tokenizer_config.json`.
+    fn find(files: &HuggingFaceFiles, side: &SideFiles) -> Result<Self> {
+        if let Some(bytes) = &files.chat_template_jinja {
+            let source = String::from_utf8(bytes.clone()).map_err(|error| TextError::invalid("chat_template.jinja", error))?;
+            return Ok(Self { chat: Some(source), tools: None });
+        }
+        if let Some(bytes) = &files.chat_template_json {
+            let file = parse_object("chat_template.json", bytes)?;
+            return Self::of("chat_template.json", file.get("chat_template"));
+        }
+        Self::of("tokenizer_config.json", side.tokenizer_config.get("chat_template"))
+    }
+
+    /// One template as a string, or a list of `{name, template}`.
+    fn of(file: &str, value: Option<&Value>) -> Result<Self> {
+        let wrong = || TextError::invalid(format!("{file}: chat_template"), "expected a string or a list of {name, template}");
+        match value {
+            None | Some(Value::Null) => Ok(Self::default()),
+            Some(Value::String(source)) => Ok(Self { chat: Some(source.clone()), tools: None }),
+            Some(Value::Array(named)) => {
+                let mut sources = Self::default();
+                for entry in named {
+                    let source = entry["template"].as_str().ok_or_else(wrong)?.to_string();
+                    match entry["name"].as_str().ok_or_else(wrong)? {
+                        "default" => sources.chat = Some(source),
+                        "tool_use" => sources.tools = Some(source),
+                        // Others (`rag`, …) are for uses that the API does not have.
+                        _ => {}
+                    }
+                }
+                Ok(sources)
+            }
+            Some(_) => Err(wrong()),
+        }
+    }
 }
 
 impl ModelText {
@@ -29,8 +80,18 @@ impl ModelText {
     /// # Errors
     /// As for [`Tokenizer::from_hugging_face`].
     pub fn from_hugging_face(files: &HuggingFaceFiles) -> Result<Self> {
-        let tokenizer = Tokenizer::from_hugging_face(files)?;
-        todo!("{tokenizer:?}")
+        let side = SideFiles::parse(files)?;
+        let sources = TemplateSources::find(files, &side)?;
+        let texts = side.special_token_texts();
+        Ok(Self {
+            tokenizer: Tokenizer::from_hugging_face(files)?,
+            chat_template: match &sources.chat {
+                Some(source) => ChatTemplate::new(source, texts.clone()),
+                None => Err(TextError::NoChatTemplate),
+            },
+            tool_template: sources.tools.map(|source| ChatTemplate::new(&source, texts)),
+            special_tokens: side.special_token_texts(),
+        })
     }
 
     /// From GGUF metadata.
@@ -45,6 +106,7 @@ impl ModelText {
                 None => Err(TextError::NoChatTemplate),
             },
             tool_template: None,
+            special_tokens: metadata.special_token_texts(),
         })
     }
 
@@ -79,11 +141,7 @@ impl ModelText {
     /// # Errors
     /// [`TextError::TemplateInvalid`].
     pub fn with_chat_template(mut self, source: &str) -> Result<Self> {
-        let texts = match &self.chat_template {
-            Ok(template) => template.special_tokens().clone(),
-            Err(_) => Default::default(),
-        };
-        self.chat_template = Ok(ChatTemplate::new(source, texts)?);
+        self.chat_template = Ok(ChatTemplate::new(source, self.special_tokens.clone())?);
         self.tool_template = None;
         Ok(self)
     }

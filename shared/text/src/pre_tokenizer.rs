@@ -8,8 +8,7 @@
 use crate::{Result, TextError};
 
 /// Contractions, then words, numbers and punctuation each with one leading space, then spaces.
-const GPT2: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const ONE_DIGIT: &str = r"\p{N}";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -36,12 +35,7 @@ const TABLE: &[PreTokenizer] = &[
     },
     PreTokenizer {
         names: &["default"],
-        patterns: &[
-            r"[\p{P}\$\+<=>\^~\|]+",
-            GPT2,
-            r"\p{N}+",
-            r"[0-9][0-9][0-9]",
-        ],
+        patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
         ignore_merges: false,
         add_bos: false,
     },
@@ -51,37 +45,19 @@ const TABLE: &[PreTokenizer] = &[
         ignore_merges: false,
         add_bos: false,
     },
-    PreTokenizer {
-        names: &["llama-bpe", "llama3", "llama-v3", "falcon3"],
-        patterns: &[LLAMA3],
-        ignore_merges: true,
-        add_bos: true,
-    },
-    PreTokenizer {
-        names: &["dbrx", "smaug-bpe"],
-        patterns: &[LLAMA3],
-        ignore_merges: false,
-        add_bos: false,
-    },
-    PreTokenizer {
-        names: &["qwen2", "stablelm2", "deepseek-r1-qwen"],
-        patterns: &[QWEN2],
-        ignore_merges: false,
-        add_bos: false,
-    },
+    PreTokenizer { names: &["llama-bpe", "llama3", "llama-v3", "falcon3"], patterns: &[LLAMA3], ignore_merges: true, add_bos: true },
+    PreTokenizer { names: &["dbrx", "smaug-bpe"], patterns: &[LLAMA3], ignore_merges: false, add_bos: false },
+    PreTokenizer { names: &["qwen2", "stablelm2", "deepseek-r1-qwen"], patterns: &[QWEN2], ignore_merges: false, add_bos: false },
 ];
 
 impl PreTokenizer {
     /// The row of a name.
     pub(crate) fn named(name: &str) -> Result<&'static Self> {
-        TABLE
-            .iter()
-            .find(|row| row.names.contains(&name))
-            .ok_or_else(|| TextError::Unsupported {
-                field: "tokenizer.ggml.pre",
-                value: name.to_string(),
-                supported: Self::names().join(", "),
-            })
+        TABLE.iter().find(|row| row.names.contains(&name)).ok_or_else(|| TextError::Unsupported {
+            field: "tokenizer.ggml.pre",
+            value: name.to_string(),
+            supported: Self::names().join(", "),
+        })
     }
 
     /// All names there are.

@@ -64,11 +64,7 @@ impl Automaton {
             length += usize::from(bytes[i] == bytes[length]);
             border[i] = length;
         }
-        Self {
-            stop: stop.to_string(),
-            border,
-            matched: 0,
-        }
+        Self { stop: stop.to_string(), border, matched: 0 }
     }
 
     /// Takes the next byte; true when it completes the stop string.
@@ -89,29 +85,17 @@ impl StopMatcher {
     /// An empty stop string, more than 64 of them, or one longer than 4096 bytes.
     pub fn new(stops: &[String]) -> Result<Self> {
         if stops.len() > MAX_STOPS {
-            return Err(TextError::Stop(format!(
-                "{} strings, at most {MAX_STOPS} are allowed",
-                stops.len()
-            )));
+            return Err(TextError::Stop(format!("{} strings, at most {MAX_STOPS} are allowed", stops.len())));
         }
         for (index, stop) in stops.iter().enumerate() {
             if stop.is_empty() {
-                return Err(TextError::Stop(format!(
-                    "string {index} is empty; leave it out"
-                )));
+                return Err(TextError::Stop(format!("string {index} is empty; leave it out")));
             }
             if stop.len() > MAX_STOP_BYTES {
-                return Err(TextError::Stop(format!(
-                    "string {index} has {} bytes, at most {MAX_STOP_BYTES} are allowed",
-                    stop.len()
-                )));
+                return Err(TextError::Stop(format!("string {index} has {} bytes, at most {MAX_STOP_BYTES} are allowed", stop.len())));
             }
         }
-        Ok(Self {
-            automata: stops.iter().map(|stop| Automaton::new(stop)).collect(),
-            held: String::new(),
-            stopped: false,
-        })
+        Ok(Self { automata: stops.iter().map(|stop| Automaton::new(stop)).collect(), held: String::new(), stopped: false })
     }
 
     /// Takes the next text. After a stop was found, further text is dropped.
@@ -137,10 +121,7 @@ impl StopMatcher {
                 self.stopped = true;
                 self.held.truncate(delta_start + offset + 1 - matched.len());
                 let text_before = std::mem::take(&mut self.held);
-                return StopOutcome::Stopped {
-                    text_before,
-                    matched,
-                };
+                return StopOutcome::Stopped { text_before, matched };
             }
         }
         let hold = self.automata.iter().map(|a| a.matched).max().unwrap_or(0);

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use crate::decoding::{ByteText, Decoding};
 use crate::vocabulary::Vocabulary;
 use crate::{Result, TextError};
 
@@ -33,8 +34,7 @@ pub(crate) struct SpecialIds {
 pub(crate) struct TokenizerParts {
     pub(crate) library: tokenizers::Tokenizer,
     pub(crate) vocabulary: Vocabulary,
-    /// Whether decoding is concatenating bytes.
-    pub(crate) byte_level: bool,
+    pub(crate) decoding: Decoding,
     pub(crate) special: SpecialIds,
     /// Ids put before and behind a text on request, where the library does not do it.
     pub(crate) prefix: Vec<u32>,
@@ -49,13 +49,7 @@ struct Inner {
 
 impl Tokenizer {
     pub(crate) fn new(parts: TokenizerParts) -> Self {
-        Self {
-            inner: Arc::new(Inner {
-                parts,
-                without_special: OnceLock::new(),
-            }),
-            max_text_bytes: DEFAULT_MAX_TEXT_BYTES,
-        }
+        Self { inner: Arc::new(Inner { parts, without_special: OnceLock::new() }), max_text_bytes: DEFAULT_MAX_TEXT_BYTES }
     }
 
     /// The same tokenizer with another cap on the bytes of a text.
@@ -92,25 +86,12 @@ impl Tokenizer {
         self.encode_by(library, text, false)
     }
 
-    fn encode_by(
-        &self,
-        library: &tokenizers::Tokenizer,
-        text: &str,
-        add_special: bool,
-    ) -> Result<Vec<u32>> {
+    fn encode_by(&self, library: &tokenizers::Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>> {
         if text.len() > self.max_text_bytes {
-            return Err(TextError::TextTooLong {
-                bytes: text.len(),
-                limit_bytes: self.max_text_bytes,
-            });
+            return Err(TextError::TextTooLong { bytes: text.len(), limit_bytes: self.max_text_bytes });
         }
         let encoding =
-            library
-                .encode_fast(text, add_special)
-                .map_err(|error| TextError::Tokenize {
-                    action: "encode",
-                    reason: error.to_string(),
-                })?;
+            library.encode_fast(text, add_special).map_err(|error| TextError::Tokenize { action: "encode", reason: error.to_string() })?;
         if !add_special {
             return Ok(encoding.get_ids().to_vec());
         }
@@ -125,23 +106,21 @@ impl Tokenizer {
     /// The library's error.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         let parts = &self.inner.parts;
-        if !parts.byte_level {
+        let Decoding::Bytes(start) = parts.decoding else {
             return parts
                 .library
                 .decode(ids, skip_special)
-                .map_err(|error| TextError::Tokenize {
-                    action: "decode",
-                    reason: error.to_string(),
-                });
-        }
-        let mut bytes = Vec::with_capacity(ids.len() * 4);
+                .map_err(|error| TextError::Tokenize { action: "decode", reason: error.to_string() });
+        };
+        let mut text = String::with_capacity(ids.len() * 4);
+        let mut bytes = ByteText::new(start);
         for &id in ids {
-            if !(skip_special && self.is_special(id)) {
-                bytes.extend_from_slice(self.token_bytes(id));
+            if self.is_known(id) && !(skip_special && self.is_special(id)) {
+                bytes.push(self.token_bytes(id), &mut text);
             }
         }
-        Ok(String::from_utf8(bytes)
-            .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+        bytes.finish(&mut text);
+        Ok(text)
     }
 
     /// The raw bytes a token stands for, perhaps a part of a character; none for an id that
@@ -205,9 +184,8 @@ impl Tokenizer {
         self.inner.parts.vocabulary.digest()
     }
 
-    /// Whether text is the concatenation of the tokens' bytes.
-    pub(crate) fn is_byte_level(&self) -> bool {
-        self.inner.parts.byte_level
+    pub(crate) fn decoding(&self) -> Decoding {
+        self.inner.parts.decoding
     }
 }
 
@@ -215,7 +193,7 @@ impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tokenizer")
             .field("vocab_size", &self.vocab_size())
-            .field("byte_level", &self.is_byte_level())
+            .field("decoding", &self.decoding())
             .field("special", &self.inner.parts.special)
             .finish_non_exhaustive()
     }

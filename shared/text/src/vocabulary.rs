@@ -42,10 +42,7 @@ impl Vocabulary {
         check_size(size)?;
         let total: usize = entries.iter().map(|entry| entry.bytes.len()).sum();
         if u32::try_from(total).is_err() {
-            return Err(TextError::invalid(
-                "vocabulary",
-                format!("its tokens have {total} bytes together, more than 4 GiB"),
-            ));
+            return Err(TextError::invalid("vocabulary", format!("its tokens have {total} bytes together, more than 4 GiB")));
         }
         let mut tables = Self {
             bytes: Vec::with_capacity(total),
@@ -109,10 +106,7 @@ impl Vocabulary {
 /// Refuses vocabularies larger than any real one, before anything of their size is allocated.
 pub(crate) fn check_size(size: usize) -> Result<()> {
     if size > MAX_VOCABULARY {
-        return Err(TextError::invalid(
-            "vocabulary",
-            format!("its highest id is {}, the most is {}", size - 1, MAX_VOCABULARY - 1),
-        ));
+        return Err(TextError::invalid("vocabulary", format!("its highest id is {}, the most is {}", size - 1, MAX_VOCABULARY - 1)));
     }
     Ok(())
 }

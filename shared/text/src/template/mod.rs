@@ -3,13 +3,25 @@
 //! Templates come with the model, not with the request, but their output depends on what users
 //! send: they run without file or network access, with bounded instructions, nesting, output
 //! and time. Invariant: the result is a function of the arguments; the clock is one of them.
+//!
+//! They render as `transformers` renders them (jinja2 with `trim_blocks`, `lstrip_blocks`, loop
+//! controls and its own `tojson`): `tests/fixtures/text/templates.json` holds its results.
+
+mod content;
+mod environment;
+mod json;
+mod output;
+mod python;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
+use minijinja::Environment;
 use serde_json::{Map, Value};
 
-use crate::Result;
+use crate::{Result, TextError};
+pub use content::ContentFormat;
 
 /// Bounds of one rendering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,30 +32,14 @@ pub struct TemplateLimits {
     pub recursion: usize,
     /// Bytes of the result.
     pub output_bytes: usize,
-    /// Time for the whole rendering.
+    /// Time for the whole rendering, looked at where the template writes or calls a method.
     pub time: Duration,
 }
 
 impl Default for TemplateLimits {
     fn default() -> Self {
-        Self {
-            fuel: 20_000_000,
-            recursion: 100,
-            output_bytes: 16 << 20,
-            time: Duration::from_secs(5),
-        }
+        Self { fuel: 10_000_000, recursion: 100, output_bytes: 16 << 20, time: Duration::from_secs(5) }
     }
-}
-
-/// What a template expects as a message's `content`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ContentFormat {
-    /// A string. Lists of text parts are joined with newlines for it.
-    String,
-    /// A list of parts (`[{"type": "text", "text": …}]`). Strings are wrapped for it.
-    Parts,
-    /// Either.
-    Both,
 }
 
 /// What is rendered. `Default` gives no messages, no tools and the clock at 1970.
@@ -69,22 +65,55 @@ pub struct ChatRender<'a> {
 /// A compiled chat template. Cheap to clone, usable from all threads.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
-    special_tokens: BTreeMap<String, String>,
+    source: Arc<str>,
+    environment: Arc<Environment<'static>>,
+    special_tokens: Arc<BTreeMap<String, String>>,
     limits: TemplateLimits,
+    content_format: ContentFormat,
 }
+
+/// Stands behind the last message's content while rendering, to find where it ends. The space
+/// at its end tells whether the template trims content.
+const CONTINUE_MARK: &str = "FORGE_CONTINUES_HERE ";
+
+/// Variables that a request's `variables` must not replace.
+const RESERVED: &[&str] = &[
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "strftime_now",
+    "raise_exception",
+    "chat_template",
+    "bos_token",
+    "eos_token",
+];
 
 impl ChatTemplate {
     /// Compiles a template. `special_tokens` are the variables `bos_token`, `eos_token`, … .
     ///
     /// # Errors
-    /// [`crate::TextError::TemplateInvalid`].
+    /// [`TextError::TemplateInvalid`].
     pub fn new(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self> {
-        todo!("{source:?} {special_tokens:?}")
+        let limits = TemplateLimits::default();
+        let mut template = Self {
+            source: source.into(),
+            environment: Arc::new(environment::compile(source, &limits)?),
+            special_tokens: Arc::new(special_tokens),
+            limits,
+            content_format: ContentFormat::Both,
+        };
+        template.content_format = content::detect(&template);
+        Ok(template)
     }
 
     /// The same template with other bounds.
     #[must_use]
     pub fn with_limits(mut self, limits: TemplateLimits) -> Self {
+        let mut environment = (*self.environment).clone();
+        environment::set_limits(&mut environment, &limits);
+        self.environment = Arc::new(environment);
         self.limits = limits;
         self
     }
@@ -92,25 +121,89 @@ impl ChatTemplate {
     /// Renders a prompt.
     ///
     /// # Errors
-    /// [`crate::TextError::TemplateRaised`] where the template refuses the messages,
-    /// [`crate::TextError::TemplateFailed`], [`crate::TextError::TemplateLimit`], and
-    /// [`crate::TextError::InvalidRequest`] for messages of the wrong shape.
+    /// [`TextError::TemplateRaised`] where the template refuses the messages,
+    /// [`TextError::TemplateFailed`], [`TextError::TemplateLimit`], and
+    /// [`TextError::InvalidRequest`] for messages of the wrong shape.
     pub fn render(&self, request: &ChatRender<'_>) -> Result<String> {
-        todo!("{request:?}")
+        let mut messages = content::normalize(request.messages, self.content_format)?;
+        if !request.continue_final_message {
+            return self.render_messages(&messages, request);
+        }
+        if request.add_generation_prompt {
+            return Err(TextError::InvalidRequest {
+                field: "continue_final_message".to_string(),
+                reason: "it cannot be combined with add_generation_prompt".to_string(),
+            });
+        }
+        let ending = content::mark_final_message(&mut messages, CONTINUE_MARK)?;
+        let rendered = self.render_messages(&messages, request)?;
+        cut_at_mark(rendered, &ending)
+    }
+
+    fn render_messages(&self, messages: &[Value], request: &ChatRender<'_>) -> Result<String> {
+        let context = self.context(messages, request)?;
+        output::render(&self.environment, context, &self.limits)
+    }
+
+    /// The template's variables.
+    fn context(&self, messages: &[Value], request: &ChatRender<'_>) -> Result<minijinja::Value> {
+        let list = |values: &[Value]| values.iter().map(json::to_template).collect();
+        let optional = |values: Option<&[Value]>| -> minijinja::Value { values.map_or_else(|| ().into(), list) };
+        let mut pairs: Vec<(String, minijinja::Value)> = Vec::new();
+        for (name, text) in self.special_tokens.iter() {
+            pairs.push((name.clone(), text.as_str().into()));
+        }
+        for (name, value) in request.variables.into_iter().flatten() {
+            if RESERVED.contains(&name.as_str()) {
+                return Err(TextError::InvalidRequest {
+                    field: format!("chat_template_kwargs.{name}"),
+                    reason: "this name is reserved".to_string(),
+                });
+            }
+            pairs.push((name.clone(), json::to_template(value)));
+        }
+        let now = environment::strftime_now(request.now_unix_seconds);
+        let fixed = [
+            ("messages", list(messages)),
+            ("tools", optional(request.tools)),
+            ("documents", optional(request.documents)),
+            ("add_generation_prompt", request.add_generation_prompt.into()),
+            ("strftime_now", now),
+            output::deadline(self.limits.time),
+        ];
+        pairs.extend(fixed.map(|(name, value)| (name.to_string(), value)));
+        Ok(minijinja::Value::from_pairs(pairs))
     }
 
     /// What the template expects as content.
     pub fn content_format(&self) -> ContentFormat {
-        todo!()
+        self.content_format
     }
 
     /// The template's text.
     pub fn source(&self) -> &str {
-        todo!()
+        &self.source
     }
 
     /// The variables with special tokens.
     pub fn special_tokens(&self) -> &BTreeMap<String, String> {
         &self.special_tokens
     }
+}
+
+/// Ends a prompt inside its last message. Where the template trims content, so does this.
+fn cut_at_mark(mut rendered: String, ending: &str) -> Result<String> {
+    let mark = CONTINUE_MARK.trim_end();
+    let Some(place) = rendered.rfind(mark).filter(|_| rendered.contains(ending.trim())) else {
+        return Err(TextError::InvalidRequest {
+            field: "continue_final_message".to_string(),
+            reason: "the chat template does not keep the last message's text".to_string(),
+        });
+    };
+    let kept = rendered[place..].starts_with(CONTINUE_MARK);
+    rendered.truncate(place);
+    if !kept {
+        rendered.truncate(rendered.trim_end().len());
+    }
+    Ok(rendered)
 }
