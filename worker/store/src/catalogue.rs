@@ -77,10 +77,7 @@ impl Catalogue {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => return Err(StoreError::io("read", user_file)(error)),
         };
-        Self::merge(
-            text.as_deref()
-                .map(|text| (user_file.display().to_string(), text)),
-        )
+        Self::merge(text.as_deref().map(|text| (user_file.display().to_string(), text)))
     }
 
     /// The catalogue as shipped.
@@ -98,10 +95,7 @@ impl Catalogue {
             merged.default = user.default.or(merged.default);
             merged.models.extend(user.models);
         }
-        let wrong = |reason| StoreError::Catalogue {
-            origin: "merged".into(),
-            reason,
-        };
+        let wrong = |reason| StoreError::Catalogue { origin: "merged".into(), reason };
         let mut aliases = BTreeMap::new();
         for (name, entry) in &merged.models {
             for alias in entry.aliases.iter().chain([name]) {
@@ -117,11 +111,7 @@ impl Catalogue {
             .get(&default.to_ascii_lowercase())
             .cloned()
             .ok_or_else(|| wrong(format!("default: '{default}' is not one of its models")))?;
-        Ok(Self {
-            default,
-            models: merged.models,
-            aliases,
-        })
+        Ok(Self { default, models: merged.models, aliases })
     }
 
     /// The alias served when none is named.
@@ -132,35 +122,23 @@ impl Catalogue {
     /// The canonical alias and entry for a text, in any letter case.
     pub fn find(&self, text: &str) -> Option<(&str, &CatalogueEntry)> {
         let name = self.aliases.get(&text.to_ascii_lowercase())?;
-        self.models
-            .get_key_value(name)
-            .map(|(name, entry)| (name.as_str(), entry))
+        self.models.get_key_value(name).map(|(name, entry)| (name.as_str(), entry))
     }
 
     /// All entries by alias.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &CatalogueEntry)> {
-        self.models
-            .iter()
-            .map(|(name, entry)| (name.as_str(), entry))
+        self.models.iter().map(|(name, entry)| (name.as_str(), entry))
     }
 }
 
 fn parse(origin: &str, text: &str) -> Result<CatalogueFile> {
-    let wrong = |reason: String| StoreError::Catalogue {
-        origin: origin.into(),
-        reason,
-    };
-    let file: CatalogueFile =
-        serde_yaml_ng::from_str(text).map_err(|error| wrong(error.to_string()))?;
+    let wrong = |reason: String| StoreError::Catalogue { origin: origin.into(), reason };
+    let file: CatalogueFile = serde_yaml_ng::from_str(text).map_err(|error| wrong(error.to_string()))?;
     for (alias, entry) in &file.models {
         for name in entry.aliases.iter().chain([alias]) {
-            let plain = |byte: u8| {
-                byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_.:".contains(&byte)
-            };
+            let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_.:".contains(&byte);
             if name.is_empty() || name.len() > 64 || !name.bytes().all(plain) {
-                return Err(wrong(format!(
-                    "models: '{name}' must be 1 to 64 of a-z, 0-9, '-', '_', '.', ':'"
-                )));
+                return Err(wrong(format!("models: '{name}' must be 1 to 64 of a-z, 0-9, '-', '_', '.', ':'")));
             }
         }
         if entry.sources.is_empty() {
@@ -170,10 +148,7 @@ fn parse(origin: &str, text: &str) -> Result<CatalogueFile> {
             match ModelSource::parse_remote(&source.from) {
                 Ok(Some(_)) => {}
                 Ok(None) => {
-                    return Err(wrong(format!(
-                        "models.{alias}.sources: '{}' must start with hf:, pypi: or https://",
-                        source.from
-                    )));
+                    return Err(wrong(format!("models.{alias}.sources: '{}' must start with hf:, pypi: or https://", source.from)));
                 }
                 Err(error) => return Err(wrong(format!("models.{alias}.sources: {error}"))),
             }
@@ -192,14 +167,8 @@ mod tests {
         assert_eq!(catalogue.default_alias(), "smollm2:135m");
         assert!(catalogue.entries().count() >= 20);
         for (alias, entry) in catalogue.entries() {
-            assert!(
-                entry.parameters > 1_000_000 && entry.context_length >= 512,
-                "{alias}"
-            );
-            assert!(
-                !entry.licence.is_empty() && !entry.architecture.is_empty(),
-                "{alias}"
-            );
+            assert!(entry.parameters > 1_000_000 && entry.context_length >= 512, "{alias}");
+            assert!(!entry.licence.is_empty() && !entry.architecture.is_empty(), "{alias}");
             for source in &entry.sources {
                 assert!(source.size_bytes > 10_000_000, "{alias}: {}", source.from);
             }
@@ -223,23 +192,12 @@ mod tests {
             ("models: {x: {description: d}}".to_owned(), "missing field"),
             ("surprise: 1".to_owned(), "unknown field `surprise`"),
             ("default: absent".to_owned(), "'absent' is not one"),
-            (
-                format!("models:\n  Bad Name:\n    {ENTRY}"),
-                "'Bad Name' must be",
-            ),
-            (
-                format!("models:\n  x:\n    {}", ENTRY.replace("hf:a/b", "a/b")),
-                "must start with",
-            ),
-            (
-                format!("models:\n  x:\n    aliases: [gpt2]\n    {ENTRY}"),
-                "names both",
-            ),
+            (format!("models:\n  Bad Name:\n    {ENTRY}"), "'Bad Name' must be"),
+            (format!("models:\n  x:\n    {}", ENTRY.replace("hf:a/b", "a/b")), "must start with"),
+            (format!("models:\n  x:\n    aliases: [gpt2]\n    {ENTRY}"), "names both"),
         ];
         for (text, expected) in cases {
-            let message = Catalogue::merge(Some(("user".into(), &text)))
-                .unwrap_err()
-                .to_string();
+            let message = Catalogue::merge(Some(("user".into(), &text))).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");
         }
     }

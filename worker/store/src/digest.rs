@@ -24,10 +24,7 @@ impl Digest {
 
     /// Digest of everything a reader yields, and the number of bytes; `seen` is told the running
     /// count and may end it early with an error.
-    pub(crate) fn of_reader(
-        reader: &mut dyn Read,
-        seen: &mut dyn FnMut(u64) -> io::Result<()>,
-    ) -> io::Result<(Self, u64)> {
+    pub(crate) fn of_reader(reader: &mut dyn Read, seen: &mut dyn FnMut(u64) -> io::Result<()>) -> io::Result<(Self, u64)> {
         let mut hasher = Hasher::default();
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -67,8 +64,7 @@ impl FromStr for Digest {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut bytes = [0; 32];
-        hex::decode_to_slice(text, &mut bytes)
-            .map_err(|_| DigestError(text.chars().take(80).collect()))?;
+        hex::decode_to_slice(text, &mut bytes).map_err(|_| DigestError(text.chars().take(80).collect()))?;
         Ok(Self(bytes))
     }
 }

@@ -62,9 +62,7 @@ pub enum StoreError {
         failures: Vec<SourceFailure>,
     },
     /// The network is needed but switched off.
-    #[error(
-        "{what} needs the network, and FORGE_OFFLINE is set; unset it, or pull the model while online"
-    )]
+    #[error("{what} needs the network, and FORGE_OFFLINE is set; unset it, or pull the model while online")]
     Offline {
         /// What would have been fetched.
         what: String,
@@ -121,9 +119,7 @@ pub enum StoreError {
         found: String,
     },
     /// A stored file is damaged.
-    #[error(
-        "model '{name}' is damaged on disk: {file} {reason}; `forgectl pull {name}` fetches it again"
-    )]
+    #[error("model '{name}' is damaged on disk: {file} {reason}; `forgectl pull {name}` fetches it again")]
     Corrupt {
         /// Model name.
         name: String,
@@ -160,9 +156,7 @@ pub enum StoreError {
         name: String,
     },
     /// Another process held a lock for longer than this one may wait.
-    #[error(
-        "{what} is locked by another Forge process for more than {waited_s} s; try again later"
-    )]
+    #[error("{what} is locked by another Forge process for more than {waited_s} s; try again later")]
     Busy {
         /// What is locked.
         what: String,
@@ -228,23 +222,12 @@ impl StoreError {
     }
 
     /// Maps an I/O error on a local path.
-    pub(crate) fn io(
-        action: &'static str,
-        path: impl Into<PathBuf>,
-    ) -> impl FnOnce(std::io::Error) -> Self {
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |error| Self::Io {
-            action,
-            path,
-            error,
-        }
+        move |error| Self::Io { action, path, error }
     }
 }
 
 fn list_failures(failures: &[SourceFailure]) -> String {
-    failures
-        .iter()
-        .map(|failure| format!("{}: {}", failure.source, failure.reason))
-        .collect::<Vec<_>>()
-        .join("; ")
+    failures.iter().map(|failure| format!("{}: {}", failure.source, failure.reason)).collect::<Vec<_>>().join("; ")
 }

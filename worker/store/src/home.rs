@@ -27,9 +27,7 @@ impl ForgeHome {
             None => {
                 let base = etcetera::choose_base_strategy().map_err(|_| StoreError::Setting {
                     name: "FORGE_HOME".into(),
-                    reason:
-                        "is unset and this user has no home folder; set it to a folder for models"
-                            .into(),
+                    reason: "is unset and this user has no home folder; set it to a folder for models".into(),
                 })?;
                 Ok(Self::at(base.data_dir().join("forge")))
             }
@@ -42,10 +40,7 @@ impl ForgeHome {
         }
         Err(StoreError::Setting {
             name: "FORGE_HOME".into(),
-            reason: format!(
-                "'{}' is a relative path; write the full path, so that every command means the same folder",
-                path.display()
-            ),
+            reason: format!("'{}' is a relative path; write the full path, so that every command means the same folder", path.display()),
         })
     }
 
@@ -77,9 +72,6 @@ mod tests {
     #[test]
     fn relative_home_is_refused_by_name() {
         let error = ForgeHome::from_setting(PathBuf::from("models")).unwrap_err();
-        assert!(
-            error.to_string().starts_with("FORGE_HOME: 'models'"),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("FORGE_HOME: 'models'"), "{error}");
     }
 }

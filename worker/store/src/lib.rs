@@ -15,18 +15,33 @@
 
 mod catalogue;
 mod digest;
+mod disk;
+mod download;
 mod error;
+mod gguf_choice;
 mod home;
+mod http;
+mod hub;
+mod layout;
+mod local;
+mod lock;
 mod manifest;
 mod names;
 mod options;
+mod package_index;
+mod pip_config;
 mod progress;
+mod pull;
 mod resolved;
+mod snapshot;
 mod source;
 mod store;
+mod verify;
+mod wheel;
 
 pub use catalogue::{Catalogue, CatalogueEntry, CatalogueSource};
 pub use digest::{Digest, DigestError};
+pub use disk::{Disk, SystemDisk};
 pub use error::{Result, SourceFailure, StoreError};
 pub use home::ForgeHome;
 pub use manifest::{Manifest, ManifestFile};

@@ -46,11 +46,7 @@ impl Manifest {
     /// Digest of the content: of one line `sha256 size path` per file, sorted by path. Two sources
     /// that deliver the same files under the same names give the same digest.
     pub fn digest(&self) -> Digest {
-        let mut lines: Vec<String> = self
-            .files
-            .iter()
-            .map(|file| format!("{} {} {}\n", file.sha256, file.size_bytes, file.path))
-            .collect();
+        let mut lines: Vec<String> = self.files.iter().map(|file| format!("{} {} {}\n", file.sha256, file.size_bytes, file.path)).collect();
         lines.sort_by(|left, right| left[65..].cmp(&right[65..]));
         Digest::of(lines.concat().as_bytes())
     }
@@ -64,18 +60,13 @@ impl Manifest {
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let manifest: Self = serde_json::from_str(text).map_err(|error| error.to_string())?;
         if manifest.format != Self::FORMAT {
-            return Err(format!(
-                "format {} is not known to this version (it reads {})",
-                manifest.format,
-                Self::FORMAT
-            ));
+            return Err(format!("format {} is not known to this version (it reads {})", manifest.format, Self::FORMAT));
         }
         if manifest.files.is_empty() {
             return Err("files is empty".into());
         }
         for file in &manifest.files {
-            names::check_relative_path(&file.path)
-                .map_err(|reason| format!("files: '{}' {reason}", file.path))?;
+            names::check_relative_path(&file.path).map_err(|reason| format!("files: '{}' {reason}", file.path))?;
         }
         Ok(manifest)
     }
@@ -92,11 +83,7 @@ mod tests {
             source: "hf:a/b".into(),
             files: paths
                 .iter()
-                .map(|path| ManifestFile {
-                    path: (*path).into(),
-                    size_bytes: 3,
-                    sha256: Digest::of(path.as_bytes()),
-                })
+                .map(|path| ManifestFile { path: (*path).into(), size_bytes: 3, sha256: Digest::of(path.as_bytes()) })
                 .collect(),
             licence: None,
             created_unix_s: 1,

@@ -101,7 +101,8 @@ impl Default for PullOptions {
 impl PullOptions {
     /// Options as the environment sets them: `FORGE_OFFLINE` (or `HF_HUB_OFFLINE`), `HF_ENDPOINT`,
     /// `HF_TOKEN` (or the token file under `HF_TOKEN_PATH`, `HF_HOME`), `FORGE_HF_REVISION`, and
-    /// for certificates `PIP_CERT`, `SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, the first that is set.
+    /// for certificates `SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, the first that is set. (`PIP_CERT`
+    /// and pip's other settings are read when a package index is asked.)
     ///
     /// # Errors
     /// [`StoreError::Setting`] for a value that cannot be read.
@@ -111,10 +112,7 @@ impl PullOptions {
 
     fn from_variables(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let set = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
-        let ca_bundle = ["PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
-            .iter()
-            .find_map(|name| set(name))
-            .map(PathBuf::from);
+        let ca_bundle = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"].iter().find_map(|name| set(name)).map(PathBuf::from);
         Ok(Self {
             offline: switch(&set, "FORGE_OFFLINE")? || switch(&set, "HF_HUB_OFFLINE")?,
             hub_endpoint: set("HF_ENDPOINT").unwrap_or_else(|| PUBLIC_HUB.into()),
@@ -130,10 +128,7 @@ fn switch(set: &dyn Fn(&str) -> Option<String>, name: &str) -> Result<bool> {
     match set(name).map(|value| value.to_ascii_lowercase()).as_deref() {
         None | Some("0" | "false" | "no" | "off") => Ok(false),
         Some("1" | "true" | "yes" | "on") => Ok(true),
-        Some(other) => Err(StoreError::Setting {
-            name: name.into(),
-            reason: format!("'{other}' is neither 1 nor 0"),
-        }),
+        Some(other) => Err(StoreError::Setting { name: name.into(), reason: format!("'{other}' is neither 1 nor 0") }),
     }
 }
 
@@ -144,15 +139,9 @@ fn hub_token(set: &dyn Fn(&str) -> Option<String>) -> Option<Secret> {
     let file = set("HF_TOKEN_PATH")
         .map(PathBuf::from)
         .or_else(|| set("HF_HOME").map(|home| PathBuf::from(home).join("token")))
-        .or_else(|| {
-            etcetera::home_dir()
-                .ok()
-                .map(|home| home.join(".cache/huggingface/token"))
-        })?;
+        .or_else(|| etcetera::home_dir().ok().map(|home| home.join(".cache/huggingface/token")))?;
     let token = std::fs::read_to_string(file).ok()?;
-    Some(token.trim())
-        .filter(|token| !token.is_empty())
-        .map(Secret::new)
+    Some(token.trim()).filter(|token| !token.is_empty()).map(Secret::new)
 }
 
 #[cfg(test)]

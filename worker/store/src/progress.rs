@@ -69,6 +69,15 @@ pub enum PullEvent {
         /// Whether it was in the store already, so that nothing was transferred.
         already_present: bool,
     },
+    /// A file is being taken out of the archive it came in.
+    Unpacking {
+        /// File name within the model.
+        name: String,
+        /// Bytes unpacked so far.
+        bytes: u64,
+        /// The file's size.
+        total_bytes: u64,
+    },
     /// A stored file is being read against its digest.
     Verifying {
         /// File name within the model.
@@ -128,11 +137,7 @@ impl CancelFlag {
     }
 
     pub(crate) fn check(&self) -> Result<()> {
-        if self.is_cancelled() {
-            Err(StoreError::Cancelled)
-        } else {
-            Ok(())
-        }
+        if self.is_cancelled() { Err(StoreError::Cancelled) } else { Ok(()) }
     }
 
     /// Sleeps, but no longer than until the flag is raised.

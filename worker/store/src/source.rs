@@ -71,9 +71,7 @@ impl ModelSource {
         if let Some(alias) = text.strip_prefix("catalogue:") {
             return (surroundings.alias)(alias)
                 .map(Self::Catalogue)
-                .ok_or_else(|| {
-                    unknown(text, vec![format!("the catalogue has no alias '{alias}'")])
-                });
+                .ok_or_else(|| unknown(text, vec![format!("the catalogue has no alias '{alias}'")]));
         }
         if let Some(remote) = Self::parse_remote(text)? {
             return Ok(remote);
@@ -82,12 +80,7 @@ impl ModelSource {
             return Err(invalid(text, "write the full path instead of '~'".into()));
         }
         let path = Path::new(text);
-        if path.is_absolute()
-            || text.starts_with("./")
-            || text.starts_with("../")
-            || text == "."
-            || text == ".."
-        {
+        if path.is_absolute() || text.starts_with("./") || text.starts_with("../") || text == "." || text == ".." {
             return Ok(Self::Local(path.to_owned()));
         }
         Self::parse_bare(text, surroundings)
@@ -106,14 +99,10 @@ impl ModelSource {
             };
         }
         if let Some(rest) = text.strip_prefix("pypi:") {
-            return package(rest)
-                .map(|package| Some(Self::Package(package)))
-                .map_err(|reason| invalid(text, reason));
+            return package(rest).map(|package| Some(Self::Package(package))).map_err(|reason| invalid(text, reason));
         }
         if text.contains("://") {
-            return weight_url(text)
-                .map(|url| Some(Self::Url(url)))
-                .map_err(|reason| invalid(text, reason));
+            return weight_url(text).map(|url| Some(Self::Url(url))).map_err(|reason| invalid(text, reason));
         }
         Ok(None)
     }
@@ -121,24 +110,18 @@ impl ModelSource {
     fn parse_bare(text: &str, surroundings: &Surroundings<'_>) -> Result<Self> {
         let alias = (surroundings.alias)(text);
         let exists = (surroundings.path_exists)(Path::new(text));
-        let is_file_name = has_weight_extension(text);
+        let is_file_name = has_weight_extension(text.split(':').next().unwrap_or(text));
         let hub = hub_id(text, false);
         match (alias, exists) {
             (Some(alias), false) => Ok(Self::Catalogue(alias)),
             (Some(alias), true) => Err(StoreError::AmbiguousModel {
                 name: text.into(),
-                readings: vec![
-                    format!("the catalogue alias {alias}"),
-                    format!("the path ./{text}"),
-                ],
+                readings: vec![format!("the catalogue alias {alias}"), format!("the path ./{text}")],
                 remedy: format!("catalogue:{alias} or ./{text}"),
             }),
             (None, true) if hub.is_ok() && !is_file_name => Err(StoreError::AmbiguousModel {
                 name: text.into(),
-                readings: vec![
-                    format!("the hub repository {text}"),
-                    format!("the path ./{text}"),
-                ],
+                readings: vec![format!("the hub repository {text}"), format!("the path ./{text}")],
                 remedy: format!("hf:{text} or ./{text}"),
             }),
             (None, true) => Ok(Self::Local(PathBuf::from(text))),
@@ -164,25 +147,28 @@ impl fmt::Display for ModelSource {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Catalogue(alias) => formatter.write_str(alias),
-            Self::Hub(hub) => {
-                write!(formatter, "hf:{}", hub.repo)?;
-                if let Some(revision) = &hub.revision {
-                    write!(formatter, "@{revision}")?;
-                }
-                hub.filter
-                    .iter()
-                    .try_for_each(|filter| write!(formatter, ":{filter}"))
-            }
+            Self::Hub(hub) => hub.fmt(formatter),
             Self::Url(url) => formatter.write_str(url),
-            Self::Local(path) => write!(formatter, "{}", path.display()),
-            Self::Package(package) => {
-                write!(formatter, "pypi:{}", package.name)?;
-                package
-                    .version
-                    .iter()
-                    .try_for_each(|version| write!(formatter, "=={version}"))
-            }
+            Self::Local(path) => path.display().fmt(formatter),
+            Self::Package(package) => package.fmt(formatter),
         }
+    }
+}
+
+impl fmt::Display for HubSource {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "hf:{}", self.repo)?;
+        if let Some(revision) = &self.revision {
+            write!(formatter, "@{revision}")?;
+        }
+        self.filter.iter().try_for_each(|filter| write!(formatter, ":{filter}"))
+    }
+}
+
+impl fmt::Display for PackageSource {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "pypi:{}", self.name)?;
+        self.version.iter().try_for_each(|version| write!(formatter, "=={version}"))
     }
 }
 
@@ -201,11 +187,9 @@ pub(crate) fn check_scheme(url: &url::Url) -> Result<(), String> {
     match url.scheme() {
         "https" => Ok(()),
         "http" if is_loopback(url) => Ok(()),
-        "http" => Err(
-            "http is refused, since weights and tokens could be read or changed on the \
+        "http" => Err("http is refused, since weights and tokens could be read or changed on the \
                        way; use https (http is accepted for this machine only)"
-                .into(),
-        ),
+            .into()),
         other => Err(format!("scheme '{other}' is not supported; use https")),
     }
 }
@@ -225,10 +209,7 @@ fn weight_url(text: &str) -> Result<String, String> {
         return Err("credentials in a URL would end up in logs; leave them out".into());
     }
     if !has_weight_extension(url.path()) {
-        return Err(
-            "it must end in .gguf or .safetensors (for a whole hub repository write org/name)"
-                .into(),
-        );
+        return Err("it must end in .gguf or .safetensors (for a whole hub repository write org/name)".into());
     }
     Ok(url.into())
 }
@@ -251,29 +232,19 @@ fn hub_id(text: &str, allow_bare: bool) -> Result<HubSource, String> {
     }
     if let Some(revision) = revision {
         check_relative_path(revision).map_err(|reason| format!("the revision {reason}"))?;
-        if !revision
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-_./".contains(&byte))
-        {
+        if !revision.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./".contains(&byte)) {
             return Err("a revision is letters, digits, '-', '_', '.' and '/'".into());
         }
     }
     if let Some(filter) = filter {
         check_relative_path(filter).map_err(|reason| format!("the file after ':' {reason}"))?;
     }
-    Ok(HubSource {
-        repo: repo.into(),
-        revision: revision.map(Into::into),
-        filter: filter.map(Into::into),
-    })
+    Ok(HubSource { repo: repo.into(), revision: revision.map(Into::into), filter: filter.map(Into::into) })
 }
 
 fn is_hub_word(part: &str) -> bool {
     let inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    (1..=96).contains(&part.len())
-        && part.bytes().all(inner)
-        && !part.starts_with(['.', '-'])
-        && !part.contains("..")
+    (1..=96).contains(&part.len()) && part.bytes().all(inner) && !part.starts_with(['.', '-']) && !part.contains("..")
 }
 
 fn package(text: &str) -> Result<PackageSource, String> {
@@ -283,25 +254,16 @@ fn package(text: &str) -> Result<PackageSource, String> {
     };
     let is_edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = name.as_bytes();
-    let plain = bytes
-        .iter()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(byte));
+    let plain = bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(byte));
     if !plain || bytes.len() > 128 || !is_edge(bytes.first()) || !is_edge(bytes.last()) {
-        return Err(
-            "a package is written pypi:NAME or pypi:NAME==VERSION, the name of letters, \
+        return Err("a package is written pypi:NAME or pypi:NAME==VERSION, the name of letters, \
                     digits, '-', '_' and '.'"
-                .into(),
-        );
+            .into());
     }
     if let Some(version) = version {
-        version
-            .parse::<pep440_rs::Version>()
-            .map_err(|_| format!("'{version}' is not a version; write one such as 1.2.0"))?;
+        version.parse::<pep440_rs::Version>().map_err(|_| format!("'{version}' is not a version; write one such as 1.2.0"))?;
     }
-    Ok(PackageSource {
-        name: normalize_package(name),
-        version: version.map(Into::into),
-    })
+    Ok(PackageSource { name: normalize_package(name), version: version.map(Into::into) })
 }
 
 /// PEP 503 normalization: lower case, runs of `-`, `_`, `.` as one `-`.
@@ -318,10 +280,7 @@ pub(crate) fn normalize_package(name: &str) -> String {
 }
 
 fn invalid(name: &str, reason: String) -> StoreError {
-    StoreError::InvalidName {
-        name: name.chars().take(200).collect(),
-        reason,
-    }
+    StoreError::InvalidName { name: name.chars().take(200).collect(), reason }
 }
 
 fn unknown(name: &str, tried: Vec<String>) -> StoreError {

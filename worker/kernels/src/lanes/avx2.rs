@@ -1,0 +1,217 @@
+//! [`Lanes`] in two 256-bit registers (lanes 0..8 and 8..16).
+
+use std::arch::x86_64::*;
+
+use super::{LANES, Lanes, Sum};
+
+/// Sixteen f32 values in two registers.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
+
+// SAFETY (all blocks): AVX2, FMA and F16C are available and pointers hold what is read or written: the
+// contract of `Lanes`.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Lanes for Avx2 {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        unsafe { Avx2(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { Avx2(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial(from: *const f32, count: usize) -> Self {
+        if count == LANES {
+            // SAFETY: 16 elements are readable, by contract.
+            return unsafe { Self::load(from) };
+        }
+        let mut values = [0.0; LANES];
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
+            Self::load(values.as_ptr())
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        unsafe { Avx2(_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
+            Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn from_i32(from: *const i32) -> Self {
+        unsafe {
+            Avx2(
+                _mm256_cvtepi32_ps(_mm256_loadu_si256(from.cast())),
+                _mm256_cvtepi32_ps(_mm256_loadu_si256(from.add(8).cast())),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe {
+            _mm256_storeu_ps(to, self.0);
+            _mm256_storeu_ps(to.add(8), self.1);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_partial(self, to: *mut f32, count: usize) {
+        if count == LANES {
+            // SAFETY: 16 elements are writable, by contract.
+            return unsafe { self.store(to) };
+        }
+        let mut values = [0.0; LANES];
+        unsafe {
+            self.store(values.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        unsafe {
+            _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0));
+            _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.1));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) {
+        unsafe {
+            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(to.cast(), bytes);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        unsafe { Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        unsafe { Avx2(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+        unsafe { Avx2(_mm256_fmadd_ps(self.0, factor.0, addend.0), _mm256_fmadd_ps(self.1, factor.1, addend.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        unsafe { Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        unsafe { Avx2(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn abs(self) -> Self {
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            Avx2(_mm256_andnot_ps(sign, self.0), _mm256_andnot_ps(sign, self.1))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn round_ties_even(self) -> Self {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        unsafe { Avx2(_mm256_round_ps::<NEAREST>(self.0), _mm256_round_ps::<NEAREST>(self.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn zero_where_below(self, key: Self, limit: f32) -> Self {
+        unsafe {
+            let limit = _mm256_set1_ps(limit);
+            Avx2(
+                _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(key.0, limit), self.0),
+                _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(key.1, limit), self.1),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scale_by_power(self, biased: Self) -> Self {
+        unsafe {
+            let low = _mm256_slli_epi32::<23>(_mm256_castps_si256(biased.0));
+            let high = _mm256_slli_epi32::<23>(_mm256_castps_si256(biased.1));
+            Avx2(
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(self.0), low)),
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(self.1), high)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn keep(self, start: usize, end: usize, other: f32) -> Self {
+        if start == 0 && end == LANES {
+            return self;
+        }
+        let mut values = [0.0_f32; LANES];
+        unsafe {
+            self.store(values.as_mut_ptr());
+            for (lane, value) in values.iter_mut().enumerate() {
+                if lane < start || lane >= end {
+                    *value = other;
+                }
+            }
+            Self::load(values.as_ptr())
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe {
+            let eight = _mm256_add_ps(self.0, self.1);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn greatest(self) -> f32 {
+        unsafe {
+            let eight = _mm256_max_ps(self.0, self.1);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+}
+
+impl Sum for Avx2 {
+    #[inline(always)]
+    unsafe fn plus(self, other: Self) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe { self.add(other) }
+    }
+}

@@ -1,0 +1,130 @@
+//! Activations as signed bytes, 32 to a block: the left factor of products with quantized weights.
+//!
+//! For a block with greatest magnitude a: scale d = a/127, values round(x · (127/a)) to nearest even, d kept
+//! rounded to f16; for types with a minimum also s = f16(d · Σ values). This is what llama.cpp's x86 code
+//! computes (`quantize_row_q8_0`, `quantize_row_q8_1`), so that results can be compared closely.
+
+use crate::error::Result;
+use crate::lanes::{LANES, Lanes, kernel};
+use crate::memory::AlignedBuffer;
+
+/// Values per block.
+pub(crate) const BLOCK: usize = 32;
+/// Tokens that the packed layout keeps side by side.
+pub(crate) const GROUP: usize = 16;
+
+/// Quantized activations of one product call, token by token. Reused between calls.
+pub(crate) struct Activations {
+    /// Blocks per token.
+    pub(crate) blocks: usize,
+    /// [tokens][blocks · 32]
+    pub(crate) values: AlignedBuffer<i8>,
+    /// [tokens][blocks]: the f16-rounded scale d.
+    pub(crate) scales: AlignedBuffer<f32>,
+    /// [tokens][blocks]: the f16-rounded d · Σ values.
+    pub(crate) scaled_sums: AlignedBuffer<f32>,
+    /// [tokens][blocks]: Σ values.
+    pub(crate) sums: AlignedBuffer<i32>,
+}
+
+impl Activations {
+    pub(crate) fn empty() -> Self {
+        Activations {
+            blocks: 0,
+            values: AlignedBuffer::empty(),
+            scales: AlignedBuffer::empty(),
+            scaled_sums: AlignedBuffer::empty(),
+            sums: AlignedBuffer::empty(),
+        }
+    }
+
+    /// Makes room for `tokens` rows of `columns` (a multiple of 32) values.
+    pub(crate) fn reserve(&mut self, tokens: usize, columns: usize) -> Result<()> {
+        const WHAT: &str = "quantized activations";
+        self.blocks = columns / BLOCK;
+        self.values.reserve(tokens * columns, WHAT)?;
+        self.scales.reserve(tokens * self.blocks, WHAT)?;
+        self.scaled_sums.reserve(tokens * self.blocks, WHAT)?;
+        self.sums.reserve(tokens * self.blocks, WHAT)
+    }
+
+    /// Where token `token` goes.
+    pub(crate) fn row(&mut self, token: usize) -> QuantizedRow {
+        let start = token * self.blocks;
+        QuantizedRow {
+            values: self.values[start * BLOCK..(start + self.blocks) * BLOCK].as_mut_ptr(),
+            scales: self.scales[start..start + self.blocks].as_mut_ptr(),
+            scaled_sums: self.scaled_sums[start..start + self.blocks].as_mut_ptr(),
+            sums: self.sums[start..start + self.blocks].as_mut_ptr(),
+            blocks: self.blocks,
+        }
+    }
+}
+
+/// Destination of one token.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantizedRow {
+    pub(crate) values: *mut i8,
+    pub(crate) scales: *mut f32,
+    pub(crate) scaled_sums: *mut f32,
+    pub(crate) sums: *mut i32,
+    pub(crate) blocks: usize,
+}
+
+impl QuantizedRow {
+    /// The row `tokens` further on.
+    ///
+    /// # Safety
+    /// The result must lie within the same allocations.
+    pub(crate) unsafe fn offset(self, tokens: usize) -> Self {
+        let blocks = tokens * self.blocks;
+        // SAFETY: the caller's contract.
+        unsafe {
+            QuantizedRow {
+                values: self.values.add(blocks * BLOCK),
+                scales: self.scales.add(blocks),
+                scaled_sums: self.scaled_sums.add(blocks),
+                sums: self.sums.add(blocks),
+                blocks: self.blocks,
+            }
+        }
+    }
+}
+
+// SAFETY: only pointers; every dereference has its own safety comment.
+unsafe impl Send for QuantizedRow {}
+// SAFETY: as above.
+unsafe impl Sync for QuantizedRow {}
+
+/// # Safety
+/// `x` is readable for blocks · 32 values, `row` writable.
+#[inline(always)]
+unsafe fn quantize_body<L: Lanes>(x: *const f32, row: QuantizedRow) {
+    for block in 0..row.blocks {
+        // SAFETY: block < row.blocks.
+        unsafe {
+            let low = L::load(x.add(block * BLOCK));
+            let high = L::load(x.add(block * BLOCK + LANES));
+            let greatest = low.abs().max(high.abs()).greatest();
+            let scale = greatest / 127.0;
+            let inverse = L::splat(if greatest == 0.0 { 0.0 } else { 127.0 / greatest });
+            let low = low.mul(inverse).round_ties_even();
+            let high = high.mul(inverse).round_ties_even();
+            low.store_i8(row.values.add(block * BLOCK));
+            high.store_i8(row.values.add(block * BLOCK + LANES));
+            // Integers below 2²⁴: exact in f32.
+            let sum = low.add(high).sum();
+            *row.sums.add(block) = sum as i32;
+            *row.scales.add(block) = half::f16::from_f32(scale).to_f32();
+            *row.scaled_sums.add(block) = half::f16::from_f32(scale * sum).to_f32();
+        }
+    }
+}
+
+kernel! {
+    /// Quantizes one token's row.
+    ///
+    /// # Safety
+    /// `x` is readable for blocks · 32 values, `row` writable.
+    pub(crate) unsafe fn quantize_row(x: *const f32, row: QuantizedRow) = quantize_body
+}

@@ -1,0 +1,63 @@
+//! The header of a safetensors file, parsed by the format's own library, and the storage types we load of it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use forge_kernels::DType;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::error::{ModelError, Result};
+use crate::gguf::tensor_bytes;
+
+/// A tensor of the header: type, row-major shape, bytes within the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SafetensorsTensor {
+    /// Storage type.
+    pub dtype: DType,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Bytes within the file.
+    pub bytes: Range<usize>,
+}
+
+/// Parses the header of a whole file; `bytes` is usually a mapping, of which only the header's pages are touched.
+/// `wanted` says which tensors are needed: others may have any type and are left out.
+///
+/// # Errors
+/// [`ModelError::Malformed`] where header and file do not fit each other; [`ModelError::UnsupportedType`] where a
+/// wanted tensor is not F32, F16 or BF16.
+pub fn parse_header(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<String, SafetensorsTensor>> {
+    let malformed = |reason: String| ModelError::Malformed { format: "safetensors".to_owned(), reason };
+    // The library bounds the header, and checks that offsets follow each other without gaps up to the file's end.
+    let (header_bytes, metadata) = SafeTensors::read_metadata(bytes)
+        .map_err(|error| malformed(format!("{error}; the file is damaged or incomplete: download it again")))?;
+    let data_start = header_bytes + size_of::<u64>();
+    let mut tensors = BTreeMap::new();
+    for (name, info) in metadata.tensors() {
+        if !wanted(&name) {
+            continue;
+        }
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                return Err(ModelError::UnsupportedType {
+                    tensor: name,
+                    found: format!("{other:?}"),
+                    remedy: "take a checkpoint stored as F32, F16 or BF16, or a GGUF file".to_owned(),
+                });
+            }
+        };
+        let (start, end) = info.data_offsets;
+        if info.shape.contains(&0) || tensor_bytes(dtype, &info.shape) != end.checked_sub(start) {
+            return Err(malformed(format!("tensor {name:?} of {dtype} {:?} does not fit its {start}..{end} bytes", info.shape)));
+        }
+        let range = data_start + start..data_start + end;
+        if range.end > bytes.len() {
+            return Err(malformed(format!("tensor {name:?} ends beyond the file")));
+        }
+        tensors.insert(name, SafetensorsTensor { dtype, shape: info.shape.clone(), bytes: range });
+    }
+    Ok(tensors)
+}

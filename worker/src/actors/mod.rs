@@ -1,0 +1,14 @@
+//! The worker's actors: thin shells that carry out what the [`crate::agent::Agent`] core decides.
+//!
+//! ```text
+//! NodeActor ── drives Agent, supervises ──> ReplicaActor ── owns ──> engine thread ── steps ──> ranks
+//! ```
+//!
+//! A replica's death reaches the node as a supervision event and becomes an input of the core; there is no
+//! other path by which a replica is started, stopped or counted.
+
+mod node;
+mod replica;
+
+pub use node::{NodeActor, NodeArguments, NodeEvent, NodeMessage};
+pub use replica::{Launch, Launched, ReplicaActor, ReplicaArguments, ReplicaMessage, StopEngine};

@@ -1,0 +1,162 @@
+//! A model made ready to be placed: opened, checked, its tokenizer built, its memory known. No weight is loaded.
+
+use std::path::Path;
+
+use forge_kernels::KvDType;
+use forge_model::{DecoderOptions, GenerationDefaults, LoadMode, Model, Shard};
+use forge_shared::ids::Epoch;
+use forge_shared::link::DefaultSampling;
+use forge_shared::plan::ModelFacts;
+use forge_shared::spec::{self, KvCacheDtype, ModelServiceSpec};
+use forge_text::{GgufTokenizer, ModelText};
+
+use crate::WorkerError;
+
+/// Rows of logits computed at a time: enough to keep the head's product busy, few enough to stay small.
+const LOGITS_ROWS_MAX: usize = 64;
+
+/// See the module documentation.
+#[derive(Debug, Clone)]
+pub struct PreparedModel {
+    /// The opened checkpoint.
+    pub model: Model,
+    /// Tokenizer and chat template.
+    pub text: ModelText,
+    /// Numbers for placement, under the specification's settings.
+    pub facts: ModelFacts,
+    /// Content digest of the weights, part of the numerics id.
+    pub digest: String,
+    /// Whether to look for NaN while loading.
+    pub check_weights: bool,
+}
+
+impl PreparedModel {
+    /// Opens the model at `path` (a GGUF file or a Hugging Face folder) under a specification's settings.
+    ///
+    /// # Errors
+    /// What is wrong with the checkpoint, its tokenizer, its template, or a setting.
+    pub fn open(path: &Path, digest: &str, spec: &ModelServiceSpec) -> Result<Self, WorkerError> {
+        let model = Model::open(path, load_mode(spec.load))?;
+        let text = open_text(&model, path)?;
+        let text = match &spec.chat_template {
+            Some(file) => {
+                let source =
+                    std::fs::read_to_string(file).map_err(|source| WorkerError::Read { path: file.clone(), source })?;
+                text.with_chat_template(&source)?
+            }
+            None => text,
+        };
+        let mut prepared =
+            PreparedModel { facts: empty_facts(), model, text, digest: digest.to_owned(), check_weights: spec.check_weights };
+        prepared.facts = prepared.measure(spec)?;
+        Ok(prepared)
+    }
+
+    /// Options of the rank that holds everything.
+    pub fn decoder_options(&self, sizes: DecoderSizes) -> DecoderOptions {
+        DecoderOptions {
+            max_model_len: sizes.max_model_len,
+            block_size: sizes.block_size,
+            kv_blocks: sizes.kv_blocks,
+            kv_dtype: kv_dtype(sizes.kv_cache_dtype),
+            max_step_rows: sizes.max_step_tokens,
+            max_logits_rows: sizes.max_batch_size.min(LOGITS_ROWS_MAX),
+            shard: Shard::default(),
+            epoch: sizes.epoch,
+            weights_digest: self.digest.clone(),
+            scan_values: self.check_weights,
+        }
+    }
+
+    /// Sampling defaults of the checkpoint, as the gateway wants them.
+    pub fn default_sampling(&self) -> DefaultSampling {
+        let GenerationDefaults { temperature, top_k, top_p, min_p, repetition_penalty, .. } = *self.model.generation();
+        DefaultSampling { temperature, top_k, top_p, min_p, repetition_penalty }
+    }
+
+    fn measure(&self, spec: &ModelServiceSpec) -> Result<ModelFacts, WorkerError> {
+        let summary = self.model.summary();
+        // A context beyond the model's is refused by placement, with the nearest that fits; the sizes here only
+        // have to be valid.
+        let max_model_len = spec.max_model_len.unwrap_or(summary.context_length).min(summary.context_length);
+        let memory = self.model.memory(&self.decoder_options(DecoderSizes {
+            max_model_len,
+            block_size: spec.block_size,
+            kv_blocks: 1,
+            kv_cache_dtype: spec.kv_cache_dtype,
+            max_step_tokens: spec.max_step_tokens,
+            max_batch_size: spec.max_batch_size,
+            epoch: Epoch::default(),
+        }))?;
+        Ok(ModelFacts {
+            layers: self.model.architecture().layers,
+            context_length: summary.context_length,
+            weights_bytes: (memory.weights_bytes + memory.copied_bytes) as u64,
+            kv_slot_bytes: (memory.kv_block_bytes as u64).div_ceil(spec.block_size as u64),
+            workspace_bytes: (memory.workspace_bytes + memory.rope_bytes) as u64,
+        })
+    }
+}
+
+/// The sizes of a plan that a decoder needs.
+#[derive(Debug, Clone, Copy)]
+pub struct DecoderSizes {
+    /// Longest sequence.
+    pub max_model_len: usize,
+    /// Slots per KV block.
+    pub block_size: usize,
+    /// KV blocks.
+    pub kv_blocks: usize,
+    /// KV storage type.
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Most rows of a step.
+    pub max_step_tokens: usize,
+    /// Most sequences at once.
+    pub max_batch_size: usize,
+    /// Epoch of the plan.
+    pub epoch: Epoch,
+}
+
+fn empty_facts() -> ModelFacts {
+    ModelFacts { layers: 0, context_length: 0, weights_bytes: 0, kv_slot_bytes: 0, workspace_bytes: 0 }
+}
+
+/// The kernels' name of a KV type.
+pub fn kv_dtype(dtype: KvCacheDtype) -> KvDType {
+    match dtype {
+        KvCacheDtype::F32 => KvDType::F32,
+        KvCacheDtype::F16 => KvDType::F16,
+        KvCacheDtype::Bf16 => KvDType::BF16,
+    }
+}
+
+fn load_mode(mode: spec::LoadMode) -> LoadMode {
+    match mode {
+        spec::LoadMode::Mmap => LoadMode::Mmap,
+        spec::LoadMode::Eager => LoadMode::Eager,
+    }
+}
+
+fn open_text(model: &Model, path: &Path) -> Result<ModelText, WorkerError> {
+    let Some(data) = model.gguf_tokenizer()? else {
+        return Ok(ModelText::from_hugging_face_folder(path)?);
+    };
+    // Two plain structs of the same metadata: the reader knows no text crate, and the text crate no file format.
+    Ok(ModelText::from_gguf(&GgufTokenizer {
+        model: data.model,
+        pre: data.pre,
+        tokens: data.tokens,
+        token_types: data.token_types,
+        scores: data.scores,
+        merges: data.merges,
+        bos_id: data.bos_id,
+        eos_id: data.eos_id,
+        eot_id: data.eot_id,
+        unknown_id: data.unknown_id,
+        padding_id: data.padding_id,
+        add_bos_token: data.add_bos_token,
+        add_eos_token: data.add_eos_token,
+        add_space_prefix: data.add_space_prefix,
+        chat_template: data.chat_template,
+    })?)
+}

@@ -1,0 +1,143 @@
+//! Models that lie on this machine already: served in place, without a copy and without a manifest.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use crate::digest::{Digest, Hasher};
+use crate::error::{Result, StoreError};
+use crate::resolved::{ContentDigest, ResolvedModel};
+
+const SAMPLE_BYTES: u64 = 1 << 20;
+/// A model folder has tens of files; a home folder given by mistake has many more.
+const MAX_FILES: usize = 10_000;
+/// What a loader may read from a folder, by the end of its name.
+const PARTS: [&str; 6] = [".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"];
+
+/// Resolves a file or folder.
+///
+/// # Errors
+/// If there is nothing at the path, or the folder holds no weights or several GGUF files.
+pub(crate) fn resolve(name: String, path: &Path) -> Result<ResolvedModel> {
+    let path = fs::canonicalize(path).map_err(StoreError::io("find", path))?;
+    let metadata = fs::metadata(&path).map_err(StoreError::io("read", &path))?;
+    let (path, files) = if metadata.is_dir() { model_in_folder(path)? } else { (path.clone(), vec![path]) };
+    let (digest, size_bytes) = sample(&files)?;
+    Ok(ResolvedModel { name, path, digest: ContentDigest::Sampled(digest), size_bytes, manifest: None, _lease: None })
+}
+
+/// A folder in Hugging Face layout as it is; one with a single GGUF file and no config as that file.
+fn model_in_folder(folder: PathBuf) -> Result<(PathBuf, Vec<PathBuf>)> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
+        let path = entry.map_err(StoreError::io("read", &folder))?.path();
+        let is_part = path.file_name().is_some_and(|name| PARTS.iter().any(|end| name.to_string_lossy().ends_with(end)));
+        if is_part && path.is_file() {
+            files.push(path);
+        }
+        if files.len() > MAX_FILES {
+            break;
+        }
+    }
+    files.sort();
+    let refuse = |reason: String| Err(StoreError::NoUsableWeights { place: folder.display().to_string(), reason });
+    let ends = |end: &str| files.iter().filter(|path| path.to_string_lossy().ends_with(end)).count();
+    if files.len() > MAX_FILES {
+        return refuse(format!("it has more than {MAX_FILES} files, which is no model's folder"));
+    }
+    if ends("/config.json") == 1 && ends(".safetensors") > 0 {
+        return Ok((folder, files));
+    }
+    match (ends(".gguf"), ends(".safetensors")) {
+        (1, _) => {
+            files.retain(|path| path.extension().is_some_and(|end| end == "gguf"));
+            Ok((files[0].clone(), files))
+        }
+        (0, 0) => refuse("it holds neither safetensors nor GGUF files".into()),
+        (0, _) => refuse("it has safetensors but no config.json".into()),
+        _ => refuse("it holds several GGUF files; name the one to use".into()),
+    }
+}
+
+/// Digest over names, sizes, and the first and last MiB of each file, and the whole size.
+fn sample(files: &[PathBuf]) -> Result<(Digest, u64)> {
+    let mut hasher = Hasher::default();
+    let mut total = 0;
+    for path in files {
+        let io = |error| StoreError::Io { action: "read", path: path.clone(), error };
+        let mut file = File::open(path).map_err(io)?;
+        let size = file.metadata().map_err(io)?.len();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        hasher.update(format!("{}:{name}:{size}\n", name.len()).as_bytes());
+        let mut part = Vec::new();
+        (&mut file).take(SAMPLE_BYTES).read_to_end(&mut part).map_err(io)?;
+        hasher.update(&part);
+        part.clear();
+        // Where the two samples would overlap, the rest is all there is.
+        let last = size.saturating_sub(SAMPLE_BYTES).max(SAMPLE_BYTES.min(size));
+        file.seek(SeekFrom::Start(last)).map_err(io)?;
+        file.take(SAMPLE_BYTES).read_to_end(&mut part).map_err(io)?;
+        hasher.update(&part);
+        total += size;
+    }
+    Ok((hasher.finish().0, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(folder: &Path, name: &str, content: &[u8]) {
+        fs::write(folder.join(name), content).unwrap();
+    }
+
+    #[test]
+    fn folders_and_files_are_served_in_place() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path();
+        write(folder, "model.gguf", b"GGUF....");
+        write(folder, "README.md", b"x");
+        let model = resolve("m".into(), folder).unwrap();
+        assert!(model.path().ends_with("model.gguf"));
+        assert_eq!(model.size_bytes(), 8);
+        assert!(model.manifest().is_none());
+
+        write(folder, "config.json", b"{}");
+        write(folder, "model.safetensors", b"weights");
+        assert_eq!(resolve("m".into(), folder).unwrap().path(), fs::canonicalize(folder).unwrap());
+        assert!(resolve("m".into(), &folder.join("README.md")).unwrap().path().ends_with("README.md"));
+    }
+
+    #[test]
+    fn folders_without_one_model_are_refused() {
+        let home = tempfile::tempdir().unwrap();
+        let refusal = || resolve("m".into(), home.path()).unwrap_err().to_string();
+        assert!(refusal().contains("neither"));
+        write(home.path(), "a.safetensors", b"x");
+        assert!(refusal().contains("no config.json"));
+        write(home.path(), "a.gguf", b"x");
+        write(home.path(), "b.gguf", b"x");
+        assert!(refusal().contains("several GGUF"));
+        assert!(resolve("m".into(), &home.path().join("absent")).is_err());
+    }
+
+    #[test]
+    fn the_sampled_digest_sees_names_sizes_and_both_ends() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("m.gguf");
+        let digest = |content: &[u8]| {
+            fs::write(&path, content).unwrap();
+            resolve("m".into(), &path).unwrap().digest()
+        };
+        let mut content = vec![0u8; 3 << 20];
+        let base = digest(&content);
+        assert_eq!(base, digest(&content));
+        for place in [0, (3 << 20) - 1] {
+            content[place] = 1;
+            assert_ne!(base, digest(&content));
+            content[place] = 0;
+        }
+        assert_ne!(base, digest(&content[1..]));
+        assert_ne!(digest(b"ab"), digest(b"ba"));
+    }
+}
