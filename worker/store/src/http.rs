@@ -157,12 +157,6 @@ impl HttpClient {
         Err(StoreError::BadAnswer { host: host_of(get.url), reason: format!("it redirects more than {MAX_REDIRECTS} times") })
     }
 
-    /// As [`Self::send`], but an error status is an error.
-    pub(crate) fn send_ok(&self, get: &Get<'_>) -> Result<Answer> {
-        let answer = self.send(get)?;
-        if answer.status.is_success() { Ok(answer) } else { Err(status_error(&answer, get.what)) }
-    }
-
     /// Fetches a small document whole; passing errors of the server are retried twice.
     pub(crate) fn fetch_document(&self, get: &Get<'_>, limit_bytes: u64) -> Result<(Answer, Vec<u8>)> {
         let mut pause = Duration::from_millis(500);

@@ -21,9 +21,10 @@ use crate::progress::{PullEvent, PullProgress};
 use crate::resolved::ResolvedModel;
 use crate::source::{HubSource, ModelSource, PackageSource};
 use crate::store::Store;
+use crate::verify;
 use crate::wheel;
 
-/// How often a pull starts over because a removal took one of its files away.
+/// How often a pull starts over because one of its files was removed or found damaged meanwhile.
 const MAX_ROUNDS: usize = 3;
 
 /// One place to try.
@@ -82,7 +83,7 @@ impl Store {
         for _ in 0..MAX_ROUNDS {
             let manifest = self.deliver(&source, &key, options, progress)?;
             if self.commit(&manifest)?
-                && let Some(model) = self.open_stored(&key, progress)?
+                && let Some(model) = self.open_or_clear(&key, progress)?
             {
                 return Ok(done(model, progress));
             }
@@ -96,9 +97,10 @@ impl Store {
             Err(StoreError::Corrupt { name, file, reason }) => {
                 let text = format!("{name}: {file} {reason}; it is fetched again");
                 progress.event(PullEvent::Note { text });
-                let files = self.manifest(key)?.map_or(Vec::new(), |manifest| manifest.files);
-                for damaged in files.iter().filter(|one| one.path == file) {
-                    self.delete_blob(&damaged.sha256)?;
+                if let Some(manifest) = self.manifest(key)? {
+                    for damaged in verify::damaged(&self.layout, &manifest, progress)? {
+                        self.delete_blob(&damaged.sha256)?;
+                    }
                 }
                 Ok(None)
             }

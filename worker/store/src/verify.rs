@@ -47,6 +47,21 @@ pub(crate) fn verify(layout: &Layout, manifest: &Manifest, full: bool, progress:
     manifest.files.iter().try_for_each(|file| verify_file(layout, &manifest.name, file, full, progress))
 }
 
+/// The files of a model that are missing or differ.
+///
+/// # Errors
+/// Only if the disk cannot be read.
+pub(crate) fn damaged<'a>(layout: &Layout, manifest: &'a Manifest, progress: &dyn PullProgress) -> Result<Vec<&'a ManifestFile>> {
+    let mut found = Vec::new();
+    for file in &manifest.files {
+        match verify_file(layout, &manifest.name, file, true, progress) {
+            Err(StoreError::Corrupt { .. }) => found.push(file),
+            other => other?,
+        }
+    }
+    Ok(found)
+}
+
 fn verify_file(layout: &Layout, model: &str, file: &ManifestFile, full: bool, progress: &dyn PullProgress) -> Result<()> {
     let corrupt = |reason: String| Err(StoreError::Corrupt { name: model.into(), file: file.path.clone(), reason });
     let path = layout.blob(&file.sha256);
