@@ -182,12 +182,7 @@ unsafe fn score_chunk<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch: &
 /// # Safety
 /// As [`attention_body`].
 #[inline(always)]
-unsafe fn score_vectors<L: Lanes, E: Element, const K: usize>(
-    task: &AttentionTask<'_>,
-    scratch: &Scratch<E>,
-    position: usize,
-    end: usize,
-) {
+unsafe fn score_vectors<L: Lanes, E: Element, const K: usize>(task: &AttentionTask<'_>, scratch: &Scratch<E>, position: usize, end: usize) {
     // SAFETY: every vector begins below `end`; queries stay below `task.queries()`.
     unsafe {
         let mut keys = [std::ptr::null::<E>(); K];
@@ -448,13 +443,7 @@ unsafe fn weigh_tile<L: Lanes, E: Element, const Q: usize, const V: usize>(
 /// # Safety
 /// As [`attention_body`]; dim < head_dim < dim + 16.
 #[inline(always)]
-unsafe fn weigh_rest<L: Lanes, E: Element>(
-    task: &AttentionTask<'_>,
-    scratch: &Scratch<E>,
-    query: usize,
-    keys: (usize, usize),
-    dim: usize,
-) {
+unsafe fn weigh_rest<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch: &Scratch<E>, query: usize, keys: (usize, usize), dim: usize) {
     let count = task.head_dim - dim;
     // SAFETY: positions below keys.1 have blocks in the table.
     unsafe {

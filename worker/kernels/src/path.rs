@@ -29,9 +29,7 @@ impl CpuPath {
         match self {
             CpuPath::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            CpuPath::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-            }
+            CpuPath::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
             #[cfg(target_arch = "x86_64")]
             CpuPath::Avx512 => {
                 CpuPath::Avx2.is_supported()
@@ -58,12 +56,10 @@ impl CpuPath {
     pub fn choose(asked: Option<CpuPath>) -> Result<CpuPath> {
         let chosen = match (asked, std::env::var(PATH_VARIABLE)) {
             (Some(path), _) => path,
-            (None, Ok(name)) => CpuPath::ALL.into_iter().find(|path| path.to_string() == name).ok_or_else(|| {
-                KernelError::Unsupported {
-                    backend: "cpu",
-                    what: format!("{PATH_VARIABLE}={name}"),
-                    remedy: "use portable, avx2 or avx512, or unset it".into(),
-                }
+            (None, Ok(name)) => CpuPath::ALL.into_iter().find(|path| path.to_string() == name).ok_or_else(|| KernelError::Unsupported {
+                backend: "cpu",
+                what: format!("{PATH_VARIABLE}={name}"),
+                remedy: "use portable, avx2 or avx512, or unset it".into(),
             })?,
             (None, Err(_)) => CpuPath::fastest(),
         };

@@ -171,9 +171,7 @@ impl Shared {
 
     /// Enters the region if it is open.
     fn enter(&self) -> bool {
-        self.gate
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |gate| (gate & OPEN != 0).then_some(gate + 1))
-            .is_ok()
+        self.gate.fetch_update(Ordering::AcqRel, Ordering::Acquire, |gate| (gate & OPEN != 0).then_some(gate + 1)).is_ok()
     }
 
     /// Waits for the region after number `seen`; returns its number.

@@ -51,12 +51,7 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn from_i32(from: *const i32) -> Self {
-        unsafe {
-            Avx2(
-                _mm256_cvtepi32_ps(_mm256_loadu_si256(from.cast())),
-                _mm256_cvtepi32_ps(_mm256_loadu_si256(from.add(8).cast())),
-            )
-        }
+        unsafe { Avx2(_mm256_cvtepi32_ps(_mm256_loadu_si256(from.cast())), _mm256_cvtepi32_ps(_mm256_loadu_si256(from.add(8).cast()))) }
     }
 
     #[inline(always)]

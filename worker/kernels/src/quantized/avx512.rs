@@ -126,12 +126,6 @@ impl BlockDots for Avx512 {
     #[inline(always)]
     unsafe fn block_dots<F: Format, const M: usize>(weights: *const u8, stride: usize, tokens: TokenBlocks) -> [Self; M] {
         // SAFETY: the caller's contract.
-        unsafe {
-            if F::NIBBLES {
-                nibble_dots::<F, M>(weights, stride, tokens)
-            } else {
-                byte_dots::<F, M>(weights, stride, tokens)
-            }
-        }
+        unsafe { if F::NIBBLES { nibble_dots::<F, M>(weights, stride, tokens) } else { byte_dots::<F, M>(weights, stride, tokens) } }
     }
 }

@@ -143,12 +143,7 @@ unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>, scratch: *
     while row < task.rows.end {
         // The last tile of a matrix reaches back over rows that are not its own, and does not store them.
         let first_row = row.min(task.matrix.rows - LANES);
-        let tile = RowTile {
-            first_row,
-            first_lane: row - first_row,
-            end_lane: LANES.min(task.rows.end - first_row),
-            scales: scratch,
-        };
+        let tile = RowTile { first_row, first_lane: row - first_row, end_lane: LANES.min(task.rows.end - first_row), scales: scratch };
         row = first_row + tile.end_lane;
         // SAFETY: 16 rows from `first_row` exist; tokens stay below `task.tokens`.
         unsafe {

@@ -1,0 +1,199 @@
+//! One `linear` call: quantize the input once, cut all products into tasks over rows, run them in one region.
+//!
+//! How the rows are cut never shows in the results: every output is computed whole by one task.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use crate::dense::{DenseTask, dense_rows};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::lanes::LANES;
+use crate::memory::SharedPointer;
+use crate::path::CpuPath;
+use crate::pool::ThreadPool;
+use crate::quantize::{Activations, BLOCK, QuantizedRow, quantize_row};
+use crate::quantized::{ActivationView, MatrixView, Q4_0, Q4_1, Q8_0, QuantizedTask, quantized_rows, scratch_elements};
+use crate::weight::CpuWeight;
+
+/// Tasks per thread: enough that the slowest does not keep the others waiting, few enough to stay cheap.
+const TASKS_PER_THREAD: usize = 8;
+/// Most rows of a task.
+const MAX_TASK_ROWS: usize = 512;
+/// Tokens from which quantizing the input is worth a parallel region.
+const PARALLEL_TOKENS: usize = 16;
+
+/// One product, with its shapes already checked.
+pub(crate) struct CheckedProduct<'a> {
+    pub(crate) weight: &'a CpuWeight,
+    /// `weight.rows` values, readable for 16 more than the last whole tile needs (see [`bias_elements`]).
+    pub(crate) bias: Option<&'a [f32]>,
+    /// [tokens][width]
+    pub(crate) out: &'a mut [f32],
+    pub(crate) out_width: usize,
+}
+
+/// Elements a bias vector must have in memory for a weight of `rows` rows: kernels read 16 at once.
+pub(crate) fn bias_elements(rows: usize) -> usize {
+    rows.max(LANES)
+}
+
+/// The input of a call: [tokens][width].
+#[derive(Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) width: usize,
+    pub(crate) tokens: usize,
+}
+
+/// What a call runs on.
+pub(crate) struct Engine<'a> {
+    pub(crate) path: CpuPath,
+    pub(crate) pool: &'a ThreadPool,
+    pub(crate) activations: &'a mut Activations,
+}
+
+/// Rows of one product.
+struct Task {
+    product: usize,
+    rows: Range<usize>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Computes all products.
+pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &mut [CheckedProduct<'_>]) -> Result<()> {
+    if products.iter().any(|product| product.weight.dtype.is_quantized()) {
+        quantize_input(&engine.path, engine.pool, engine.activations, input)?;
+    }
+    let tasks = cut(products, engine.pool.threads());
+    let outputs: Vec<SharedPointer<f32>> = products.iter_mut().map(|product| SharedPointer::new(product.out)).collect();
+    let products = &*products;
+    let activations = &*engine.activations;
+    engine.pool.run(tasks.len(), |index| {
+        let task = &tasks[index];
+        let product = &products[task.product];
+        let out = outputs[task.product];
+        // SAFETY: shapes were checked; tasks have disjoint rows, so disjoint parts of `out`.
+        unsafe {
+            if product.weight.dtype.is_quantized() {
+                run_quantized(engine.path, product, task.rows.clone(), activations, input.tokens, out);
+            } else {
+                run_dense(engine.path, product, task.rows.clone(), input, out);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Cuts the products' rows, in multiples of 16, into about [`TASKS_PER_THREAD`] tasks per thread.
+fn cut(products: &[CheckedProduct<'_>], threads: usize) -> Vec<Task> {
+    let total: usize = products.iter().map(|product| product.weight.rows).sum();
+    let rows = total.div_ceil(threads * TASKS_PER_THREAD).next_multiple_of(LANES).min(MAX_TASK_ROWS);
+    let mut tasks = Vec::with_capacity(total / rows + products.len());
+    for (product, checked) in products.iter().enumerate() {
+        let mut start = 0;
+        while start < checked.weight.rows {
+            let end = checked.weight.rows.min(start + rows);
+            tasks.push(Task { product, rows: start..end });
+            start = end;
+        }
+    }
+    tasks
+}
+
+/// Quantizes all tokens, in parallel where there are many.
+fn quantize_input(path: &CpuPath, pool: &ThreadPool, activations: &mut Activations, input: Input<'_>) -> Result<()> {
+    activations.reserve(input.tokens, input.width)?;
+    debug_assert!(input.width.is_multiple_of(BLOCK), "checked by the caller");
+    let first: QuantizedRow = activations.row(0);
+    let quantize = |tokens: Range<usize>| {
+        for token in tokens {
+            // SAFETY: the token's row of x and of the activations exist; each token has one task.
+            unsafe { quantize_row(*path, input.x[token * input.width..].as_ptr(), first.offset(token)) };
+        }
+    };
+    if input.tokens < PARALLEL_TOKENS {
+        quantize(0..input.tokens);
+    } else {
+        let tasks = input.tokens.div_ceil(PARALLEL_TOKENS);
+        pool.run(tasks, |task| quantize(task * PARALLEL_TOKENS..input.tokens.min((task + 1) * PARALLEL_TOKENS)));
+    }
+    Ok(())
+}
+
+/// # Safety
+/// The product's shapes were checked; nobody else writes the rows of `out`.
+unsafe fn run_dense(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usize>, input: Input<'_>, out: SharedPointer<f32>) {
+    let weight = product.weight;
+    let task = DenseTask {
+        weight: weight.base(),
+        stride_bytes: weight.stride_bytes,
+        rows,
+        bounds: &weight.bounds,
+        merges: &weight.merges,
+        x: input.x.as_ptr(),
+        x_width: input.width,
+        tokens: input.tokens,
+        bias: product.bias.map(<[f32]>::as_ptr),
+        out: out.get(),
+        out_width: product.out_width,
+    };
+    // SAFETY: the caller's contract.
+    unsafe {
+        match weight.dtype {
+            DType::F16 => dense_rows::<half::f16>(path, task),
+            DType::BF16 => dense_rows::<half::bf16>(path, task),
+            _ => dense_rows::<f32>(path, task),
+        }
+    }
+}
+
+/// # Safety
+/// The product's shapes were checked and the activations are those of the input; nobody else writes the rows
+/// of `out`.
+unsafe fn run_quantized(
+    path: CpuPath,
+    product: &CheckedProduct<'_>,
+    rows: Range<usize>,
+    activations: &Activations,
+    tokens: usize,
+    out: SharedPointer<f32>,
+) {
+    let weight = product.weight;
+    let task = QuantizedTask {
+        matrix: MatrixView {
+            base: weight.base(),
+            stride: weight.stride_bytes,
+            rows: weight.stored_rows(),
+            blocks: activations.blocks,
+            leaf_ends: &weight.leaf_ends,
+            merges: &weight.merges,
+        },
+        rows,
+        activations: ActivationView {
+            values: activations.values.as_ptr(),
+            scales: activations.scales.as_ptr(),
+            scaled_sums: activations.scaled_sums.as_ptr(),
+            sums: activations.sums.as_ptr(),
+        },
+        tokens,
+        bias: product.bias.map(<[f32]>::as_ptr),
+        out: out.get(),
+        out_width: product.out_width,
+    };
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.resize(scratch.len().max(scratch_elements(activations.blocks)), 0);
+        let scratch = scratch.as_mut_ptr();
+        // SAFETY: the caller's contract; the scratch was just sized.
+        unsafe {
+            match weight.dtype {
+                DType::Q4_0 => quantized_rows::<Q4_0>(path, task, scratch),
+                DType::Q4_1 => quantized_rows::<Q4_1>(path, task, scratch),
+                _ => quantized_rows::<Q8_0>(path, task, scratch),
+            }
+        }
+    });
+}

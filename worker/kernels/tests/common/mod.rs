@@ -1,0 +1,141 @@
+//! Helpers of the integration tests: a small random generator, weights in every format, and plain references.
+
+#![allow(dead_code)]
+
+use std::sync::Arc;
+
+use forge_kernels::{Backend, CpuBackend, CpuBuffer, CpuOptions, CpuPath, CpuWeight, DType, MatrixSource, Product, Segments};
+use half::{bf16, f16};
+
+pub const DTYPES: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q4_1, DType::Q8_0];
+
+/// SplitMix64: small and repeatable.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// Roughly normal, deviation 1.
+    pub fn normal(&mut self) -> f32 {
+        let sum: f64 = (0..6).map(|_| (self.next() >> 11) as f64 / (1_u64 << 53) as f64).sum();
+        ((sum - 3.0) * std::f64::consts::SQRT_2) as f32
+    }
+
+    pub fn normals(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.normal()).collect()
+    }
+}
+
+/// Every supported path with 1 to 3 threads.
+pub fn backends() -> Vec<CpuBackend> {
+    let paths = CpuPath::ALL.into_iter().filter(|path| path.is_supported());
+    paths.flat_map(|path| (1..=3).map(move |threads| backend(path, threads))).collect()
+}
+
+pub fn backend(path: CpuPath, threads: usize) -> CpuBackend {
+    CpuBackend::new(CpuOptions { threads, path: Some(path) }).unwrap()
+}
+
+/// Random bytes of `rows` × `columns` in a format, with sensible scales.
+pub fn random_matrix(random: &mut Random, dtype: DType, rows: usize, columns: usize) -> Vec<u8> {
+    let blocks = rows * columns / dtype.block_elements();
+    let mut bytes = Vec::new();
+    for _ in 0..blocks {
+        match dtype {
+            DType::F32 => bytes.extend(random.normal().to_le_bytes()),
+            DType::F16 => bytes.extend(f16::from_f32(random.normal()).to_le_bytes()),
+            DType::BF16 => bytes.extend(bf16::from_f32(random.normal()).to_le_bytes()),
+            _ => {
+                bytes.extend(f16::from_f32(random.normal() * 0.1).to_le_bytes());
+                if dtype == DType::Q4_1 {
+                    bytes.extend(f16::from_f32(random.normal()).to_le_bytes());
+                }
+                let values = if dtype == DType::Q8_0 { 32 } else { 16 };
+                bytes.extend((0..values).map(|_| random.next() as u8));
+            }
+        }
+    }
+    bytes
+}
+
+/// A whole matrix as a source.
+pub fn source(bytes: Vec<u8>, dtype: DType, rows: usize, columns: usize, segments: Segments) -> MatrixSource {
+    MatrixSource {
+        name: "test".into(),
+        bytes: Arc::new(bytes),
+        offset: 0,
+        row_stride_bytes: dtype.row_bytes(columns).unwrap(),
+        rows,
+        columns,
+        dtype,
+        segments,
+    }
+}
+
+/// The matrix's values, by the format's definition.
+pub fn dequantize(bytes: &[u8], dtype: DType) -> Vec<f32> {
+    let half_at = |block: &[u8], at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    let nibbles = |block: &[u8]| -> Vec<f32> {
+        let low = block.iter().map(|byte| f32::from(byte & 15));
+        low.chain(block.iter().map(|byte| f32::from(byte >> 4))).collect()
+    };
+    bytes
+        .chunks_exact(dtype.block_bytes())
+        .flat_map(|block| -> Vec<f32> {
+            match dtype {
+                DType::F32 => vec![f32::from_le_bytes(block.try_into().unwrap())],
+                DType::F16 => vec![half_at(block, 0)],
+                DType::BF16 => vec![bf16::from_le_bytes([block[0], block[1]]).to_f32()],
+                DType::Q4_0 => nibbles(&block[2..]).iter().map(|q| (q - 8.0) * half_at(block, 0)).collect(),
+                DType::Q4_1 => nibbles(&block[4..]).iter().map(|q| q * half_at(block, 0) + half_at(block, 2)).collect(),
+                DType::Q8_0 => block[2..].iter().map(|&q| f32::from(q as i8) * half_at(block, 0)).collect(),
+            }
+        })
+        .collect()
+}
+
+/// A buffer holding `values`.
+pub fn buffer(backend: &CpuBackend, values: &[f32], width: usize) -> CpuBuffer {
+    let rows = values.len() / width;
+    let mut buffer = backend.buffer(rows, width).unwrap();
+    backend.write_rows(&mut buffer, 0..rows, values).unwrap();
+    buffer
+}
+
+/// The first `rows` rows.
+pub fn read(backend: &CpuBackend, buffer: &CpuBuffer, rows: usize) -> Vec<f32> {
+    let mut values = vec![0.0; rows * backend.width(buffer)];
+    backend.read_rows(buffer, 0..rows, &mut values).unwrap();
+    values
+}
+
+/// x · weightᵀ + bias through the backend.
+pub fn product(backend: &CpuBackend, weight: &CpuWeight, x: &[f32], rows: usize, out_width: usize, bias: Option<&[f32]>) -> Vec<f32> {
+    let x = buffer(backend, x, x.len() / rows);
+    let mut out = backend.buffer(rows, out_width).unwrap();
+    let bias = bias.map(|bias| backend.vector(bias).unwrap());
+    let mut products = [Product { weight, bias: bias.as_ref(), out: &mut out }];
+    backend.linear(&x, rows, &mut products).unwrap();
+    read(backend, &out, rows)
+}
+
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Largest difference relative to the largest magnitude of `expected`.
+pub fn relative_error(actual: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(actual.len(), expected.len());
+    let scale = expected.iter().fold(1e-30_f64, |scale, value| scale.max(value.abs()));
+    actual.iter().zip(expected).fold(0.0, |error: f64, (a, e)| error.max((f64::from(*a) - e).abs())) / scale
+}
