@@ -89,12 +89,23 @@ impl Layout {
     /// Moves a complete, synced file to its place among the blobs, read-only.
     pub(crate) fn install_blob(&self, from: &Path, digest: &Digest) -> Result<()> {
         let to = self.blob(digest);
-        let mut permissions = fs::metadata(from).map_err(StoreError::io("read", from))?.permissions();
-        permissions.set_readonly(true);
-        fs::set_permissions(from, permissions).map_err(StoreError::io("protect", from))?;
+        protect(from).map_err(StoreError::io("protect", from))?;
         fs::rename(from, &to).map_err(StoreError::io("rename", from))?;
         sync_parent(&to)
     }
+}
+
+/// Everybody may read a blob and nobody may write it: its name says what it contains.
+fn protect(path: &Path) -> std::io::Result<()> {
+    #[cfg(unix)]
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o444);
+    #[cfg(not(unix))]
+    let permissions = {
+        let mut permissions = fs::metadata(path)?.permissions();
+        permissions.set_readonly(true);
+        permissions
+    };
+    fs::set_permissions(path, permissions)
 }
 
 /// Writes a small file so that readers see the old content or the new, never a part.
