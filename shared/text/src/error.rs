@@ -38,6 +38,17 @@ pub enum TextError {
         /// The cap.
         limit_bytes: usize,
     },
+    /// The text holds more whitespace in a row than the tokenizer's expressions can cut rightly.
+    #[error(
+        "text has a run of {characters} whitespace characters, more than the limit of {limit}; \
+         shorten it"
+    )]
+    WhitespaceRun {
+        /// Characters of the longest run.
+        characters: usize,
+        /// The cap.
+        limit: usize,
+    },
     /// The tokenizer library refused to encode or decode.
     #[error("tokenizer failed to {action}: {reason}")]
     Tokenize {
@@ -79,6 +90,7 @@ impl TextError {
     pub fn is_request_error(&self) -> bool {
         match self {
             Self::TextTooLong { .. }
+            | Self::WhitespaceRun { .. }
             | Self::Stop(_)
             | Self::NoChatTemplate
             | Self::TemplateRaised(_)

@@ -13,6 +13,11 @@ use crate::{Result, TextError};
 /// Bytes of text that [`Tokenizer::encode`] takes unless told otherwise.
 pub const DEFAULT_MAX_TEXT_BYTES: usize = 8 << 20;
 
+/// Longest run of whitespace. `\s+(?!\S)`, part of most pre-tokenizers, makes the expression
+/// engine go back through a run; after a million steps it gives up and the library takes what is
+/// left for one word.
+const MAX_WHITESPACE_RUN: usize = 500_000;
+
 /// Text to token ids and back. Cheap to clone, usable from all threads.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -63,7 +68,7 @@ impl Tokenizer {
     /// `add_special` adds what the model wants around a text (BOS, EOS).
     ///
     /// # Errors
-    /// [`TextError::TextTooLong`], or the library's error.
+    /// [`TextError::TextTooLong`], [`TextError::WhitespaceRun`], or the library's error.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         self.encode_by(&self.inner.parts.library, text, add_special)
     }
@@ -73,7 +78,7 @@ impl Tokenizer {
     /// any other text (for text that must not be able to forge a turn).
     ///
     /// # Errors
-    /// [`TextError::TextTooLong`], or the library's error.
+    /// [`TextError::TextTooLong`], [`TextError::WhitespaceRun`], or the library's error.
     pub fn encode_with_special_parsing(&self, text: &str, allow_special: bool) -> Result<Vec<u32>> {
         if allow_special {
             return self.encode(text, false);
@@ -90,6 +95,7 @@ impl Tokenizer {
         if text.len() > self.max_text_bytes {
             return Err(TextError::TextTooLong { bytes: text.len(), limit_bytes: self.max_text_bytes });
         }
+        check_whitespace(text)?;
         let encoding =
             library.encode_fast(text, add_special).map_err(|error| TextError::Tokenize { action: "encode", reason: error.to_string() })?;
         if !add_special {
@@ -187,6 +193,18 @@ impl Tokenizer {
     pub(crate) fn decoding(&self) -> Decoding {
         self.inner.parts.decoding
     }
+}
+
+/// Refuses what [`MAX_WHITESPACE_RUN`] is about.
+fn check_whitespace(text: &str) -> Result<()> {
+    if text.len() <= MAX_WHITESPACE_RUN {
+        return Ok(());
+    }
+    let longest = text.split(|character: char| !character.is_whitespace()).map(|run| run.chars().count()).max().unwrap_or(0);
+    if longest > MAX_WHITESPACE_RUN {
+        return Err(TextError::WhitespaceRun { characters: longest, limit: MAX_WHITESPACE_RUN });
+    }
+    Ok(())
 }
 
 impl std::fmt::Debug for Tokenizer {

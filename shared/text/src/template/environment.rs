@@ -26,6 +26,7 @@ pub(super) fn compile(source: &str, limits: &TemplateLimits) -> Result<Environme
     environment.set_syntax(syntax);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_formatter(python::format);
     environment.set_unknown_method_callback(python::call_method);
     environment.add_function("raise_exception", raise_exception);
     environment.add_filter("tojson", json::tojson);

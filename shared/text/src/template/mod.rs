@@ -135,6 +135,9 @@ impl ChatTemplate {
                 reason: "it cannot be combined with add_generation_prompt".to_string(),
             });
         }
+        if !self.source.contains("content") {
+            return Err(not_continuable());
+        }
         let ending = content::mark_final_message(&mut messages, CONTINUE_MARK)?;
         let rendered = self.render_messages(&messages, request)?;
         cut_at_mark(rendered, &ending)
@@ -191,14 +194,18 @@ impl ChatTemplate {
     }
 }
 
+fn not_continuable() -> TextError {
+    TextError::InvalidRequest {
+        field: "continue_final_message".to_string(),
+        reason: "the chat template does not keep the last message's text".to_string(),
+    }
+}
+
 /// Ends a prompt inside its last message. Where the template trims content, so does this.
 fn cut_at_mark(mut rendered: String, ending: &str) -> Result<String> {
     let mark = CONTINUE_MARK.trim_end();
     let Some(place) = rendered.rfind(mark).filter(|_| rendered.contains(ending.trim())) else {
-        return Err(TextError::InvalidRequest {
-            field: "continue_final_message".to_string(),
-            reason: "the chat template does not keep the last message's text".to_string(),
-        });
+        return Err(not_continuable());
     };
     let kept = rendered[place..].starts_with(CONTINUE_MARK);
     rendered.truncate(place);

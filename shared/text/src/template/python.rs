@@ -1,7 +1,23 @@
-//! Python string methods and tests that templates use beyond what the engine brings.
+//! Where Python differs from the engine: printing, string methods and tests that templates use.
 
 use minijinja::value::{Value, ValueKind};
-use minijinja::{Error, ErrorKind, State};
+use minijinja::{Error, ErrorKind, Output, State, escape_formatter};
+
+use super::json::python_float;
+
+/// Writes a value as Python prints it.
+pub(super) fn format(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    super::output::check_deadline(state)?;
+    if value.kind() == ValueKind::Number
+        && !value.is_integer()
+        && let Ok(number) = f64::try_from(value.clone())
+        && number.is_finite()
+    {
+        out.write_str(&python_float(number))?;
+        return Ok(());
+    }
+    escape_formatter(out, state, value)
+}
 
 /// Methods of values: those of Python strings that are missing in the engine's own set, then
 /// that set.
@@ -22,6 +38,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
             .ok_or_else(|| Error::new(ErrorKind::MissingArgument, format!("{method} needs a string as argument {}", place + 1)))
     };
     Ok(Some(match method {
+        "title" => title(text).into(),
         "removeprefix" => {
             let prefix = argument(0)?;
             text.strip_prefix(prefix).unwrap_or(text).into()
@@ -49,8 +66,23 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
     }))
 }
 
-fn parts(parts: [&str; 3]) -> Value {
-    parts.into_iter().collect()
+/// Letters behind anything but a letter are capital, all others small.
+fn title(text: &str) -> String {
+    let mut result = String::with_capacity(text.len());
+    let mut in_word = false;
+    for character in text.chars() {
+        if in_word {
+            result.extend(character.to_lowercase());
+        } else {
+            result.extend(character.to_uppercase());
+        }
+        in_word = character.is_alphabetic();
+    }
+    result
+}
+
+fn parts([before, separator, after]: [&str; 3]) -> Value {
+    (before, separator, after).into()
 }
 
 fn non_empty(separator: &str) -> Result<&str, Error> {

@@ -1,0 +1,197 @@
+//! Chat templates against `transformers` (`tests/fixtures/text/templates.json`), and within bounds.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use common::{fixture, fixture_path};
+use forge_text::{ChatRender, ChatTemplate, ContentFormat, TemplateLimits, TextError};
+use serde_json::{Value, json};
+
+fn special_tokens() -> BTreeMap<String, String> {
+    serde_json::from_value(fixture("templates.json")["special_tokens"].clone()).unwrap()
+}
+
+fn template(name: &str) -> ChatTemplate {
+    let path = fixture_path(&format!("templates/{name}.jinja"));
+    ChatTemplate::new(&std::fs::read_to_string(path).unwrap(), special_tokens()).unwrap()
+}
+
+fn compile(source: &str) -> ChatTemplate {
+    ChatTemplate::new(source, special_tokens()).unwrap()
+}
+
+fn render(source: &str, messages: &[Value]) -> Result<String, TextError> {
+    compile(source).render(&ChatRender { messages, ..ChatRender::default() })
+}
+
+fn render_case(template: &ChatTemplate, case: &Value, now: i64) -> Result<String, TextError> {
+    let flag = |name: &str| case[name].as_bool().unwrap_or(false);
+    template.render(&ChatRender {
+        messages: case["messages"].as_array().unwrap(),
+        tools: case["tools"].as_array().map(Vec::as_slice),
+        documents: None,
+        add_generation_prompt: flag("add_generation_prompt"),
+        continue_final_message: flag("continue_final_message"),
+        now_unix_seconds: now,
+        variables: case["variables"].as_object(),
+    })
+}
+
+/// Whether some message's content is of the kind that this template is not given as it stands.
+fn is_converted(template: &ChatTemplate, case: &Value) -> bool {
+    let mut contents = case["messages"].as_array().unwrap().iter().map(|m| &m["content"]);
+    match template.content_format() {
+        ContentFormat::String => contents.any(Value::is_array),
+        ContentFormat::Parts => contents.any(Value::is_string),
+        ContentFormat::Both => false,
+    }
+}
+
+#[test]
+fn prompts_are_those_of_transformers() {
+    let golden = fixture("templates.json");
+    let now = golden["now"].as_i64().unwrap();
+    let mut compared = 0;
+    for (name, results) in golden["results"].as_object().unwrap() {
+        let template = template(name);
+        for (case, expected) in golden["cases"].as_array().unwrap().iter().zip(results.as_array().unwrap()) {
+            if is_converted(&template, case) {
+                continue;
+            }
+            compared += 1;
+            let rendered = render_case(&template, case, now);
+            match expected["error"].as_str() {
+                None => assert_eq!(rendered.as_deref(), Ok(expected["text"].as_str().unwrap()), "{name}: {case}"),
+                Some("TemplateError") => {
+                    let message = expected["message"].as_str().unwrap().to_string();
+                    assert_eq!(rendered, Err(TextError::TemplateRaised(message)), "{name}: {case}");
+                }
+                Some(error) => {
+                    let ours = rendered.expect_err(&format!("{name}: {error}: {case}"));
+                    assert!(ours.is_request_error(), "{ours}");
+                }
+            }
+        }
+    }
+    assert!(compared > 150, "{compared} renderings compared");
+}
+
+#[test]
+fn the_content_format_is_found_and_content_brought_into_it() {
+    for (name, format) in [
+        ("smollm2", ContentFormat::String),
+        ("chatml", ContentFormat::String),
+        ("header_ids", ContentFormat::String),
+        ("inst", ContentFormat::String),
+        ("think", ContentFormat::String),
+        ("turns", ContentFormat::Both),
+        ("parts", ContentFormat::Parts),
+    ] {
+        assert_eq!(template(name).content_format(), format, "{name}");
+    }
+    let parts = [json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})];
+    assert_eq!(render("{{ messages[0].content }}", &parts).unwrap(), "a\nb");
+    let string = [json!({"role": "user", "content": "a"})];
+    let source = "{% for p in messages[0].content %}{{ p.type }}:{{ p.text }}{% endfor %}";
+    assert_eq!(render(source, &string).unwrap(), "text:a");
+}
+
+#[test]
+fn messages_of_the_wrong_shape_are_refused_by_name() {
+    for (message, field) in [
+        (json!("hi"), "messages[0]"),
+        (json!({"role": "user", "content": 3}), "messages[0].content"),
+        (json!({"role": "user", "content": [{"type": "image_url"}]}), "messages[0].content[0].type"),
+        (json!({"role": "user", "content": [{}]}), "messages[0].content[0].type"),
+        (json!({"role": "user", "content": ["a"]}), "messages[0].content[0].type"),
+        (json!({"role": "user", "content": [{"type": "text", "text": 1}]}), "messages[0].content[0].text"),
+    ] {
+        match render("{{ messages[0].content }}", &[message]) {
+            Err(TextError::InvalidRequest { field: found, .. }) => assert_eq!(found, field),
+            other => panic!("{field}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn reserved_variables_are_refused() {
+    let variables = json!({"messages": []});
+    let error = compile("{{ messages }}").render(&ChatRender { variables: variables.as_object(), ..ChatRender::default() }).unwrap_err();
+    assert!(error.to_string().contains("chat_template_kwargs.messages"), "{error}");
+}
+
+#[test]
+fn continuing_needs_a_message_that_the_template_keeps() {
+    let request = |messages| ChatRender { messages, continue_final_message: true, ..ChatRender::default() };
+    let messages = [json!({"role": "assistant", "content": "1, 2"})];
+    let kept = compile("{{ messages[0].content }}<end>");
+    assert_eq!(kept.render(&request(&messages)).unwrap(), "1, 2");
+    assert!(kept.render(&request(&[])).is_err());
+    let without_text = [json!({"role": "assistant"})];
+    assert!(kept.render(&request(&without_text)).is_err());
+    assert!(compile("nothing").render(&request(&messages)).is_err());
+    let both = ChatRender { add_generation_prompt: true, ..request(&messages) };
+    assert!(kept.render(&both).is_err());
+}
+
+#[test]
+fn the_clock_is_an_argument() {
+    let template = compile("{{ strftime_now('%Y-%m-%d %H:%M') }}");
+    let at = |now_unix_seconds| template.render(&ChatRender { now_unix_seconds, ..ChatRender::default() });
+    assert_eq!(at(0).unwrap(), "1970-01-01 00:00");
+    assert_eq!(at(1_753_000_000).unwrap(), "2025-07-20 08:26");
+    assert!(at(i64::MAX).is_err());
+}
+
+#[test]
+fn broken_templates_are_refused_when_compiled() {
+    for source in ["{{", "{% if %}", "{% for x in %}", "{% endfor %}", "{{ x | no_such_filter }}"] {
+        let compiled = ChatTemplate::new(source, BTreeMap::new());
+        let failed = match compiled {
+            Err(error) => matches!(error, TextError::TemplateInvalid(_)),
+            Ok(template) => template.render(&ChatRender::default()).is_err(),
+        };
+        assert!(failed, "{source}");
+    }
+    let large = "x".repeat((1 << 20) + 1);
+    assert!(matches!(ChatTemplate::new(&large, BTreeMap::new()), Err(TextError::TemplateInvalid(_))));
+}
+
+#[test]
+fn templates_cannot_run_away() {
+    let limits = TemplateLimits { fuel: 100_000, recursion: 50, output_bytes: 1 << 16, time: Duration::from_secs(20) };
+    let ended_by = |source: &str, limits: TemplateLimits| match compile(source).with_limits(limits).render(&ChatRender::default()) {
+        Err(TextError::TemplateLimit(limit)) => limit,
+        other => panic!("{source}: {other:?}"),
+    };
+    let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}";
+    assert_eq!(ended_by(loops, limits), "100000 instructions");
+    let output = "{% for a in range(9999) %}{{ 'x' * 1000 }}{% endfor %}";
+    assert_eq!(ended_by(output, limits), "65536 bytes of output");
+    let recursion = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}";
+    assert_eq!(ended_by(recursion, limits), "50 nested calls");
+    let time = TemplateLimits { time: Duration::ZERO, ..limits };
+    assert_eq!(ended_by("{{ 'x' }}", time), "time");
+    assert_eq!(ended_by("{% set x = 'x'.strip() %}", time), "time");
+}
+
+#[test]
+fn templates_reach_no_files_and_no_other_templates() {
+    for source in ["{% include 'a' %}", "{% extends '/etc/passwd' %}", "{% import 'a' as a %}", "{{ open('/etc/passwd') }}"] {
+        let result = ChatTemplate::new(source, BTreeMap::new()).and_then(|template| template.render(&ChatRender::default()));
+        assert!(result.is_err(), "{source}: {result:?}");
+    }
+}
+
+#[test]
+fn json_nested_deep_is_refused_or_rendered() {
+    let mut value = json!("x");
+    for _ in 0..120 {
+        value = json!([value]);
+    }
+    let messages = [json!({"role": "user", "content": "a", "extra": value})];
+    let text = render("{{ messages[0].extra | tojson }}", &messages).unwrap();
+    assert_eq!(text.matches('[').count(), 120);
+}
