@@ -1,1 +1,10 @@
-//! Cross-crate suites: see the files beside this one.
+//! What the cross-crate suites and the examples share: running a model over given tokens, and the golden file of
+//! llama.cpp's answers.
+//!
+//! It is no part of the product. The suites are the files beside `src`.
+
+mod golden;
+mod rows;
+
+pub use golden::{Document, GreedyCase, LlamaGolden};
+pub use rows::{CpuDecoder, log_softmax, open_decoder, teacher_forced_logits, top_two};

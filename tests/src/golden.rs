@@ -1,0 +1,62 @@
+//! `tests/fixtures/parity/smollm2_greedy.json`, written by `tests/parity/make_golden.py`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+/// llama.cpp's answers on one model file.
+#[derive(Debug, Deserialize)]
+pub struct LlamaGolden {
+    /// Digest of the model file, hexadecimal.
+    pub model_sha256: String,
+    /// Engine, version and settings.
+    pub made_by: String,
+    /// Greedy answers.
+    pub cases: Vec<GreedyCase>,
+    /// A text scored token by token.
+    pub document: Document,
+}
+
+/// One prompt and its greedy answer.
+#[derive(Debug, Deserialize)]
+pub struct GreedyCase {
+    /// Name, for messages.
+    pub name: String,
+    /// Prompt token ids.
+    pub prompt: Vec<u32>,
+    /// Answer token ids; end tokens did not stop it.
+    pub tokens: Vec<u32>,
+    /// Distance of the two largest logits at each token of the answer.
+    pub gaps: Vec<f32>,
+    /// At some positions of the answer, the most likely ids with their log-probabilities.
+    #[serde(default)]
+    pub leading: BTreeMap<usize, Vec<(u32, f64)>>,
+}
+
+/// A text and the log-probability of each of its tokens but the first.
+#[derive(Debug, Deserialize)]
+pub struct Document {
+    /// Token ids.
+    pub tokens: Vec<u32>,
+    /// Natural logarithms, one less than tokens.
+    pub logprobs: Vec<f64>,
+}
+
+impl LlamaGolden {
+    /// Reads the committed file and checks that its lists fit each other.
+    ///
+    /// # Errors
+    /// The file is missing or malformed.
+    pub fn read() -> Result<Self> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/parity/smollm2_greedy.json");
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let golden: LlamaGolden = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        for case in &golden.cases {
+            ensure!(!case.prompt.is_empty() && case.tokens.len() == case.gaps.len(), "case {} does not fit itself", case.name);
+        }
+        ensure!(golden.document.tokens.len() == golden.document.logprobs.len() + 1, "the document does not fit itself");
+        Ok(golden)
+    }
+}
