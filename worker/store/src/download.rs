@@ -74,6 +74,7 @@ struct Transfer<'a> {
     out: File,
     hasher: Hasher,
     etag: Option<String>,
+    sha256: Option<Digest>,
     total_bytes: Option<u64>,
 }
 
@@ -211,7 +212,7 @@ impl<'a> Transfer<'a> {
         } else {
             out.set_len(0).map_err(StoreError::io("write", path))?;
         }
-        Ok(Self { file, path, out, hasher, etag: note.etag, total_bytes: file.size_bytes })
+        Ok(Self { file, path, out, hasher, etag: note.etag, sha256: file.sha256, total_bytes: file.size_bytes })
     }
 
     fn is_complete(&self) -> bool {
@@ -260,6 +261,7 @@ impl<'a> Transfer<'a> {
             return Err(self.mismatch("size", expected.to_string(), found.to_string()));
         }
         self.total_bytes = self.file.size_bytes.or(total);
+        self.sha256 = self.sha256.or(answer.linked_sha256);
         // A weak tag may cover different bytes, so it cannot guard a resume.
         self.etag = answer.header(header::ETAG).filter(|tag| !tag.starts_with("W/")).map(Into::into);
         write_note(self.path, &PartialNote { etag: self.etag.clone() })?;
@@ -304,7 +306,7 @@ impl<'a> Transfer<'a> {
         self.out.sync_all().map_err(|error| disk::write_error(error, self.path, 0, true))?;
         let _ = std::fs::remove_file(note_path(self.path));
         let (sha256, size_bytes) = self.hasher.clone().finish();
-        match self.file.sha256 {
+        match self.sha256 {
             Some(expected) if expected != sha256 => Err(self.mismatch("sha256", expected.to_string(), sha256.to_string())),
             _ => Ok(Fetched { sha256, size_bytes }),
         }

@@ -7,15 +7,16 @@
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ureq::http::{HeaderMap, StatusCode, header};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use url::Url;
 
+use crate::digest::Digest;
 use crate::error::{Result, StoreError};
-use crate::options::{PullOptions, Secret};
+use crate::options::{PullOptions, Secret, Waits};
 use crate::progress::CancelFlag;
 use crate::source::{check_scheme, is_loopback};
 
@@ -77,6 +78,9 @@ pub(crate) struct Answer {
     pub(crate) headers: HeaderMap,
     pub(crate) host: String,
     pub(crate) url: Url,
+    /// Digest of the whole file as the host that was asked first names it, before redirecting to
+    /// where the bytes are (`X-Linked-ETag` of the hub).
+    pub(crate) linked_sha256: Option<Digest>,
     body: ureq::Body,
 }
 
@@ -95,10 +99,17 @@ impl Answer {
 /// second source on the same dead host costs no second wait.
 pub(crate) struct HttpClient {
     agent: ureq::Agent,
-    connect: Duration,
-    stall: Duration,
+    waits: Waits,
     cancel: CancelFlag,
-    unreachable: Mutex<HashMap<String, String>>,
+    hosts: Mutex<HashMap<String, Host>>,
+}
+
+/// What is known of a host from this pull.
+enum Host {
+    /// It answered once, so a later failure is passing.
+    Answered,
+    /// It could not be reached, for this reason.
+    Unreachable(String),
 }
 
 impl HttpClient {
@@ -118,16 +129,10 @@ impl HttpClient {
             .timeout_connect(Some(waits.connect))
             .timeout_per_read(Some(waits.stall))
             .timeout_per_write(Some(waits.stall))
-            .timeout_recv_response(Some(waits.stall))
+            .timeout_recv_response(Some(waits.answer))
             .user_agent(concat!("forge/", env!("CARGO_PKG_VERSION")))
             .build();
-        Ok(Self {
-            agent: config.into(),
-            connect: waits.connect,
-            stall: waits.stall,
-            cancel: options.cancel.clone(),
-            unreachable: Mutex::default(),
-        })
+        Ok(Self { agent: config.into(), waits, cancel: options.cancel.clone(), hosts: Mutex::default() })
     }
 
     /// Interrupts requests in flight and refuses new ones.
@@ -138,6 +143,7 @@ impl HttpClient {
     /// Sends a GET and follows redirects; the status is the caller's to judge.
     pub(crate) fn send(&self, get: &Get<'_>) -> Result<Answer> {
         let mut url = get.url.clone();
+        let mut linked_sha256 = None;
         for _ in 0..=MAX_REDIRECTS {
             self.cancel.check()?;
             check_scheme(&url).map_err(|reason| StoreError::BadAnswer {
@@ -145,9 +151,12 @@ impl HttpClient {
                 reason: format!("it leads to an address that is refused: {reason}"),
             })?;
             let answer = self.send_once(get, &url)?;
+            if url.origin() == get.url.origin() {
+                linked_sha256 = linked_sha256.or_else(|| linked_digest(&answer));
+            }
             let target = match answer.status.as_u16() {
                 301 | 302 | 303 | 307 | 308 => answer.header(header::LOCATION),
-                _ => return Ok(answer),
+                _ => return Ok(Answer { linked_sha256, ..answer }),
             };
             url = target.and_then(|target| url.join(target).ok()).ok_or_else(|| StoreError::BadAnswer {
                 host: answer.host.clone(),
@@ -195,7 +204,7 @@ impl HttpClient {
                 .and_then(|inner| inner.downcast_ref::<ureq::Error>())
                 .is_some_and(|inner| matches!(inner, ureq::Error::Timeout(_)));
         let reason = if timed_out {
-            format!("sent nothing for {} s", self.stall.as_secs_f32())
+            format!("sent nothing for {} s", self.waits.stall.as_secs_f32())
         } else {
             format!("broke the transfer off ({error})")
         };
@@ -204,7 +213,7 @@ impl HttpClient {
 
     fn send_once(&self, get: &Get<'_>, url: &Url) -> Result<Answer> {
         let host = host_of(url);
-        if let Some(reason) = self.unreachable_hosts().get(&host) {
+        if let Some(Host::Unreachable(reason)) = self.hosts().get(&host) {
             return Err(StoreError::Network { host, reason: format!("{reason} (a moment ago)") });
         }
         let mut request = self.agent.get(url.as_str());
@@ -227,8 +236,9 @@ impl HttpClient {
         }
         match config.build().call() {
             Ok(response) => {
+                self.hosts().insert(host.clone(), Host::Answered);
                 let (parts, body) = response.into_parts();
-                Ok(Answer { status: parts.status, headers: parts.headers, host, url: url.clone(), body })
+                Ok(Answer { status: parts.status, headers: parts.headers, host, url: url.clone(), linked_sha256: None, body })
             }
             Err(error) => Err(self.request_error(host, error)),
         }
@@ -241,9 +251,13 @@ impl HttpClient {
         let (reason, unreachable) = match error {
             ureq::Error::HostNotFound => ("could not be found (name lookup failed)".into(), true),
             ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect) => {
-                (format!("did not answer within {} s", self.connect.as_secs_f32()), true)
+                (format!("did not answer within {} s", self.waits.connect.as_secs_f32()), true)
             }
-            ureq::Error::Timeout(_) => (format!("sent nothing for {} s", self.stall.as_secs_f32()), false),
+            ureq::Error::Timeout(kind) => {
+                let per_read = matches!(kind, ureq::Timeout::PerRead);
+                let waited = if per_read { self.waits.stall } else { self.waits.answer };
+                (format!("did not answer within {} s", waited.as_secs_f32()), true)
+            }
             ureq::Error::Io(error) => match error.kind() {
                 std::io::ErrorKind::ConnectionRefused => ("refused the connection".into(), true),
                 _ => (format!("could not be reached ({error})"), true),
@@ -253,16 +267,23 @@ impl HttpClient {
             }
             other => (format!("could not be asked ({other})"), false),
         };
-        if unreachable {
-            self.unreachable_hosts().insert(host.clone(), reason.clone());
+        let mut hosts = self.hosts();
+        if unreachable && !matches!(hosts.get(&host), Some(Host::Answered)) {
+            hosts.insert(host.clone(), Host::Unreachable(reason.clone()));
         }
+        drop(hosts);
         StoreError::Network { host, reason }
     }
 
-    fn unreachable_hosts(&self) -> std::sync::MutexGuard<'_, HashMap<String, String>> {
-        // A map of strings is whole even if another thread panicked while holding it.
-        self.unreachable.lock().unwrap_or_else(PoisonError::into_inner)
+    fn hosts(&self) -> MutexGuard<'_, HashMap<String, Host>> {
+        // The map is whole even if another thread panicked while holding it.
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn linked_digest(answer: &Answer) -> Option<Digest> {
+    let tag = answer.headers.get("x-linked-etag")?.to_str().ok()?;
+    tag.trim_matches('"').parse().ok()
 }
 
 /// Host and port as they are shown to the user: never with credentials.

@@ -59,6 +59,21 @@ impl Layout {
         self.root.join(format!("partial/{key}"))
     }
 
+    /// Deletes what unpacking a wheel left behind when its process was killed. The wheel's
+    /// transfer lock is held by the caller.
+    pub(crate) fn delete_leftovers(&self, wheel: &Digest) -> Result<()> {
+        let folder = self.partial_folder();
+        let prefix = extract_prefix(wheel);
+        for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
+            let path = entry.map_err(StoreError::io("read", &folder))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with(&prefix) {
+                fs::remove_file(&path).map_err(StoreError::io("delete", &path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// What a package's wheel was found to hold.
     pub(crate) fn wheel_note(&self, wheel: &Digest) -> PathBuf {
         self.root.join(format!("partial/{wheel}.wheel.json"))
@@ -93,6 +108,11 @@ impl Layout {
         fs::rename(from, &to).map_err(StoreError::io("rename", from))?;
         sync_parent(&to)
     }
+}
+
+/// Start of the names of files being unpacked from a wheel.
+pub(crate) fn extract_prefix(wheel: &Digest) -> String {
+    format!("{wheel}.extract-")
 }
 
 /// Everybody may read a blob and nobody may write it: its name says what it contains.

@@ -60,7 +60,9 @@ pub struct PullOptions {
 pub struct Waits {
     /// For name lookup and connection, each.
     pub connect: Duration,
-    /// For the next byte of an answer.
+    /// For the head of an answer.
+    pub answer: Duration,
+    /// For the next byte of its body.
     pub stall: Duration,
     /// Number of times a broken transfer is resumed without any progress in between.
     pub retries: u32,
@@ -74,6 +76,7 @@ impl Default for Waits {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(5),
+            answer: Duration::from_secs(10),
             stall: Duration::from_secs(30),
             retries: 5,
             first_pause: Duration::from_millis(500),

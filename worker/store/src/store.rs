@@ -167,6 +167,32 @@ impl Store {
         Ok(Removed { name: key, freed_bytes })
     }
 
+    /// Deletes what interrupted pulls left behind, except what is being fetched right now. Returns
+    /// the bytes given back; those pulls start over.
+    ///
+    /// # Errors
+    /// If a file cannot be deleted.
+    pub fn discard_partials(&self) -> Result<u64> {
+        let folder = self.layout.partial_folder();
+        let mut freed_bytes = 0;
+        for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
+            let path = entry.map_err(StoreError::io("read", &folder))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            // Every name there begins with the digest its transfer lock is named by.
+            let Some(Ok(key)) = name.get(..64).map(str::parse::<Digest>) else { continue };
+            let Some(_transfer) = lock::try_exclusive(&self.layout.transfer_lock(&key))? else {
+                continue;
+            };
+            let size = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+            match fs::remove_file(&path) {
+                Ok(()) => freed_bytes += size,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(StoreError::io("delete", path)(error)),
+            }
+        }
+        Ok(freed_bytes)
+    }
+
     /// The name under which a text's model is stored: its canonical form, or the text itself where
     /// the catalogue no longer knows an alias that was pulled.
     fn stored_key(&self, name: &str) -> Result<String> {

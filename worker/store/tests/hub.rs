@@ -128,7 +128,7 @@ fn a_server_without_ranges_starts_over_and_a_stalled_one_is_left() {
     server.put_repo("org/m", &[("m.gguf", &body)]);
     let path = server.resolve_path("org/m", "m.gguf");
     let stall = Fault::StallAfter(100_000, Duration::from_secs(3));
-    server.with_faults(&path, vec![stall, Fault::IgnoreRange]);
+    server.with_faults(&path, vec![stall, Fault::StartOver(usize::MAX)]);
     let bench = Bench::new(&server);
     let recorder = Recorder::default();
     let model = bench.store().pull("org/m", &bench.options, &recorder).unwrap();
@@ -142,12 +142,46 @@ fn a_server_that_always_breaks_at_the_same_place_is_given_up_on() {
     let body = weights(300_000);
     server.put_repo("org/m", &[("m.gguf", &body)]);
     let path = server.resolve_path("org/m", "m.gguf");
-    // Every second answer ignores the range, so each round trip begins from nothing.
-    server.with_faults(&path, vec![Fault::CutAfter(0); 40]);
+    // Each connection brings bytes, but never one that was not there before.
+    server.with_faults(&path, vec![Fault::StartOver(100_000); 40]);
     let bench = Bench::new(&server);
     let error = bench.store().pull("org/m", &bench.options, &Silent).unwrap_err().to_string();
-    assert!(error.contains("closed the connection") || error.contains("broke the transfer off"), "{error}");
+    assert!(error.contains("100000") || error.contains("broke the transfer off"), "{error}");
     assert_eq!(server.seen(&path).len(), 4, "the first and three retries");
+}
+
+#[test]
+fn a_server_that_is_away_for_a_moment_is_waited_for() {
+    let server = Server::start();
+    let body = weights(300_000);
+    server.put_repo("org/m", &[("m.gguf", &body)]);
+    let path = server.resolve_path("org/m", "m.gguf");
+    server.with_faults(&path, vec![Fault::GoAway(100_000, Duration::from_millis(300))]);
+    let mut bench = Bench::new(&server);
+    bench.options.waits.retries = 10;
+    let recorder = Recorder::default();
+    let model = bench.store().pull("org/m", &bench.options, &recorder).unwrap();
+    assert_eq!(std::fs::read(model.path()).unwrap(), body);
+    assert!(recorder.text().contains("refused the connection"), "{}", recorder.text());
+}
+
+#[test]
+fn the_digest_named_before_a_redirect_holds_where_the_list_has_none() {
+    let server = Server::start();
+    let body = weights(5000);
+    let listing = r#"{"sha":"0123456789abcdef0123456789abcdef01234567","siblings":[{"rfilename":"m.gguf"}]}"#;
+    server.put_body("/api/models/org/m/revision/main", listing.as_bytes());
+    server.put_body("/cdn/m", &body);
+    let path = server.resolve_path("org/m", "m.gguf");
+    let bench = Bench::new(&server);
+    let serve = |digest: Digest| {
+        let linked_etag = Some(digest.to_string());
+        server.put(&path, Page { linked_etag, faults: vec![Fault::Redirect("/cdn/m".into())], ..Page::default() });
+        bench.store().pull("org/m", &bench.options, &Silent)
+    };
+    let error = serve(Digest::of(b"something else")).unwrap_err().to_string();
+    assert!(error.contains("does not match its published sha256"), "{error}");
+    assert_eq!(serve(Digest::of(&body)).unwrap().size_bytes(), 5000);
 }
 
 #[test]
@@ -173,20 +207,9 @@ fn the_token_goes_to_the_hub_and_nowhere_else() {
     let (server, elsewhere) = (Server::start(), Server::start());
     let body = weights(5000);
     server.put_repo("org/gated", &[("m.gguf", &body)]);
-    let listing = "/api/models/org/gated/revision/main";
     let path = server.resolve_path("org/gated", "m.gguf");
-    for page in [listing, path.as_str()] {
-        let body = if page == listing { None } else { Some(body.clone()) };
-        let existing = Page { token: Some("hf_good"), ..Page::default() };
-        let body = body.unwrap_or_else(|| {
-            let digest = Digest::of(&weights(5000));
-            format!(
-                r#"{{"sha":"0123456789abcdef0123456789abcdef01234567","siblings":[{{"rfilename":"m.gguf","lfs":{{"sha256":"{digest}","size":5000}}}}]}}"#
-            )
-            .into_bytes()
-        });
-        server.put(page, Page { body, ..existing });
-    }
+    server.require_token("/api/models/org/gated/revision/main", "hf_good");
+    server.require_token(&path, "hf_good");
     elsewhere.put_body("/cdn/m", &body);
     server.with_faults(&path, vec![Fault::Redirect(format!("{}/cdn/m", elsewhere.url))]);
     let mut bench = Bench::new(&server);

@@ -25,8 +25,17 @@ pub struct Page {
     pub content_type: &'static str,
     pub etag: Option<&'static str>,
     pub faults: Vec<Fault>,
+    /// Digest sent as the hub does, before a redirect.
+    pub linked_etag: Option<String>,
     /// The token without which the page answers 401.
     pub token: Option<&'static str>,
+}
+
+impl Page {
+    fn admits(&self, headers: &HashMap<String, String>) -> bool {
+        let given = headers.get("authorization").map(String::as_str);
+        self.token.is_none_or(|token| given == Some(&format!("Bearer {token}")))
+    }
 }
 
 /// What goes wrong with one request.
@@ -40,8 +49,10 @@ pub enum Fault {
     Status(u16, &'static str),
     /// Redirects to an address.
     Redirect(String),
-    /// Ignores the range that was asked for.
-    IgnoreRange,
+    /// Sends this many bytes of the body, then the whole server is away for this long.
+    GoAway(usize, Duration),
+    /// Ignores the range that was asked for, and cuts the connection after this many bytes.
+    StartOver(usize),
 }
 
 /// The server. It lives as long as the test process.
@@ -54,15 +65,33 @@ pub struct Server {
 impl Server {
     pub fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
+        let url = format!("http://{address}");
         let pages: Arc<Mutex<HashMap<String, Page>>> = Arc::default();
         let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
-        let (shared_pages, shared_seen) = (pages.clone(), seen.clone());
+        let away: Arc<Mutex<Option<Duration>>> = Arc::default();
+        let shared = (pages.clone(), seen.clone(), away);
         std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let (pages, seen) = (shared_pages.clone(), shared_seen.clone());
+            let mut listener = listener;
+            loop {
+                let Ok((stream, _)) = listener.accept() else { continue };
+                if let Some(pause) = shared.2.lock().unwrap().take() {
+                    drop(stream);
+                    drop(listener);
+                    std::thread::sleep(pause);
+                    listener = TcpListener::bind(address).unwrap();
+                    continue;
+                }
+                let (pages, seen, away) = shared.clone();
                 // A client that hangs up early is part of the tests.
-                std::thread::spawn(move || stream.map(|stream| serve(stream, &pages, &seen)));
+                std::thread::spawn(move || {
+                    let gone = serve(stream, &pages, &seen);
+                    if let Ok(Some(pause)) = gone {
+                        *away.lock().unwrap() = Some(pause);
+                        // Wakes the listener, which then closes.
+                        let _ = TcpStream::connect(address);
+                    }
+                });
             }
         });
         Self { url, pages, seen }
@@ -119,6 +148,10 @@ impl Server {
         self.pages.lock().unwrap().get_mut(path).expect("a page of that path").faults = faults;
     }
 
+    pub fn require_token(&self, path: &str, token: &'static str) {
+        self.pages.lock().unwrap().get_mut(path).expect("a page of that path").token = Some(token);
+    }
+
     /// Publishes a wheel on the index part, below `/simple`.
     pub fn put_package(&self, name: &str, version: &str, wheel: &[u8]) {
         let filename = format!("{}-{version}-py3-none-any.whl", name.replace('-', "_"));
@@ -134,11 +167,13 @@ impl Server {
     }
 }
 
-fn serve(stream: TcpStream, pages: &Mutex<HashMap<String, Page>>, seen: &Mutex<Vec<Seen>>) -> std::io::Result<()> {
+fn serve(stream: TcpStream, pages: &Mutex<HashMap<String, Page>>, seen: &Mutex<Vec<Seen>>) -> std::io::Result<Option<Duration>> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
-    let Some(path) = line.split(' ').nth(1).map(str::to_owned) else { return Ok(()) };
+    let Some(path) = line.split(' ').nth(1).map(str::to_owned) else {
+        return Ok(None);
+    };
     let mut headers = HashMap::new();
     loop {
         let mut header = String::new();
@@ -158,13 +193,16 @@ fn serve(stream: TcpStream, pages: &Mutex<HashMap<String, Page>>, seen: &Mutex<V
             None => (None, None),
         }
     };
-    let Some(page) = page else { return head(&stream, 404, "Content-Length: 0\r\n") };
-    if let Some(token) = page.token
-        && headers.get("authorization").map(String::as_str) != Some(&format!("Bearer {token}"))
-    {
-        return head(&stream, 401, "Content-Length: 0\r\n");
+    let away = match &fault {
+        Some(Fault::GoAway(_, pause)) => Some(*pause),
+        _ => None,
+    };
+    match page {
+        None => head(&stream, 404, "Content-Length: 0\r\n")?,
+        Some(page) if !page.admits(&headers) => head(&stream, 401, "Content-Length: 0\r\n")?,
+        Some(page) => answer(&stream, &page, fault, &headers)?,
     }
-    answer(&stream, &page, fault, &headers)
+    Ok(away)
 }
 
 fn answer(mut stream: &TcpStream, page: &Page, fault: Option<Fault>, headers: &HashMap<String, String>) -> std::io::Result<()> {
@@ -173,7 +211,9 @@ fn answer(mut stream: &TcpStream, page: &Page, fault: Option<Fault>, headers: &H
             return head(stream, *status, &format!("Content-Length: 0\r\n{extra}"));
         }
         Some(Fault::Redirect(to)) => {
-            return head(stream, 302, &format!("Content-Length: 0\r\nLocation: {to}\r\n"));
+            let linked = page.linked_etag.iter().map(|tag| format!("X-Linked-ETag: \"{tag}\"\r\n"));
+            let linked: String = linked.collect();
+            return head(stream, 302, &format!("Content-Length: 0\r\n{linked}Location: {to}\r\n"));
         }
         _ => {}
     }
@@ -184,7 +224,7 @@ fn answer(mut stream: &TcpStream, page: &Page, fault: Option<Fault>, headers: &H
     };
     let first = headers
         .get("range")
-        .filter(|_| tag_fits && !matches!(fault, Some(Fault::IgnoreRange)))
+        .filter(|_| tag_fits && !matches!(fault, Some(Fault::StartOver(_))))
         .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
     let mut extra = String::new();
     if let Some(tag) = page.etag {
@@ -206,7 +246,9 @@ fn answer(mut stream: &TcpStream, page: &Page, fault: Option<Fault>, headers: &H
     extra.push_str(&format!("Content-Length: {}\r\n", body.len()));
     head(stream, if first.is_some() { 206 } else { 200 }, &extra)?;
     match fault {
-        Some(Fault::CutAfter(count)) => stream.write_all(&body[..count.min(body.len())]),
+        Some(Fault::CutAfter(count) | Fault::StartOver(count) | Fault::GoAway(count, _)) => {
+            stream.write_all(&body[..count.min(body.len())])
+        }
         Some(Fault::StallAfter(count, pause)) => {
             stream.write_all(&body[..count.min(body.len())])?;
             std::thread::sleep(pause);
@@ -236,6 +278,7 @@ impl Bench {
             package_index: Some(format!("{}/simple", server.url)),
             waits: Waits {
                 connect: Duration::from_secs(2),
+                answer: Duration::from_secs(2),
                 stall: Duration::from_millis(400),
                 retries: 3,
                 first_pause: Duration::from_millis(10),
