@@ -129,8 +129,8 @@ impl Checkpoint {
         for name in &files {
             let file = path.join(name);
             let bytes = source::open(&file, mode)?;
-            let found = safetensors::parse_header((*bytes).as_ref(), |tensor| !family.is_ignored(tensor))
-                .map_err(|error| in_file(name, error))?;
+            let found =
+                safetensors::parse_header((*bytes).as_ref(), |tensor| !family.is_ignored(tensor)).map_err(|error| in_file(name, error))?;
             for (name, tensor) in found {
                 let entry = TensorEntry { dtype: tensor.dtype, shape: tensor.shape, source: sources.len(), bytes: tensor.bytes };
                 if tensors.insert(name.clone(), entry).is_some() {
@@ -246,10 +246,8 @@ fn shard_files(folder: &Path) -> Result<Vec<String>> {
         return Ok(vec![SINGLE.to_owned()]);
     }
     if folder.join(INDEX).is_file() {
-        return indexed_files(&source::read_json(&folder.join(INDEX))?).map_err(|reason| ModelError::Malformed {
-            format: INDEX.to_owned(),
-            reason,
-        });
+        return indexed_files(&source::read_json(&folder.join(INDEX))?)
+            .map_err(|reason| ModelError::Malformed { format: INDEX.to_owned(), reason });
     }
     let names = file_names(folder)?;
     let (mut found, others): (Vec<String>, Vec<String>) = names.into_iter().partition(|name| name.ends_with(".safetensors"));

@@ -12,10 +12,15 @@ pub mod decoder;
 pub mod error;
 pub mod generation;
 pub mod gguf;
+mod json;
 pub mod memory;
 pub mod model;
+pub mod safetensors;
+mod scan;
 pub mod session;
+mod source;
 pub mod step;
+mod weights;
 
 pub use arch::Architecture;
 pub use checkpoint::{Checkpoint, Format, LoadMode};

@@ -6,20 +6,23 @@ use std::sync::Arc;
 use forge_kernels::Backend;
 use forge_net::Collective;
 
-use crate::arch::Architecture;
-use crate::checkpoint::{Checkpoint, Format, LoadMode};
+use crate::arch::{Architecture, families};
+use crate::checkpoint::{Checkpoint, Format, LoadMode, RawConfig};
 use crate::decoder::Decoder;
-use crate::decoder::options::DecoderOptions;
+use crate::decoder::layout::Layout;
+use crate::decoder::options::{DecoderOptions, Shard};
 use crate::error::Result;
 use crate::generation::GenerationDefaults;
 use crate::gguf::GgufTokenizerData;
-use crate::memory::{ModelMemory, Quantization};
+use crate::memory::{self, ModelMemory, Quantization};
+use crate::weights::DecoderRefs;
 
-/// An opened and checked model. Cheap to hold: weights stay in the mapped file.
+/// An opened and checked model. Cheap to hold and to clone: weights stay in the mapped file.
 #[derive(Debug, Clone)]
 pub struct Model {
     checkpoint: Arc<Checkpoint>,
     architecture: Architecture,
+    refs: Arc<DecoderRefs>,
     generation: GenerationDefaults,
 }
 
@@ -38,6 +41,8 @@ pub struct ModelSummary {
     pub context_length: usize,
     /// Bytes of all weights as stored.
     pub weights_bytes: usize,
+    /// The model's own name, where the file has one.
+    pub name: Option<String>,
     /// Licence, where the file names one.
     pub license: Option<String>,
 }
@@ -47,11 +52,45 @@ impl Model {
     /// tensors are exactly those its architecture names, with their shapes. Weights are not read (but see
     /// [`LoadMode::Eager`]).
     ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use forge_kernels::CpuBackend;
+    /// use forge_model::{DecoderOptions, LoadMode, Model, Session};
+    ///
+    /// let model = Model::open("../../tests/fixtures/model/llama", LoadMode::Mmap)?;
+    /// assert_eq!(model.architecture().layers, 3);
+    /// let mut decoder = model.decoder(Arc::new(CpuBackend::new(2)?), &DecoderOptions::single_sequence(64))?;
+    /// let mut session = Session::new(&mut decoder);
+    /// let logits = session.forward(&[1, 2, 3])?;
+    /// assert_eq!(logits.len(), model.architecture().vocab_size);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// Anything unreadable, malformed, unsupported, missing or left over, by name.
     pub fn open(path: impl AsRef<Path>, mode: LoadMode) -> Result<Model> {
-        let _ = (path, mode);
-        todo!()
+        Self::from_checkpoint(Checkpoint::open(path, mode)?)
+    }
+
+    /// As [`Model::open`], of an opened checkpoint.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_checkpoint(checkpoint: Checkpoint) -> Result<Model> {
+        let (architecture, generation) = match checkpoint.config() {
+            RawConfig::Gguf(metadata) => {
+                let architecture = crate::arch::gguf::from_gguf(metadata, checkpoint.tensors())?;
+                (architecture, GenerationDefaults::from_gguf(metadata)?)
+            }
+            RawConfig::HuggingFace { config, generation } => {
+                let architecture = crate::arch::hf::from_config_json(config)?;
+                (architecture, GenerationDefaults::from_json(config, generation.as_ref())?)
+            }
+        };
+        let family = families::by_name(architecture.family).expect("an architecture's family is a row of the table");
+        let refs = DecoderRefs::resolve(&architecture, family, &checkpoint)?;
+        generation.check(architecture.vocab_size)?;
+        Ok(Model { checkpoint: Arc::new(checkpoint), architecture, refs: Arc::new(refs), generation })
     }
 
     /// What the decoder will be.
@@ -69,9 +108,32 @@ impl Model {
         &self.generation
     }
 
+    pub(crate) fn refs(&self) -> &DecoderRefs {
+        &self.refs
+    }
+
     /// Facts for `show`.
     pub fn summary(&self) -> ModelSummary {
-        todo!()
+        let mut quantization = Quantization::default();
+        let mut weights_bytes = 0;
+        for tensor in self.checkpoint.tensors().values() {
+            quantization.count(tensor.dtype, tensor.elements());
+            weights_bytes += tensor.bytes.len();
+        }
+        let text = |key: &str| match self.checkpoint.config() {
+            RawConfig::Gguf(metadata) => metadata.optional_string(&format!("general.{key}")).ok().flatten().map(str::to_owned),
+            RawConfig::HuggingFace { .. } => None,
+        };
+        ModelSummary {
+            format: self.checkpoint.format(),
+            family: self.architecture.family,
+            parameters: quantization.types.values().map(|count| count.parameters).sum(),
+            quantization,
+            context_length: self.architecture.context_length,
+            weights_bytes,
+            name: text("name"),
+            license: text("license"),
+        }
     }
 
     /// The tokenizer of a GGUF file; `None` for a folder, whose tokenizer is in `tokenizer.json`.
@@ -79,16 +141,25 @@ impl Model {
     /// # Errors
     /// Tokenizer metadata of wrong types.
     pub fn gguf_tokenizer(&self) -> Result<Option<GgufTokenizerData>> {
-        todo!()
+        match self.checkpoint.config() {
+            RawConfig::Gguf(metadata) => GgufTokenizerData::from_metadata(metadata).map(Some),
+            RawConfig::HuggingFace { .. } => Ok(None),
+        }
     }
 
-    /// What a rank built with these options needs of memory; `kv_blocks` and `weights_digest` do not matter.
+    /// What a rank built with these options needs of memory. `kv_blocks` and `weights_digest` do not matter.
     ///
     /// # Errors
-    /// As [`Decoder::new`] for options that cannot be had.
+    /// [`crate::ModelError::Layout`] for a degree or stage that cannot be had.
     pub fn memory(&self, options: &DecoderOptions) -> Result<ModelMemory> {
-        let _ = options;
-        todo!()
+        let layout = |shard: &Shard| Layout::new(&self.architecture, &self.refs, shard);
+        let mut largest_kv_block_bytes = 0;
+        for tp_rank in 0..options.shard.tp_size {
+            let shard = Shard { tp_rank, ..options.shard.clone() };
+            largest_kv_block_bytes = largest_kv_block_bytes.max(layout(&shard)?.kv_shape(&self.architecture, options).block_bytes());
+        }
+        let own = layout(&options.shard)?;
+        Ok(ModelMemory { largest_kv_block_bytes, ..memory::of(&self.architecture, &self.refs, &own, options) })
     }
 
     /// Loads the weights and builds an unsharded decoder (`options.shard.tp_size` is 1).

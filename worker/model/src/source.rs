@@ -14,14 +14,9 @@ use crate::error::{ModelError, Result};
 pub(crate) type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// A cache line, so that rows of a file read eagerly begin as aligned as in the file.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 struct Line([u8; 64]);
-
-// SAFETY: an array of bytes without padding: every bit pattern is valid.
-unsafe impl bytemuck::Zeroable for Line {}
-// SAFETY: as above; size equals alignment, so there is no padding, and it is Copy and 'static.
-unsafe impl bytemuck::Pod for Line {}
 
 /// Owned bytes, aligned to a cache line.
 struct AlignedBytes {

@@ -1,1 +1,162 @@
-//! gguf
+//! From GGUF metadata to an [`Architecture`]: a pure function of the metadata and the tensor directory. The
+//! directory tells what the metadata does not: vocabulary size, tied head, biases, stored rope divisors.
+
+use std::collections::BTreeMap;
+
+use forge_kernels::NormKind;
+
+use super::families::{self, Bias, Family, QkvNames};
+use super::{Architecture, AttentionSpec, MlpSpec, NormSpec, PositionSpec, RopeScaling, RopeSpec};
+use crate::checkpoint::TensorEntry;
+use crate::error::{ModelError, Result};
+use crate::gguf::Metadata;
+use crate::gguf::metadata::config_error;
+
+/// Divisors of rotary frequencies, written by converters for the llama3 scaling.
+pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// Reads the architecture from a parsed GGUF file.
+///
+/// # Errors
+/// An unknown family, a missing or senseless key, or a variant that is not implemented; by name.
+pub fn from_gguf(metadata: &Metadata, tensors: &BTreeMap<String, TensorEntry>) -> Result<Architecture> {
+    let name = metadata.optional_string("general.architecture")?.ok_or_else(|| config_error("general.architecture", "is missing"))?;
+    let family = families::by_gguf_architecture(name)?;
+    let keys = Keys { metadata, name };
+    if let Some(experts) = metadata.optional_u32(&keys.key("expert_count"))?
+        && experts > 0
+    {
+        return Err(ModelError::Unsupported {
+            what: format!("GGUF metadata: {name}.expert_count = {experts}"),
+            remedy: "mixture-of-experts models cannot be served yet".to_owned(),
+        });
+    }
+    let hidden_size = keys.size("embedding_length")?;
+    let layers = keys.size("block_count")?;
+    if layers > 1 << 16 {
+        return Err(config_error(&keys.key("block_count"), format!("is {layers}, more than any model has")));
+    }
+    let heads = keys.size("attention.head_count")?;
+    let head_dim = head_dim(&keys, hidden_size, heads)?;
+    let eps = match family.norm {
+        NormKind::Rms => "attention.layer_norm_rms_epsilon",
+        NormKind::Layer => "attention.layer_norm_epsilon",
+    };
+    let eps = keys.optional_float(eps)?.ok_or_else(|| config_error(&keys.key(eps), "is missing"))?;
+    if let Some(window) = keys.optional_size("attention.sliding_window")?
+        && window > 0
+    {
+        return Err(ModelError::Unsupported {
+            what: format!("GGUF metadata: {name}.attention.sliding_window = {window}"),
+            remedy: "take the Hugging Face folder of this model, whose configuration says which layers have the window".to_owned(),
+        });
+    }
+    let names = &family.gguf.names;
+    let vocab_size = tensors.get(&format!("{}.weight", names.embedding)).and_then(|tensor| tensor.shape.first().copied());
+    let vocab_size = vocab_size.ok_or_else(|| ModelError::MissingTensors { names: vec![format!("{}.weight", names.embedding)] })?;
+    let bias = |bias: Bias, tensor: &str| match bias {
+        Bias::Always => true,
+        Bias::Never => false,
+        Bias::Key(_) => tensors.contains_key(&format!("{}{tensor}.bias", names.layer.replace("{}", "0"))),
+    };
+    let q = match names.qkv {
+        QkvNames::Separate { q, .. } => q,
+        QkvNames::Concat(qkv) => qkv,
+    };
+    Architecture {
+        family: family.name,
+        hidden_size,
+        layers,
+        vocab_size,
+        context_length: keys.size("context_length")?,
+        norm: NormSpec { kind: family.norm, eps: eps as f32 },
+        attention: AttentionSpec {
+            heads,
+            kv_heads: keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            scale: ((head_dim as f64).powf(-0.5)) as f32,
+            qkv_bias: bias(family.qkv_bias, q),
+            out_bias: bias(family.out_bias, names.out),
+            windows: vec![None; layers],
+        },
+        position: position(&keys, family, tensors, head_dim)?,
+        mlp: MlpSpec {
+            intermediate_size: keys.size("feed_forward_length")?,
+            gated: family.gated,
+            activation: family.gguf.activation,
+            bias: bias(family.mlp_bias, names.up),
+        },
+        tied_head: !tensors.contains_key(&format!("{}.weight", names.head)),
+    }
+    .validate("GGUF metadata")
+}
+
+/// Keys under the architecture's own prefix.
+struct Keys<'a> {
+    metadata: &'a Metadata,
+    name: &'a str,
+}
+
+impl Keys<'_> {
+    fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.name)
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        self.metadata.size(&self.key(key))
+    }
+
+    fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+        Ok(self.metadata.optional_u32(&self.key(key))?.map(|size| size as usize))
+    }
+
+    fn optional_float(&self, key: &str) -> Result<Option<f64>> {
+        self.metadata.optional_float(&self.key(key))
+    }
+}
+
+fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: usize) -> Result<usize> {
+    let key_length = keys.optional_size("attention.key_length")?;
+    let value_length = keys.optional_size("attention.value_length")?;
+    if let (Some(key), Some(value)) = (key_length, value_length)
+        && key != value
+    {
+        return Err(ModelError::Unsupported {
+            what: format!("keys of {key} and values of {value} per head"),
+            remedy: "only models whose keys and values are equally wide can be served".to_owned(),
+        });
+    }
+    match key_length.or(value_length) {
+        Some(length) => Ok(length),
+        None if heads > 0 && hidden_size.is_multiple_of(heads) => Ok(hidden_size / heads),
+        None => Err(config_error(&keys.key("attention.head_count"), format!("{hidden_size} is not a multiple of {heads} heads"))),
+    }
+}
+
+fn position(keys: &Keys<'_>, family: &Family, tensors: &BTreeMap<String, TensorEntry>, head_dim: usize) -> Result<PositionSpec> {
+    const DEFAULT_THETA: f64 = 10_000.0;
+    if !family.rope {
+        return Ok(PositionSpec::Learned);
+    }
+    let kind_key = keys.key("rope.scaling.type");
+    let scaling = match keys.metadata.optional_string(&kind_key)?.unwrap_or("none") {
+        "none" if tensors.contains_key(ROPE_FREQS) => RopeScaling::Tensor,
+        "none" => match keys.optional_float("rope.scale_linear")? {
+            Some(factor) => RopeScaling::Linear { factor },
+            None => RopeScaling::Default,
+        },
+        "linear" => {
+            let factor = keys.optional_float("rope.scaling.factor")?;
+            RopeScaling::Linear { factor: factor.ok_or_else(|| config_error(&keys.key("rope.scaling.factor"), "is missing"))? }
+        }
+        other => {
+            return Err(ModelError::Unsupported {
+                what: format!("GGUF metadata: {kind_key} = {other:?}"),
+                remedy: "take the Hugging Face folder of this model; GGUF files are served with scaling none or linear".to_owned(),
+            });
+        }
+    };
+    let rotary_dim = keys.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
+    let theta = keys.optional_float("rope.freq_base")?.unwrap_or(DEFAULT_THETA);
+    Ok(PositionSpec::Rope(RopeSpec { style: family.gguf.rope_style, rotary_dim, theta, scaling }))
+}

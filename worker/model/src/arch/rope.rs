@@ -26,6 +26,22 @@ pub enum RopeScaling {
         /// Context the model was first trained for.
         original_context: f64,
     },
+    /// Long waves divided by a factor, short ones kept, a linear ramp over the index between, and a factor on
+    /// cos and sin (YaRN).
+    Yarn {
+        /// Divides the longest waves.
+        factor: f64,
+        /// Context the model was first trained for.
+        original_context: f64,
+        /// Rotations within the original context above which a wave is kept.
+        beta_fast: f64,
+        /// Rotations below which it is divided.
+        beta_slow: f64,
+        /// Factor on cos and sin.
+        attention_factor: f64,
+        /// Whether the ramp's ends are rounded outwards to whole indices.
+        truncate: bool,
+    },
     /// Divisors per frequency stored in the file as a tensor (GGUF's `rope_freqs.weight`).
     Tensor,
 }
@@ -55,7 +71,32 @@ impl RopeSpec {
                 }
                 Ok(())
             }
+            RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor, .. } => {
+                positive("rope scaling factor", factor)?;
+                positive("original_max_position_embeddings", original_context)?;
+                positive("beta_fast", beta_fast)?;
+                positive("beta_slow", beta_slow)?;
+                positive("attention_factor", attention_factor)
+            }
         }
+    }
+
+    /// Factor on cos and sin.
+    pub fn attention_factor(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            _ => 1.0,
+        }
+    }
+
+    /// Where YaRN's ramp begins and ends, as indices of frequencies.
+    fn yarn_ramp(&self, original_context: f64, beta_fast: f64, beta_slow: f64, truncate: bool) -> (f64, f64) {
+        let dim = self.rotary_dim as f64;
+        let index_of = |rotations: f64| dim * (original_context / (rotations * std::f64::consts::TAU)).ln() / (2.0 * self.theta.ln());
+        let (low, high) = (index_of(beta_fast), index_of(beta_slow));
+        let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
+        let (low, high) = (low.max(0.0), high.min(dim - 1.0));
+        if low == high { (low, high + 0.001) } else { (low, high) }
     }
 
     /// Inverse frequencies, `rotary_dim` / 2 of them. `divisors` are those of [`RopeScaling::Tensor`].
@@ -77,6 +118,11 @@ impl RopeSpec {
                             let smooth = (original_context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                             (1.0 - smooth) * base / factor + smooth * base
                         }
+                    }
+                    RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, truncate, .. } => {
+                        let (low, high) = self.yarn_ramp(*original_context, *beta_fast, *beta_slow, *truncate);
+                        let ramp = ((index as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                        base / factor * ramp + base * (1.0 - ramp)
                     }
                     RopeScaling::Tensor => base / divisors.and_then(|values| values.get(index)).map_or(1.0, |&value| f64::from(value)),
                 };

@@ -1,36 +1,190 @@
-//! The generic decoder.
+//! The generic decoder: any [`Architecture`] over any [`Backend`], whole or as one rank's share.
+//!
+//! What it is: one rank's weights, KV pool and workspace, and the pass over them. What it is not: it schedules
+//! nothing and decides nothing; the step plan says all.
+//!
+//! Invariant (P2): a row's logits depend on its sequence's tokens and the weights alone: not on the batch, the
+//! chunks, the blocks' size or place, nor on how many ranks share the work.
 
+mod forward;
+pub(crate) mod layout;
+mod load;
 pub mod options;
+mod plan;
+pub(crate) mod workspace;
 
 use std::sync::Arc;
 
 use forge_kernels::Backend;
 use forge_net::Collective;
+use forge_shared::ids::Epoch;
 
-use crate::decoder::options::DecoderOptions;
+use crate::arch::{Architecture, PositionSpec};
 use crate::error::{ModelError, Result};
 use crate::model::Model;
 use crate::step::{StepModel, StepModelInfo, StepPlan};
+use forward::Pass;
+use layout::Layout;
+use load::{Loader, Weights};
+use options::DecoderOptions;
+use workspace::Workspace;
 
 /// One rank's decoder.
 pub struct Decoder<B: Backend> {
     backend: Arc<B>,
+    collective: Arc<dyn Collective<B>>,
+    architecture: Architecture,
+    layout: Layout,
+    weights: Weights<B>,
+    workspace: Workspace<B>,
+    /// `None` where this rank has no KV heads.
+    pool: Option<B::KvPool>,
+    zero_ids: Vec<u32>,
+    epoch: Epoch,
     info: StepModelInfo,
+}
+
+/// What a pipeline stage starts from.
+#[derive(Debug, Clone, Copy)]
+pub enum StageInput<'a> {
+    /// The plan's tokens: the first stage.
+    Tokens,
+    /// The stage before's output, [rows, hidden_size].
+    Hidden(&'a [f32]),
+}
+
+/// What a pipeline stage gives.
+#[derive(Debug)]
+pub enum StageOutput<'a> {
+    /// Logits of the plan's rows: the last stage.
+    Logits(&'a mut Vec<f32>),
+    /// Hidden states for the next stage, [rows, hidden_size].
+    Hidden(&'a mut Vec<f32>),
 }
 
 impl<B: Backend> Decoder<B> {
     /// Loads this rank's share of the weights and allocates pool and workspace.
     ///
     /// # Errors
-    /// Options or a degree that cannot be had, NaN weights, too little memory.
+    /// [`ModelError::Option`] and [`ModelError::Layout`] for sizes or a degree that cannot be had,
+    /// [`ModelError::NonFinite`] for damaged weights, the backend's errors when memory is short.
     pub fn new(model: &Model, backend: Arc<B>, options: &DecoderOptions, collective: Arc<dyn Collective<B>>) -> Result<Self> {
-        let _ = (model, backend, options, collective);
-        todo!()
+        let architecture = model.architecture().clone();
+        options.check(&architecture)?;
+        check_group(options, &*collective)?;
+        let refs = model.refs();
+        let layout = Layout::new(&architecture, refs, &options.shard)?;
+        let memory = model.memory(options)?;
+        let loader = Loader {
+            backend: &*backend,
+            checkpoint: model.checkpoint(),
+            architecture: &architecture,
+            layout: &layout,
+            scanned: options.scan_values.then(Vec::new),
+        };
+        let weights = loader.load(refs, options.max_model_len)?;
+        let sizes = options.workspace(&architecture, &layout);
+        let workspace = Workspace::new(&*backend, &sizes)?;
+        let pool = match layout.kv_heads.len() {
+            0 => None,
+            _ => Some(backend.kv_pool(layout.kv_shape(&architecture, options))?),
+        };
+        let info = StepModelInfo {
+            vocab_size: architecture.vocab_size,
+            max_model_len: options.max_model_len,
+            block_size: options.block_size,
+            kv_blocks: options.kv_blocks,
+            kv_block_bytes: memory.largest_kv_block_bytes,
+            max_step_rows: options.max_step_rows,
+            max_logits_rows: options.max_logits_rows,
+            numerics_id: numerics_id(&*backend, &architecture, options),
+        };
+        let zero_ids = vec![0; options.max_step_rows];
+        let epoch = options.epoch;
+        Ok(Decoder { backend, collective, architecture, layout, weights, workspace, pool, zero_ids, epoch, info })
     }
 
     /// The backend.
     pub fn backend(&self) -> &Arc<B> {
         &self.backend
+    }
+
+    /// What the model is.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// Runs this rank's stage. The plan is checked whole before anything is touched; if anything fails after that,
+    /// the group is aborted, so that no peer waits for this rank, and the KV state is undefined.
+    ///
+    /// # Errors
+    /// [`ModelError::Plan`], [`ModelError::StaleEpoch`]; errors of the backend and the collective.
+    pub fn run_stage(&mut self, plan: &StepPlan, input: StageInput<'_>, output: StageOutput<'_>) -> Result<()> {
+        if plan.epoch < self.epoch {
+            return Err(ModelError::StaleEpoch { plan: plan.epoch, current: self.epoch });
+        }
+        plan::check(plan, &self.info)?;
+        self.check_stage(plan, &input, &output)?;
+        self.epoch = plan.epoch;
+        self.compute(plan, input, output).inspect_err(|error| self.collective.abort(&error.to_string()))
+    }
+
+    fn check_stage(&self, plan: &StepPlan, input: &StageInput<'_>, output: &StageOutput<'_>) -> Result<()> {
+        let wrong = |reason: String| Err(ModelError::Plan { field: "stage", reason });
+        let layers = &self.layout.layers;
+        let expected = plan.tokens.len() * self.architecture.hidden_size;
+        match input {
+            StageInput::Tokens if !self.layout.first_stage => {
+                return wrong(format!("layers {layers:?} start from hidden states, not tokens"));
+            }
+            StageInput::Hidden(_) if self.layout.first_stage => return wrong(format!("layers {layers:?} start from tokens")),
+            StageInput::Hidden(values) if values.len() != expected => {
+                return wrong(format!("{} hidden values for a plan that needs {expected}", values.len()));
+            }
+            _ => {}
+        }
+        match output {
+            StageOutput::Logits(_) if !self.layout.last_stage => wrong(format!("layers {layers:?} have no head: they give hidden states")),
+            StageOutput::Hidden(_) if self.layout.last_stage => wrong(format!("layers {layers:?} end in logits")),
+            _ => Ok(()),
+        }
+    }
+
+    fn compute(&mut self, plan: &StepPlan, input: StageInput<'_>, output: StageOutput<'_>) -> Result<()> {
+        if let Some(pool) = &mut self.pool
+            && !plan.block_copies.is_empty()
+        {
+            self.backend.kv_copy(pool, &plan.block_copies)?;
+        }
+        let pass = Pass {
+            backend: &*self.backend,
+            collective: &*self.collective,
+            architecture: &self.architecture,
+            layout: &self.layout,
+            weights: &self.weights,
+            block_size: self.info.block_size,
+            plan,
+            zero_ids: &self.zero_ids,
+        };
+        let rows = plan.tokens.len();
+        if rows > 0 {
+            match input {
+                StageInput::Tokens => pass.embed(&mut self.workspace.x)?,
+                StageInput::Hidden(values) => self.backend.write_rows(&mut self.workspace.x, 0..rows, values)?,
+            }
+            pass.layers(&mut self.workspace, &mut self.pool)?;
+        }
+        match output {
+            StageOutput::Logits(logits) => {
+                logits.resize(plan.logits_rows.len() * self.info.vocab_size, 0.0);
+                let chunk_rows = self.info.max_logits_rows.min(self.info.max_step_rows);
+                pass.logits(&mut self.workspace, chunk_rows, logits)
+            }
+            StageOutput::Hidden(values) => {
+                values.resize(rows * self.architecture.hidden_size, 0.0);
+                Ok(self.backend.read_rows(&self.workspace.x, 0..rows, values)?)
+            }
+        }
     }
 }
 
@@ -39,7 +193,32 @@ impl<B: Backend> StepModel for Decoder<B> {
         &self.info
     }
 
-    fn step(&mut self, _plan: &StepPlan, _logits: &mut Vec<f32>) -> std::result::Result<(), ModelError> {
-        todo!()
+    fn step(&mut self, plan: &StepPlan, logits: &mut Vec<f32>) -> Result<()> {
+        self.run_stage(plan, StageInput::Tokens, StageOutput::Logits(logits))
     }
+}
+
+/// The group a rank is given must be the one its options speak of.
+fn check_group<B: Backend>(options: &DecoderOptions, collective: &dyn Collective<B>) -> Result<()> {
+    let shard = &options.shard;
+    let differs = |option, value: usize, actual: usize| {
+        Err(ModelError::Option { option, value: value.to_string(), reason: format!("the collective says {actual}") })
+    };
+    if collective.size() != shard.tp_size {
+        return differs("shard.tp_size", shard.tp_size, collective.size());
+    }
+    if collective.rank() != shard.tp_rank {
+        return differs("shard.tp_rank", shard.tp_rank, collective.rank());
+    }
+    Ok(())
+}
+
+/// Equal ids promise equal bits: device path, KV type, rope choice and weights.
+fn numerics_id<B: Backend>(backend: &B, architecture: &Architecture, options: &DecoderOptions) -> String {
+    let rope = match &architecture.position {
+        PositionSpec::Rope(rope) => format!("{:?}", rope.scaling).split(' ').next().unwrap_or_default().to_lowercase(),
+        PositionSpec::Learned => "learned".to_owned(),
+    };
+    let digest = if options.weights_digest.is_empty() { "unnamed" } else { &options.weights_digest };
+    format!("{};kv={};rope={rope};weights={digest}", backend.numerics_id(), options.kv_dtype)
 }

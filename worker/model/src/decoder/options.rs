@@ -5,6 +5,11 @@ use std::ops::Range;
 use forge_kernels::KvDType;
 use forge_shared::ids::Epoch;
 
+use super::layout::Layout;
+use super::workspace::WorkspaceSizes;
+use crate::arch::Architecture;
+use crate::error::{ModelError, Result};
+
 /// What a rank holds: a tensor-parallel share of some layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shard {
@@ -64,5 +69,36 @@ impl DecoderOptions {
             weights_digest: String::new(),
             scan_values: true,
         }
+    }
+}
+
+impl DecoderOptions {
+    /// Refuses sizes of zero or beyond what positions and row numbers can count, and a length beyond the context.
+    pub(crate) fn check(&self, architecture: &Architecture) -> Result<()> {
+        let sizes = [
+            ("max_model_len", self.max_model_len),
+            ("block_size", self.block_size),
+            ("kv_blocks", self.kv_blocks),
+            ("max_step_rows", self.max_step_rows),
+            ("max_logits_rows", self.max_logits_rows),
+        ];
+        let wrong = |option, value: usize, reason: String| Err(ModelError::Option { option, value: value.to_string(), reason });
+        for (option, value) in sizes {
+            if value == 0 || u32::try_from(value).is_err() {
+                return wrong(option, value, "must be at least 1 and below 2^32".to_owned());
+            }
+        }
+        if self.kv_blocks.checked_mul(self.block_size).is_none_or(|slots| u32::try_from(slots).is_err()) {
+            return wrong("kv_blocks", self.kv_blocks, format!("times block_size = {} is beyond 2^32 slots", self.block_size));
+        }
+        if self.max_model_len > architecture.context_length {
+            return wrong("max_model_len", self.max_model_len, format!("the model's context is {}", architecture.context_length));
+        }
+        Ok(())
+    }
+
+    /// Sizes of a rank's workspace.
+    pub(crate) fn workspace(&self, architecture: &Architecture, layout: &Layout) -> WorkspaceSizes {
+        WorkspaceSizes::new(architecture, layout, self.shard.tp_size, self.max_step_rows, self.max_logits_rows)
     }
 }

@@ -57,11 +57,7 @@ impl<'a> Reader<'a> {
 
     fn take(&mut self, count: usize) -> Result<&'a [u8]> {
         if count > self.remaining() {
-            return Err(malformed(format!(
-                "truncated: {count} bytes are needed at byte {}, {} are left",
-                self.position,
-                self.remaining()
-            )));
+            return Err(malformed(format!("truncated: {count} bytes are needed at byte {}, {} are left", self.position, self.remaining())));
         }
         let taken = &self.bytes[self.position..self.position + count];
         self.position += count;

@@ -1,0 +1,119 @@
+//! Looks through weights for NaN and infinities while loading: every dense value, every scale of quantized blocks.
+//! One pass at memory speed over the shard's own bytes, shared by all cores.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use forge_kernels::{DType, MatrixSource};
+
+use crate::error::{ModelError, Result};
+
+/// Looks through all matrices.
+///
+/// # Errors
+/// [`ModelError::NonFinite`] for the first matrix in order that holds one.
+pub(crate) fn scan(matrices: &[MatrixSource]) -> Result<()> {
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(matrices.len());
+    let next = AtomicUsize::new(0);
+    let found: Mutex<Option<(usize, usize)>> = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(matrix) = matrices.get(index) else { return };
+                    if let Some(at) = first_non_finite(matrix) {
+                        let mut found = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                        if found.is_none_or(|(first, _)| index < first) {
+                            *found = Some((index, at));
+                        }
+                    }
+                }
+            });
+        }
+    });
+    match found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        None => Ok(()),
+        Some((matrix, index)) => Err(ModelError::NonFinite { tensor: matrices[matrix].name.clone(), index }),
+    }
+}
+
+/// Index of the first block (element of a dense type), within the slice, that holds a NaN or an infinity.
+fn first_non_finite(matrix: &MatrixSource) -> Option<usize> {
+    let bytes = (*matrix.bytes).as_ref();
+    let row_bytes = matrix.dtype.row_bytes(matrix.columns)?;
+    let blocks = matrix.columns / matrix.dtype.block_elements();
+    (0..matrix.rows).find_map(|row| {
+        let start = matrix.offset + row * matrix.row_stride_bytes;
+        let row_bytes = bytes.get(start..start + row_bytes)?;
+        // First the fast question for the row, then where.
+        row_is_bad(matrix.dtype, row_bytes).then(|| {
+            let block_bytes = matrix.dtype.block_bytes();
+            let block = row_bytes.chunks_exact(block_bytes).position(|block| row_is_bad(matrix.dtype, block));
+            row * blocks + block.unwrap_or(0)
+        })
+    })
+}
+
+fn row_is_bad(dtype: DType, row: &[u8]) -> bool {
+    /// Exponent bits of f16: all set in a NaN or infinity.
+    const F16: u16 = 0x7c00;
+    /// Exponent bits of bf16 (and of the upper half of f32).
+    const BF16: u16 = 0x7f80;
+    let bad16 = |value: &[u8], exponent: u16| u16::from_le_bytes([value[0], value[1]]) & exponent == exponent;
+    // `fold` with | has no early exit, so the compiler can use vectors.
+    let any = |bad: bool, next: bool| bad | next;
+    match dtype {
+        DType::F32 => row.chunks_exact(4).map(|value| bad16(&value[2..], BF16)).fold(false, any),
+        DType::BF16 => row.chunks_exact(2).map(|value| bad16(value, BF16)).fold(false, any),
+        DType::F16 => row.chunks_exact(2).map(|value| bad16(value, F16)).fold(false, any),
+        DType::Q4_0 | DType::Q8_0 => row.chunks_exact(dtype.block_bytes()).map(|block| bad16(block, F16)).fold(false, any),
+        DType::Q4_1 => row.chunks_exact(dtype.block_bytes()).map(|block| bad16(block, F16) | bad16(&block[2..], F16)).fold(false, any),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use forge_kernels::Segments;
+
+    use super::*;
+
+    fn matrix(dtype: DType, rows: usize, columns: usize, bytes: Vec<u8>) -> MatrixSource {
+        MatrixSource {
+            name: "m".to_owned(),
+            bytes: Arc::new(bytes),
+            offset: 0,
+            row_stride_bytes: dtype.row_bytes(columns).unwrap(),
+            rows,
+            columns,
+            dtype,
+            segments: Segments::whole(columns),
+        }
+    }
+
+    #[test]
+    fn finds_the_first_bad_value_of_each_type() {
+        for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+            let (rows, columns) = (3, 64);
+            let bytes = dtype.row_bytes(columns).unwrap() * rows;
+            assert!(scan(&[matrix(dtype, rows, columns, vec![0; bytes])]).is_ok());
+            let blocks = columns / dtype.block_elements();
+            let bad = blocks + 1;
+            for infinity in [false, true] {
+                let mut damaged = vec![0; bytes];
+                let at = bad * dtype.block_bytes();
+                match dtype {
+                    DType::F32 => damaged[at..at + 4].copy_from_slice(&(if infinity { f32::INFINITY } else { f32::NAN }).to_le_bytes()),
+                    DType::BF16 => damaged[at..at + 2].copy_from_slice(&[if infinity { 0x80 } else { 0xc0 }, 0xff]),
+                    _ => damaged[at..at + 2].copy_from_slice(&[if infinity { 0 } else { 1 }, 0xfc]),
+                }
+                match scan(&[matrix(dtype, rows, columns, damaged)]) {
+                    Err(ModelError::NonFinite { tensor, index }) => assert_eq!((tensor.as_str(), index), ("m", bad), "{dtype}"),
+                    other => panic!("{dtype}: {other:?}"),
+                }
+            }
+        }
+    }
+}
