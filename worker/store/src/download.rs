@@ -85,7 +85,7 @@ impl Downloader<'_> {
     /// Network and server errors after bounded retries; [`StoreError::Mismatch`] (the partial file
     /// is deleted); [`StoreError::DiskFull`] and [`StoreError::Cancelled`] (it is kept).
     pub(crate) fn fetch(&self, file: &RemoteFile, path: &Path) -> Result<Fetched> {
-        let mut transfer = Transfer::open(file, path, self.cancel)?;
+        let mut transfer = Transfer::open(file, path, self)?;
         self.progress.event(PullEvent::FileStarted {
             name: file.name.clone(),
             total_bytes: file.size_bytes,
@@ -138,6 +138,7 @@ impl Downloader<'_> {
         let etag = transfer.etag.clone();
         let get = Get {
             authorization: transfer.file.authorization.as_ref(),
+            as_stored: true,
             range: (have > 0).then_some((have, etag.as_deref())),
             ..Get::new(&transfer.file.url, &transfer.file.name)
         };
@@ -193,25 +194,20 @@ impl Downloader<'_> {
 impl<'a> Transfer<'a> {
     /// Opens the partial file and hashes what it holds. Bytes that cannot be told to belong to the
     /// file asked for (no published digest, no entity tag) are dropped.
-    fn open(file: &'a RemoteFile, path: &'a Path, cancel: &CancelFlag) -> Result<Self> {
+    fn open(file: &'a RemoteFile, path: &'a Path, downloader: &Downloader<'_>) -> Result<Self> {
         let mut out =
             OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path).map_err(StoreError::io("open", path))?;
         let note = read_note(path);
         let length = out.metadata().map_err(StoreError::io("read", path))?.len();
         let identified = file.sha256.is_some() || note.etag.is_some();
-        let mut hasher = Hasher::default();
-        if length > 0 && identified && file.size_bytes.is_none_or(|size| length <= size) {
-            let mut buffer = vec![0; CHUNK_BYTES];
-            loop {
-                cancel.check()?;
-                match out.read(&mut buffer).map_err(StoreError::io("read", path))? {
-                    0 => break,
-                    count => hasher.update(&buffer[..count]),
-                }
-            }
+        let hasher = if identified && file.size_bytes.is_none_or(|size| length <= size) {
+            hash_partial(&mut out, length, &file.name, downloader).map_err(|error| {
+                if downloader.cancel.is_cancelled() { StoreError::Cancelled } else { StoreError::io("read", path)(error) }
+            })?
         } else {
             out.set_len(0).map_err(StoreError::io("write", path))?;
-        }
+            Hasher::default()
+        };
         Ok(Self { file, path, out, hasher, etag: note.etag, sha256: file.sha256, total_bytes: file.size_bytes })
     }
 
@@ -317,6 +313,20 @@ impl<'a> Transfer<'a> {
         let _ = std::fs::remove_file(self.path);
         let _ = std::fs::remove_file(note_path(self.path));
         StoreError::Mismatch { file: self.file.name.clone(), what, expected, found }
+    }
+}
+
+/// Hashes what an earlier pull left, to its end.
+fn hash_partial(out: &mut File, length: u64, name: &str, downloader: &Downloader<'_>) -> io::Result<Hasher> {
+    let mut hasher = Hasher::default();
+    let mut buffer = vec![0; CHUNK_BYTES];
+    loop {
+        downloader.cancel.check().map_err(io::Error::other)?;
+        match out.read(&mut buffer)? {
+            0 => return Ok(hasher),
+            count => hasher.update(&buffer[..count]),
+        }
+        downloader.progress.event(PullEvent::Verifying { name: name.to_owned(), bytes: hasher.bytes, total_bytes: length });
     }
 }
 

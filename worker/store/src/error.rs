@@ -130,9 +130,10 @@ pub enum StoreError {
     },
     /// The disk is full or would be.
     #[error(
-        "not enough disk space in {}: {needed_bytes} more bytes are needed{}; {}",
+        "not enough disk space in {}: {} more are needed{}; {}",
         .path.display(),
-        .available_bytes.map(|bytes| format!(", {bytes} are free")).unwrap_or_default(),
+        in_units(*.needed_bytes),
+        .available_bytes.map(|bytes| format!(", {} are free", in_units(bytes))).unwrap_or_default(),
         if *.partial_kept {
             "what has arrived is kept, free some space (`forgectl rm`) and pull again to resume"
         } else {
@@ -225,6 +226,15 @@ impl StoreError {
     pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |error| Self::Io { action, path, error }
+    }
+}
+
+/// A number of bytes as people read it, in powers of ten.
+fn in_units(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000 => format!("{bytes} bytes"),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
     }
 }
 

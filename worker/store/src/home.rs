@@ -16,7 +16,8 @@ pub struct ForgeHome {
 
 impl ForgeHome {
     /// `FORGE_HOME` where it is set, else `forge` in the platform's data folder
-    /// (`~/.local/share/forge` on Linux).
+    /// (`~/.local/share/forge` on Linux,
+    /// `~/Library/Application Support/forge` on macOS).
     ///
     /// # Errors
     /// [`StoreError::Setting`] if `FORGE_HOME` is relative, or if it is unset and the user has no
@@ -25,7 +26,7 @@ impl ForgeHome {
         match std::env::var_os("FORGE_HOME").filter(|value| !value.is_empty()) {
             Some(value) => Self::from_setting(PathBuf::from(value)),
             None => {
-                let base = etcetera::choose_base_strategy().map_err(|_| StoreError::Setting {
+                let base = etcetera::base_strategy::choose_native_strategy().map_err(|_| StoreError::Setting {
                     name: "FORGE_HOME".into(),
                     reason: "is unset and this user has no home folder; set it to a folder for models".into(),
                 })?;

@@ -62,13 +62,15 @@ pub(crate) struct Get<'a> {
     pub(crate) what: &'a str,
     pub(crate) authorization: Option<&'a Authorization>,
     pub(crate) accept: Option<&'a str>,
+    /// Whether the bytes must arrive as they are stored, not compressed for the way.
+    pub(crate) as_stored: bool,
     /// First byte wanted, and the entity tag it belongs to.
     pub(crate) range: Option<(u64, Option<&'a str>)>,
 }
 
 impl<'a> Get<'a> {
     pub(crate) fn new(url: &'a Url, what: &'a str) -> Self {
-        Self { url, what, authorization: None, accept: None, range: None }
+        Self { url, what, authorization: None, accept: None, as_stored: false, range: None }
     }
 }
 
@@ -228,6 +230,8 @@ impl HttpClient {
             if let Some(tag) = tag {
                 request = request.header(header::IF_RANGE, tag);
             }
+        }
+        if get.as_stored {
             request = request.header(header::ACCEPT_ENCODING, "identity");
         }
         let mut config = request.config();

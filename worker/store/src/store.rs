@@ -129,7 +129,7 @@ impl Store {
     /// [`StoreError::NotFound`] if it is not stored.
     pub fn show(&self, name: &str) -> Result<Manifest> {
         let key = self.stored_key(name)?;
-        self.manifest(&key)?.ok_or_else(|| StoreError::NotFound { name: key })
+        self.manifest(&key)?.ok_or(StoreError::NotFound { name: key })
     }
 
     /// Reads every file of a model against its digest.
