@@ -189,6 +189,7 @@ impl Tokenizer {
             let mut library = build(&files.tokenizer_json)?;
             check_added_tokens(&json, &library)?;
             add_side_tokens(&side, &mut library)?;
+            try_out(&library)?;
             let entries = entries(&library, &plan)?;
             Ok((library, entries))
         })?;
@@ -210,6 +211,21 @@ impl Tokenizer {
 fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err(TextError::invalid("tokenizer.json", "it is not consistent: the tokenizer library failed on it")))
+}
+
+/// Encodes once: a post-processor that names tokens it does not define panics only then, and one
+/// with ids of its own would give ids that no model has a row for.
+fn try_out(library: &tokenizers::Tokenizer) -> Result<()> {
+    let encoding = library.encode_fast("Hello, wörld! 123 \n", true).map_err(|error| TextError::invalid("tokenizer.json", error))?;
+    for &id in encoding.get_ids() {
+        if library.id_to_token(id).is_none() {
+            return Err(TextError::invalid(
+                "tokenizer.json: post_processor",
+                format!("it adds token {id}, which is not in the vocabulary"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Parses the file with the library. Truncation and padding are the caller's business here.

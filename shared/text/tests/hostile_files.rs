@@ -69,6 +69,23 @@ fn a_wrong_expression_is_an_error() {
 }
 
 #[test]
+fn post_processors_may_add_only_tokens_that_exist() {
+    let processor = |id: u32, defined: &str| {
+        json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {defined: {"id": defined, "ids": [id], "tokens": [defined]}},
+        })
+    };
+    let mut json = valid_json();
+    json["post_processor"] = processor(5, "<x>");
+    assert!(load(&json).unwrap().encode("", true).unwrap() == [5]);
+    assert!(error_with("/post_processor", processor(100_000, "<x>")).contains("100000"));
+    assert!(error_with("/post_processor", processor(5, "<y>")).contains("not consistent"));
+}
+
+#[test]
 fn decoders_that_cannot_be_streamed_are_refused() {
     let decoder = json!({"type": "Sequence", "decoders": [
         {"type": "Fuse"},
