@@ -1,1 +1,48 @@
-//! placeholder
+//! The gateway: OpenAI's HTTP API over engines that may be anywhere.
+//!
+//! `HTTP → key, limits → parse → template, tokenize → route → engine → server-sent events`
+//!
+//! It links no kernel, no model and no engine; it reaches them through [`forge_shared::link::EngineLink`] alone.
+//! What a request may contain is a table ([`request::fields`]), which also is docs/api.md.
+//!
+//! | concept | where | I/O |
+//! |---|---|---|
+//! | what was accepted and sent, replay after an engine's death | [`journal`] | none |
+//! | which replica answers | [`router`] | none |
+//! | rate limits | [`limits`] | none |
+//! | idempotency keys | [`idempotency`] | none |
+//! | parsing and refusing | [`request`] | none |
+//! | shapes of answers | [`response`] | none |
+//! | keeping a request alive over engines | `driver` | channels |
+//! | API keys | [`keys`] | a file |
+//! | routes, sockets, drain | `routes`, `server` | sockets |
+
+mod body;
+pub mod clock;
+mod config;
+mod driver;
+mod error;
+mod gateway;
+mod generation;
+mod health;
+pub mod idempotency;
+pub mod journal;
+pub mod keys;
+mod lifecycle;
+pub mod limits;
+mod middleware;
+mod models;
+mod prepare;
+pub mod request;
+pub mod response;
+pub mod router;
+mod routes;
+mod server;
+mod sse;
+mod write_stall;
+
+pub use config::{GatewayConfig, RequestLimits, Timeouts};
+pub use error::{ApiError, GatewayError};
+pub use gateway::{Gateway, ServedModel};
+pub use keys::{KeyLimits, KeyRing, KeyStore};
+pub use server::Listeners;

@@ -1,0 +1,173 @@
+//! Keeps one accepted request alive over as many engines as it takes.
+//!
+//! It is pulled by the response body: dropping it drops the engine's stream, which cancels the request. Decisions
+//! are the journal's and the router's; this file only waits and submits. Every wait ends at the request's deadline.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
+use forge_shared::link::EventStream;
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+
+use crate::error::ApiError;
+use crate::gateway::GatewayState;
+use crate::journal::{Next, Recorded, RequestJournal};
+use crate::models::{Model, ReplicaGuard};
+
+/// How often readiness is looked at while no replica can answer.
+const READY_POLL: Duration = Duration::from_millis(50);
+
+/// One request at an engine.
+pub(crate) struct Driver {
+    gateway: Arc<GatewayState>,
+    model: Arc<Model>,
+    journal: RequestJournal,
+    affinity: u64,
+    numerics_id: String,
+    /// None while no engine has it.
+    engine: Option<(EventStream, ReplicaGuard)>,
+    deadline: Pin<Box<Sleep>>,
+    ended: bool,
+}
+
+/// What a request needs beside itself.
+pub(crate) struct Admission {
+    /// Requests of equal affinity prefer the same replica.
+    pub(crate) affinity: u64,
+    /// When the client is told that it took too long.
+    pub(crate) deadline: Instant,
+}
+
+impl Driver {
+    /// Submits a request to the replicas in order of preference until one admits it.
+    ///
+    /// # Errors
+    /// The last replica's refusal, or that none is ready.
+    pub(crate) async fn admit(
+        gateway: Arc<GatewayState>,
+        model: Arc<Model>,
+        request: GenerateRequest,
+        admission: Admission,
+    ) -> Result<Driver, ApiError> {
+        let Admission { affinity, deadline } = admission;
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        let journal = RequestJournal::admit(request.clone(), gateway.now() + remaining);
+        let mut driver = Driver {
+            numerics_id: String::new(),
+            gateway,
+            model,
+            journal,
+            affinity,
+            engine: None,
+            deadline: Box::pin(sleep_until(deadline)),
+            ended: false,
+        };
+        let mut tried = Vec::new();
+        let mut refusal = AdmitError::Unavailable { reason: "no replica is ready".into() };
+        while let Some(replica) = driver.model.pick(affinity, &tried, None) {
+            match driver.submit(replica, request.clone()).await? {
+                Ok(()) => {
+                    driver.numerics_id = driver.model.replicas[replica].link.card().numerics_id.clone();
+                    return Ok(driver);
+                }
+                Err(error @ (AdmitError::Overloaded { .. } | AdmitError::Unavailable { .. })) => refusal = error,
+                Err(error) => return Err(error.into()),
+            }
+            tried.push(replica);
+        }
+        if let (true, Some(reason)) = (tried.is_empty(), driver.model.unready_reason()) {
+            refusal = AdmitError::Unavailable { reason };
+        }
+        Err(refusal.into())
+    }
+
+    /// Submits to one replica, bounded by the deadline and the gateway's end.
+    async fn submit(&mut self, replica: usize, request: GenerateRequest) -> Result<Result<(), AdmitError>, ApiError> {
+        let replica = &self.model.replicas[replica];
+        let submitted = bounded(&self.gateway, &mut self.deadline, replica.link.submit(request)).await?;
+        Ok(submitted.map(|stream| self.engine = Some((stream, replica.occupy()))))
+    }
+
+    /// The next event for the client; `Done` or an error is the last, then `None`.
+    pub(crate) async fn next(&mut self) -> Option<Result<EngineEvent, ApiError>> {
+        if self.ended {
+            return None;
+        }
+        let event = self.advance().await;
+        if matches!(event, Ok(EngineEvent::Done(_)) | Err(_)) {
+            self.ended = true;
+            self.engine = None;
+        }
+        Some(event)
+    }
+
+    async fn advance(&mut self) -> Result<EngineEvent, ApiError> {
+        loop {
+            let reason = match self.receive().await? {
+                Some(EngineEvent::Failed { reason, retryable: true }) => reason,
+                Some(EngineEvent::Failed { reason, .. }) => return Err(ApiError::EngineFailed { reason }),
+                None => "its stream ended".to_owned(),
+                Some(mut event) => match self.journal.record(&mut event) {
+                    Ok(Recorded::Forward) => return Ok(event),
+                    Ok(Recorded::Repeated) => continue,
+                    Err(violation) => violation.to_string(),
+                },
+            };
+            if let Some(done) = self.replace_engine(&reason).await? {
+                return Ok(done);
+            }
+        }
+    }
+
+    async fn receive(&mut self) -> Result<Option<EngineEvent>, ApiError> {
+        match &mut self.engine {
+            None => Ok(None),
+            Some((stream, _)) => bounded(&self.gateway, &mut self.deadline, stream.recv()).await,
+        }
+    }
+
+    /// After an engine's death: submits the rest of the request to the next one that can take it.
+    async fn replace_engine(&mut self, reason: &str) -> Result<Option<EngineEvent>, ApiError> {
+        self.engine = None;
+        let (request, wait) = match self.journal.engine_lost(self.gateway.now()) {
+            Next::Resubmit { request, wait } => (request, wait),
+            Next::Complete(usage) => return Ok(Some(EngineEvent::Done(usage))),
+            Next::DeadlineOver => return Err(ApiError::Deadline { seconds: self.gateway.config.timeouts.request_s }),
+            Next::GiveUp => {
+                let reason = format!("it gave this request up {} times, the last time because: {reason}", self.journal.submissions());
+                return Err(ApiError::EngineFailed { reason });
+            }
+        };
+        tracing::warn!(request = %request.id, reason, "engine lost; submitting again");
+        self.gateway.metrics.requests_replayed.get_or_create(&self.model.label).inc();
+        bounded(&self.gateway, &mut self.deadline, sleep(wait)).await?;
+        loop {
+            // Only an engine of the same numerics goes on with the same tokens; until one is ready, the client waits.
+            let replica = self.model.pick(self.affinity, &[], Some(&self.numerics_id));
+            if let Some(replica) = replica {
+                match self.submit(replica, (*request).clone()).await? {
+                    Ok(()) => return Ok(None),
+                    Err(AdmitError::Overloaded { .. } | AdmitError::Unavailable { .. }) => {}
+                    Err(error) => return Err(ApiError::EngineFailed { reason: error.to_string() }),
+                }
+            }
+            bounded(&self.gateway, &mut self.deadline, sleep(READY_POLL)).await?;
+        }
+    }
+}
+
+/// Awaits `future`, at most until the deadline or until the gateway breaks off.
+async fn bounded<T>(gateway: &GatewayState, deadline: &mut Pin<Box<Sleep>>, future: impl Future<Output = T>) -> Result<T, ApiError> {
+    tokio::select! {
+        biased;
+        value = future => Ok(value),
+        () = deadline.as_mut() => Err(ApiError::Deadline { seconds: gateway.config.timeouts.request_s }),
+        () = gateway.lifecycle.broken_off().cancelled() => Err(shutting_down()),
+    }
+}
+
+fn shutting_down() -> ApiError {
+    ApiError::Unavailable { message: "the server is shutting down; send the request again".into(), retry_after_s: 5 }
+}

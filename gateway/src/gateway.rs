@@ -1,0 +1,139 @@
+//! [`Gateway`]: what `forgectl serve` and a gateway process put together and run.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forge_shared::link::EngineLink;
+use forge_shared::telemetry::Metrics;
+use forge_text::{ChatTemplate, Tokenizer};
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+
+use crate::clock::{Clock, SystemClock};
+use crate::config::GatewayConfig;
+use crate::error::GatewayError;
+use crate::health::LastProbe;
+use crate::idempotency::IdempotencyRecords;
+use crate::keys::KeyRing;
+use crate::lifecycle::Lifecycle;
+use crate::limits::RateLimits;
+use crate::models::ModelTable;
+use crate::server::{self, Listeners};
+
+/// One replica of a model, with what the gateway needs to speak for it. Several with the same
+/// [`forge_shared::link::ModelCard::name`] are replicas of one model.
+#[derive(Clone)]
+pub struct ServedModel {
+    /// The way to its engine.
+    pub link: Arc<dyn EngineLink>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template; without one, chat is refused and completions work.
+    pub chat_template: Option<ChatTemplate>,
+}
+
+/// The gateway. Clones share everything.
+///
+/// ```no_run
+/// # async fn run(model: forge_gateway::ServedModel) -> Result<(), forge_gateway::GatewayError> {
+/// use forge_gateway::{Gateway, GatewayConfig, KeyRing, Listeners};
+/// let config = GatewayConfig::default();
+/// let listeners = Listeners::bind(&config).await?;
+/// let gateway = Gateway::new(config, vec![model], forge_shared::telemetry::Metrics::new(), KeyRing::none())?;
+/// gateway.serve(listeners, async { tokio::signal::ctrl_c().await.unwrap_or(()) }).await
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Gateway {
+    state: Arc<GatewayState>,
+}
+
+/// Everything a request handler shares with the others.
+pub(crate) struct GatewayState {
+    pub(crate) config: GatewayConfig,
+    pub(crate) models: ModelTable,
+    pub(crate) metrics: Metrics,
+    pub(crate) keys: KeyRing,
+    pub(crate) rates: Mutex<RateLimits>,
+    pub(crate) idempotency: Mutex<IdempotencyRecords>,
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) clock: Arc<dyn Clock>,
+    /// One permit per KiB of request body held.
+    pub(crate) body_kib: Arc<Semaphore>,
+    /// One permit per request being answered.
+    pub(crate) requests: Arc<Semaphore>,
+    /// One permit per thread that renders and tokenizes long prompts.
+    pub(crate) preparing: Arc<Semaphore>,
+    pub(crate) last_probe: LastProbe,
+    started: Instant,
+}
+
+impl GatewayState {
+    /// Time since the gateway began: what the cores take as time.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+impl Gateway {
+    /// Puts a gateway together. Nothing is bound or started yet.
+    ///
+    /// # Errors
+    /// A setting out of range, no model, two models of one name, or an address beyond loopback without keys.
+    pub fn new(config: GatewayConfig, models: Vec<ServedModel>, metrics: Metrics, keys: KeyRing) -> Result<Gateway, GatewayError> {
+        Self::with_clock(config, models, metrics, keys, Arc::new(SystemClock))
+    }
+
+    /// As [`Gateway::new`], with another clock.
+    ///
+    /// # Errors
+    /// As for [`Gateway::new`].
+    pub fn with_clock(
+        config: GatewayConfig,
+        models: Vec<ServedModel>,
+        metrics: Metrics,
+        keys: KeyRing,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Gateway, GatewayError> {
+        config.check(keys.required())?;
+        let threads = std::thread::available_parallelism().map_or(2, |count| count.get());
+        let limits = &config.limits;
+        let state = GatewayState {
+            models: ModelTable::new(models)?,
+            metrics,
+            keys,
+            rates: Mutex::default(),
+            idempotency: Mutex::new(IdempotencyRecords::new(limits.idempotency_keys)),
+            lifecycle: Lifecycle::default(),
+            clock,
+            body_kib: Arc::new(Semaphore::new(limits.total_body_bytes.div_ceil(1024).min(Semaphore::MAX_PERMITS))),
+            requests: Arc::new(Semaphore::new(limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
+            preparing: Arc::new(Semaphore::new(threads)),
+            last_probe: LastProbe::default(),
+            started: Instant::now(),
+            config,
+        };
+        Ok(Gateway { state: Arc::new(state) })
+    }
+
+    /// Serves until `shutdown` resolves, then drains as [`Gateway::drain`] does and returns.
+    ///
+    /// # Errors
+    /// [`GatewayError::Listener`] if a listener breaks.
+    pub async fn serve(&self, listeners: Listeners, shutdown: impl Future<Output = ()> + Send) -> Result<(), GatewayError> {
+        server::serve(self.state.clone(), listeners, shutdown).await
+    }
+
+    /// Stops admission (503, not ready), waits for requests in flight up to `deadline`, breaks off what is left with
+    /// an error, and ends [`Gateway::serve`].
+    pub async fn drain(&self, deadline: Duration) {
+        self.state.lifecycle.drain(deadline).await;
+        self.state.lifecycle.end();
+    }
+
+    /// Requests being answered.
+    pub fn in_flight(&self) -> usize {
+        self.state.lifecycle.in_flight()
+    }
+}

@@ -1,0 +1,187 @@
+//! The running gateway's view of the keys: looked up per request, read again when the file changes.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+
+use super::{KeyLimits, KeyRecord, KeyStore, split};
+use crate::error::{ApiError, GatewayError};
+
+/// How often the file is looked at.
+const CHECK_EVERY: Duration = Duration::from_millis(500);
+
+/// Whose request it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenant {
+    /// The key's id; `None` where no keys are configured.
+    pub key_id: Option<String>,
+    /// Its limits.
+    pub limits: KeyLimits,
+}
+
+impl Tenant {
+    fn anonymous() -> Self {
+        Tenant { key_id: None, limits: KeyLimits::default() }
+    }
+
+    /// What separates this tenant from the others: the key's id.
+    pub fn name(&self) -> &str {
+        self.key_id.as_deref().unwrap_or("anonymous")
+    }
+}
+
+/// The keys a gateway accepts. Clones share one view.
+///
+/// Invariant: a gateway that once saw a key stays closed to requests without one, even if the file vanishes.
+#[derive(Debug, Clone)]
+pub struct KeyRing {
+    store: Option<KeyStore>,
+    view: Arc<Mutex<View>>,
+}
+
+#[derive(Debug)]
+struct View {
+    keys: HashMap<String, KeyRecord>,
+    closed: bool,
+    stamp: Stamp,
+    checked: Instant,
+}
+
+/// Changes when the file does: every save is a new file.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    bytes: u64,
+    inode: u64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Stamp {
+        let Ok(data) = std::fs::metadata(path) else {
+            return Stamp::default();
+        };
+        #[cfg(unix)]
+        let inode = std::os::unix::fs::MetadataExt::ino(&data);
+        #[cfg(not(unix))]
+        let inode = 0;
+        Stamp { modified: data.modified().ok(), bytes: data.len(), inode }
+    }
+}
+
+impl KeyRing {
+    /// No keys and no file to watch: everybody is let in.
+    pub fn none() -> Self {
+        Self::with(None, HashMap::new(), Stamp::default())
+    }
+
+    /// The keys of a file, which need not exist yet.
+    ///
+    /// # Errors
+    /// The file cannot be read or is not a key file.
+    pub fn open(path: impl Into<std::path::PathBuf>) -> Result<Self, GatewayError> {
+        let store = KeyStore::new(path);
+        let stamp = Stamp::of(store.path());
+        let keys = by_id(store.list()?);
+        Ok(Self::with(Some(store), keys, stamp))
+    }
+
+    fn with(store: Option<KeyStore>, keys: HashMap<String, KeyRecord>, stamp: Stamp) -> Self {
+        let view = View { closed: !keys.is_empty(), keys, stamp, checked: Instant::now() };
+        KeyRing { store, view: Arc::new(Mutex::new(view)) }
+    }
+
+    /// Whether a key is needed: one is, or was, configured (revoked ones count).
+    pub fn required(&self) -> bool {
+        let mut view = self.view.lock();
+        self.refresh(&mut view);
+        view.closed
+    }
+
+    /// Whose request carries this `Authorization` header.
+    ///
+    /// # Errors
+    /// [`ApiError::Unauthorized`] where keys are configured and the header holds none of them.
+    pub fn authenticate(&self, authorization: Option<&str>) -> Result<Tenant, ApiError> {
+        let mut view = self.view.lock();
+        self.refresh(&mut view);
+        if !view.closed {
+            return Ok(Tenant::anonymous());
+        }
+        let key = authorization
+            .and_then(bearer)
+            .ok_or(ApiError::Unauthorized("no API key: send it as the header Authorization: Bearer sk-forge-…"))?;
+        split(key)
+            .and_then(|(id, secret)| view.keys.get(id).map(|record| (record, secret)))
+            .filter(|(record, secret)| record.matches(secret) && record.revoked_s.is_none())
+            .map(|(record, _)| Tenant { key_id: Some(record.id.clone()), limits: record.limits })
+            .ok_or(ApiError::Unauthorized("the API key is wrong or revoked; ask the operator for one (forgectl keys create NAME)"))
+    }
+
+    /// Reads the file again if it changed. A file that cannot be read leaves the keys as they were.
+    fn refresh(&self, view: &mut View) {
+        let Some(store) = self.store.as_ref().filter(|_| view.checked.elapsed() >= CHECK_EVERY) else {
+            return;
+        };
+        view.checked = Instant::now();
+        let stamp = Stamp::of(store.path());
+        if stamp == view.stamp {
+            return;
+        }
+        match store.list() {
+            Ok(keys) => {
+                view.keys = by_id(keys);
+                view.closed |= !view.keys.is_empty();
+                tracing::info!(keys = view.keys.len(), "key file read again");
+            }
+            Err(error) => tracing::error!(%error, "key file not read; the keys stay as they were"),
+        }
+        view.stamp = stamp;
+    }
+}
+
+fn by_id(keys: Vec<KeyRecord>) -> HashMap<String, KeyRecord> {
+    keys.into_iter().map(|key| (key.id.clone(), key)).collect()
+}
+
+fn bearer(header: &str) -> Option<&str> {
+    let (scheme, key) = header.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_right_secret_opens_and_revoking_closes_within_a_second() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = KeyStore::new(folder.path().join("keys.json"));
+        let ring = KeyRing::open(store.path()).unwrap();
+        assert_eq!(ring.authenticate(None).unwrap(), Tenant::anonymous());
+
+        let created = store.create("a", KeyLimits { rpm: Some(5), tpm: None }, 0).unwrap();
+        std::thread::sleep(Duration::from_millis(600));
+        let good = format!("Bearer {}", created.plaintext);
+        let tenant = ring.authenticate(Some(&good)).unwrap();
+        assert_eq!((tenant.key_id.as_deref(), tenant.limits.rpm), (Some(created.record.id.as_str()), Some(5)));
+        assert!(ring.authenticate(Some(&good.replace("Bearer", "bearer"))).is_ok());
+
+        let last = if good.ends_with('0') { '1' } else { '0' };
+        let mut wrong = good.clone();
+        wrong.pop();
+        for header in [format!("{wrong}{last}"), wrong, "Bearer ".into(), "Basic x".into(), created.plaintext.clone()] {
+            assert!(ring.authenticate(Some(&header)).is_err(), "{header}");
+        }
+        assert!(ring.authenticate(None).is_err());
+
+        store.revoke("a", 1).unwrap();
+        std::thread::sleep(Duration::from_millis(600));
+        assert!(ring.authenticate(Some(&good)).is_err());
+        std::fs::remove_file(store.path()).unwrap();
+        std::thread::sleep(Duration::from_millis(600));
+        assert!(ring.authenticate(None).is_err(), "a vanished file opens nothing");
+    }
+}
