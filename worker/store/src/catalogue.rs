@@ -125,6 +125,26 @@ impl Catalogue {
         self.models.get_key_value(name).map(|(name, entry)| (name.as_str(), entry))
     }
 
+    /// Aliases that resemble a text no entry has: those of the same family (the part before the
+    /// colon), else those whose family has a part in common.
+    pub fn similar(&self, text: &str) -> Vec<&str> {
+        let family = |name: &str| name.split(':').next().unwrap_or_default().to_ascii_lowercase();
+        let wanted = family(text);
+        if wanted.len() < 3 {
+            return Vec::new();
+        }
+        let same = |known: &str| known == wanted;
+        let related = |known: &str| known.contains(&wanted) || wanted.contains(known);
+        let tests: [&dyn Fn(&str) -> bool; 2] = [&same, &related];
+        for test in tests {
+            let found: Vec<&str> = self.models.keys().map(String::as_str).filter(|name| test(&family(name))).take(6).collect();
+            if !found.is_empty() {
+                return found;
+            }
+        }
+        Vec::new()
+    }
+
     /// All entries by alias.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &CatalogueEntry)> {
         self.models.iter().map(|(name, entry)| (name.as_str(), entry))
@@ -184,6 +204,14 @@ mod tests {
         assert_eq!(catalogue.default_alias(), "mine");
         assert_eq!(catalogue.find("GPT2").unwrap().1.sources[0].from, "hf:a/b");
         assert!(catalogue.find("smollm2:135m").is_some());
+    }
+
+    #[test]
+    fn a_wrong_size_brings_up_its_family() {
+        let catalogue = Catalogue::built_in().unwrap();
+        assert_eq!(catalogue.similar("Qwen2.5:3b"), ["qwen2.5:0.5b", "qwen2.5:1.5b", "qwen2.5:7b"]);
+        assert_eq!(catalogue.similar("llama"), ["llama3.1:8b", "llama3.2:1b", "llama3.2:3b", "tinyllama:1.1b"]);
+        assert!(catalogue.similar("x").is_empty());
     }
 
     #[test]

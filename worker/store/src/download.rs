@@ -211,8 +211,13 @@ impl<'a> Transfer<'a> {
         Ok(Self { file, path, out, hasher, etag: note.etag, sha256: file.sha256, total_bytes: file.size_bytes })
     }
 
+    /// Whether everything is here already: by size, or where the size is not known by digest.
     fn is_complete(&self) -> bool {
-        self.file.size_bytes == Some(self.hasher.bytes)
+        match (self.file.size_bytes, self.sha256) {
+            (Some(size), _) => size == self.hasher.bytes,
+            (None, Some(sha256)) => self.hasher.clone().finish().0 == sha256,
+            (None, None) => false,
+        }
     }
 
     fn left_bytes(&self) -> u64 {

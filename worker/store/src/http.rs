@@ -171,18 +171,19 @@ impl HttpClient {
     /// Fetches a small document whole; passing errors of the server are retried twice.
     pub(crate) fn fetch_document(&self, get: &Get<'_>, limit_bytes: u64) -> Result<(Answer, Vec<u8>)> {
         let mut pause = Duration::from_millis(500);
-        for attempt in 0.. {
+        let mut retries_left = 2;
+        loop {
             let answer = self.send(get)?;
             if answer.status.is_success() {
                 return self.read_document(answer, get.what, limit_bytes);
             }
-            if attempt == 2 || !is_passing(&answer) {
+            if retries_left == 0 || !is_passing(&answer) {
                 return Err(status_error(&answer, get.what));
             }
             self.cancel.sleep(retry_after(&answer).unwrap_or(pause))?;
             pause *= 2;
+            retries_left -= 1;
         }
-        unreachable!("the loop returns at its third attempt")
     }
 
     fn read_document(&self, mut answer: Answer, what: &str, limit_bytes: u64) -> Result<(Answer, Vec<u8>)> {
@@ -264,11 +265,11 @@ impl HttpClient {
             }
             ureq::Error::Io(error) => match error.kind() {
                 std::io::ErrorKind::ConnectionRefused => ("refused the connection".into(), true),
+                // What rustls finds wrong with a certificate arrives wrapped like this.
+                std::io::ErrorKind::InvalidData => (untrusted(&error), true),
                 _ => (format!("could not be reached ({error})"), true),
             },
-            ureq::Error::Rustls(error) => {
-                (format!("has a certificate that is not trusted ({error}); set SSL_CERT_FILE if your network has its own"), true)
-            }
+            ureq::Error::Rustls(error) => (untrusted(&error), true),
             other => (format!("could not be asked ({other})"), false),
         };
         let mut hosts = self.hosts();
@@ -283,6 +284,10 @@ impl HttpClient {
         // The map is whole even if another thread panicked while holding it.
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn untrusted(error: &dyn std::fmt::Display) -> String {
+    format!("has a certificate that is not trusted ({error}); if your network has its own, set SSL_CERT_FILE")
 }
 
 fn linked_digest(answer: &Answer) -> Option<Digest> {

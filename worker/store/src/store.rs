@@ -79,13 +79,20 @@ impl Store {
     /// # Errors
     /// As [`ModelSource::parse`].
     pub fn parse(&self, name: &str) -> Result<ModelSource> {
-        ModelSource::parse(
-            name,
-            &Surroundings {
-                alias: &|text| self.catalogue.find(text).map(|(alias, _)| alias.to_owned()),
-                path_exists: &|path| path.exists(),
-            },
-        )
+        let surroundings = Surroundings {
+            alias: &|text| self.catalogue.find(text).map(|(alias, _)| alias.to_owned()),
+            path_exists: &|path| path.exists(),
+        };
+        ModelSource::parse(name, &surroundings).map_err(|error| match error {
+            StoreError::UnknownModel { name, tried, mut remedy } => {
+                let similar = self.catalogue.similar(&name);
+                if !similar.is_empty() {
+                    remedy.push_str(&format!(". The catalogue has {}", similar.join(", ")));
+                }
+                StoreError::UnknownModel { name, tried, remedy }
+            }
+            other => other,
+        })
     }
 
     /// Resolves a model that is in the store, or a local path; never uses the network. `None` if

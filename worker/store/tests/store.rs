@@ -325,6 +325,14 @@ fn a_pull_is_cancelled_within_a_moment_even_while_nothing_arrives() {
 }
 
 #[test]
+fn an_unknown_name_says_what_was_tried_and_what_there_is() {
+    let bench = Bench::new(&Server::start());
+    let error = bench.store().resolve("smollm2:3b", &Silent).unwrap_err().to_string();
+    assert!(error.contains("Tried: no catalogue alias"), "{error}");
+    assert!(error.contains("The catalogue has smollm2:1.7b, smollm2:135m, smollm2:360m"), "{error}");
+}
+
+#[test]
 fn local_paths_and_damaged_manifests() {
     let server = Server::start();
     server.put_repo("org/m", &[("m.gguf", &weights(100))]);
