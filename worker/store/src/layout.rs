@@ -50,6 +50,18 @@ impl Layout {
         self.root.join(format!("snapshots/{digest}"))
     }
 
+    pub(crate) fn blobs(&self) -> PathBuf {
+        self.root.join("blobs")
+    }
+
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        self.root.join("snapshots")
+    }
+
+    pub(crate) fn locks(&self) -> PathBuf {
+        self.root.join("locks")
+    }
+
     pub(crate) fn partial_folder(&self) -> PathBuf {
         self.root.join("partial")
     }

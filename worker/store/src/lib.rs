@@ -14,6 +14,7 @@
 //! ever printed or sent to another host than its own.
 
 mod catalogue;
+mod clean;
 mod digest;
 mod disk;
 mod download;

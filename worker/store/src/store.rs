@@ -1,11 +1,10 @@
 //! The store's front door: what is stored, and how it is opened and removed. Fetching is in
-//! [`crate::pull`].
+//! [`crate::pull`], giving disk space back in [`crate::clean`].
 //!
 //! Locks, in the order they are taken: a pull's name, a transfer's content, a model's use, the
 //! index. The index lock is held only for moments; a model's use lock is held shared by everyone
 //! who serves it, and exclusively by whoever removes it.
 
-use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -154,50 +153,15 @@ impl Store {
     pub fn remove(&self, name: &str) -> Result<Removed> {
         let key = self.stored_key(name)?;
         let manifest = self.manifest(&key)?.ok_or_else(|| StoreError::NotFound { name: key.clone() })?;
-        let digest = manifest.digest();
         // Held to the end, so that nobody opens what is being deleted.
-        let Some(_use) = lock::try_exclusive(&self.layout.use_lock(&digest))? else {
+        let Some(_use) = lock::try_exclusive(&self.layout.use_lock(&manifest.digest()))? else {
             return Err(StoreError::InUse { name: key });
         };
         let _index = self.lock_index()?;
         let path = self.layout.manifest(&key);
         fs::remove_file(&path).map_err(StoreError::io("delete", &path))?;
-        let others: Vec<Manifest> = self.list()?;
-        if others.iter().all(|other| other.digest() != digest) {
-            snapshot::delete(&self.layout.snapshot(&digest))?;
-        }
-        let kept: HashSet<Digest> = others.iter().flat_map(|other| &other.files).map(|file| file.sha256).collect();
-        let mut freed_bytes = 0;
-        for file in manifest.files.iter().filter(|file| !kept.contains(&file.sha256)) {
-            freed_bytes += self.delete_blob(&file.sha256)?;
-        }
+        let freed_bytes = self.release(&manifest)?;
         Ok(Removed { name: key, freed_bytes })
-    }
-
-    /// Deletes what interrupted pulls left behind, except what is being fetched right now. Returns
-    /// the bytes given back; those pulls start over.
-    ///
-    /// # Errors
-    /// If a file cannot be deleted.
-    pub fn discard_partials(&self) -> Result<u64> {
-        let folder = self.layout.partial_folder();
-        let mut freed_bytes = 0;
-        for entry in fs::read_dir(&folder).map_err(StoreError::io("read", &folder))? {
-            let path = entry.map_err(StoreError::io("read", &folder))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            // Every name there begins with the digest its transfer lock is named by.
-            let Some(Ok(key)) = name.get(..64).map(str::parse::<Digest>) else { continue };
-            let Some(_transfer) = lock::try_exclusive(&self.layout.transfer_lock(&key))? else {
-                continue;
-            };
-            let size = fs::metadata(&path).map_or(0, |metadata| metadata.len());
-            match fs::remove_file(&path) {
-                Ok(()) => freed_bytes += size,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(StoreError::io("delete", path)(error)),
-            }
-        }
-        Ok(freed_bytes)
     }
 
     /// The name under which a text's model is stored: its canonical form, or the text itself where
@@ -241,15 +205,21 @@ impl Store {
         }
     }
 
-    /// Writes a manifest, if all its blobs are (still) there. False if one has vanished since, to
-    /// a removal that did not know of this model yet.
+    /// Writes a manifest, if all its blobs are (still) there, and releases the files of the one it
+    /// replaces. False if a blob has vanished since, to a removal that did not know of this model.
     pub(crate) fn commit(&self, manifest: &Manifest) -> Result<bool> {
         let _index = self.lock_index()?;
         if !manifest.files.iter().all(|file| self.layout.has_blob(&file.sha256, file.size_bytes)) {
             return Ok(false);
         }
+        let replaced = self.manifest(&manifest.name).unwrap_or_default();
         let text = serde_json::to_vec_pretty(manifest).expect("a manifest is plain data");
         write_atomically(&self.layout.manifest(&manifest.name), &text)?;
+        if let Some(old) = replaced.filter(|old| old.digest() != manifest.digest())
+            && let Some(_use) = lock::try_exclusive(&self.layout.use_lock(&old.digest()))?
+        {
+            self.release(&old)?;
+        }
         Ok(true)
     }
 
@@ -263,22 +233,7 @@ impl Store {
         Ok(found)
     }
 
-    /// Deletes a blob and its note; returns its size.
-    pub(crate) fn delete_blob(&self, digest: &Digest) -> Result<u64> {
-        let path = self.layout.blob(digest);
-        let size = fs::metadata(&path).map_or(0, |metadata| metadata.len());
-        for path in [path, self.layout.verified_note(digest)] {
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(StoreError::io("delete", path)(error));
-                }
-                _ => {}
-            }
-        }
-        Ok(size)
-    }
-
-    fn lock_index(&self) -> Result<fs::File> {
+    pub(crate) fn lock_index(&self) -> Result<fs::File> {
         lock::exclusive(
             &self.layout.index_lock(),
             &LockWait { what: "the model store", limit: SHORT_WAIT, cancel: &CancelFlag::default(), on_wait: &|| {} },

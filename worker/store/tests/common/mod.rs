@@ -47,6 +47,8 @@ pub enum Fault {
     StallAfter(usize, Duration),
     /// Answers this status, with these extra header lines.
     Status(u16, &'static str),
+    /// Answers nothing at all for this long.
+    Silence(Duration),
     /// Redirects to an address.
     Redirect(String),
     /// Sends this many bytes of the body, then the whole server is away for this long.
@@ -209,6 +211,10 @@ fn answer(mut stream: &TcpStream, page: &Page, fault: Option<Fault>, headers: &H
     match &fault {
         Some(Fault::Status(status, extra)) => {
             return head(stream, *status, &format!("Content-Length: 0\r\n{extra}"));
+        }
+        Some(Fault::Silence(pause)) => {
+            std::thread::sleep(*pause);
+            return Ok(());
         }
         Some(Fault::Redirect(to)) => {
             let linked = page.linked_etag.iter().map(|tag| format!("X-Linked-ETag: \"{tag}\"\r\n"));
