@@ -1,1 +1,5 @@
-fn main() {}
+//! The `forgectl` program.
+
+fn main() -> std::process::ExitCode {
+    forgectl::main()
+}

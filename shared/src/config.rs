@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::spec::{ModelService, ModelServiceSpec, SpecError};
 
 pub use document::{Document, Format, parse_document, render};
-pub use keys::{KEYS, Key, Kind};
+pub use keys::{Group, KEYS, Key, Kind};
 
 /// Name of a service whose document gives none.
 pub const DEFAULT_SERVICE_NAME: &str = "default";
@@ -84,15 +84,12 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// A value given by a flag. `path` is a key's path in the specification, such as `gateway.port`.
+    /// A value given as text by the key's flag.
     ///
     /// # Errors
-    /// [`ConfigError::Unknown`] and [`ConfigError::Value`], with the flag's name.
-    pub fn flag(path: &str, value: Value) -> Result<Self, ConfigError> {
-        let key = Key::by_path(path).ok_or_else(|| unknown_key("flags", path))?;
-        let origin = "command line";
-        let value = key.check(&value).map_err(|reason| wrong(origin, &format!("--{}", key.flag()), reason))?;
-        Ok(Setting { key, value })
+    /// What the key takes instead, for a parser of arguments that names the flag itself.
+    pub fn flag(key: &'static Key, text: &str) -> Result<Self, String> {
+        key.parse(text).map(|value| Setting { key, value })
     }
 
     /// A value given as `--set a.b=v`. The name is the key's path or its flag's name, in camelCase, kebab-case or

@@ -26,6 +26,19 @@ pub enum Kind {
     List,
 }
 
+/// What a key is about: headings of the help, and which commands take its flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// Which model, under which name.
+    Model,
+    /// How it runs on this machine.
+    Engine,
+    /// Where and how the API listens.
+    Api,
+    /// How it is spread over a cluster; files and `--set` only.
+    Cluster,
+}
+
 /// One key.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Key {
@@ -35,48 +48,56 @@ pub struct Key {
     pub kind: Kind,
     /// Whether it may be absent (`null`).
     pub optional: bool,
+    /// What it is about.
+    pub group: Group,
+    /// One line for help and manual.
+    pub help: &'static str,
 }
 
-const fn key(path: &'static str, kind: Kind) -> Key {
-    Key { path, kind, optional: false }
+const fn key(path: &'static str, kind: Kind, group: Group, help: &'static str) -> Key {
+    Key { path, kind, optional: false, group, help }
 }
 
-const fn optional(path: &'static str, kind: Kind) -> Key {
-    Key { path, kind, optional: true }
+const fn optional(path: &'static str, kind: Kind, group: Group, help: &'static str) -> Key {
+    Key { path, kind, optional: true, group, help }
 }
 
 const COUNT: Kind = Kind::Whole { max: u32::MAX as u64 };
 const PORT: Kind = Kind::Whole { max: u16::MAX as u64 };
 
-/// Every key there is.
-pub static KEYS: &[Key] = &[
-    key("model", Kind::Text),
-    optional("modelName", Kind::Text),
-    optional("maxModelLen", COUNT),
-    key("kvCacheDtype", Kind::Choice(&["f32", "f16", "bf16"])),
-    optional("kvMemory", Kind::Size),
-    key("blockSize", COUNT),
-    key("maxBatchSize", COUNT),
-    key("maxStepTokens", COUNT),
-    key("maxWaiting", COUNT),
-    key("prefixCache", Kind::Switch),
-    optional("threads", COUNT),
-    key("load", Kind::Choice(&["mmap", "eager"])),
-    key("checkWeights", Kind::Switch),
-    key("replicas", COUNT),
-    key("layout.tensor", COUNT),
-    key("layout.pipeline", COUNT),
-    optional("chatTemplate", Kind::Text),
-    key("gateway.host", Kind::Text),
-    key("gateway.port", PORT),
-    key("gateway.metricsPort", PORT),
-    key("gateway.insecure", Kind::Switch),
-    key("gateway.corsOrigins", Kind::List),
-    key("gateway.maxBody", Kind::Size),
-    key("gateway.requestTimeoutS", COUNT),
-    key("gateway.drainTimeoutS", COUNT),
-    key("gateway.maxChoices", COUNT),
-];
+/// Every key there is, in the order of the help.
+pub static KEYS: &[Key] = {
+    use Group::{Api, Cluster, Engine, Model};
+    use Kind::{Choice, List, Size, Switch, Text};
+    &[
+        key("model", Text, Model, "Catalogue alias, hub id, https URL, path or pypi:PACKAGE"),
+        optional("modelName", Text, Model, "Name in the API; the model's own by default"),
+        optional("chatTemplate", Text, Model, "A Jinja file that replaces the model's own chat template"),
+        optional("maxModelLen", COUNT, Engine, "Longest sequence in tokens; the model's context by default, less where memory is short"),
+        key("kvCacheDtype", Choice(&["f32", "f16", "bf16"]), Engine, "Storage type of keys and values"),
+        optional("kvMemory", Size, Engine, "Memory for keys and values, such as 2GiB; a share of free memory by default"),
+        key("blockSize", COUNT, Engine, "Tokens per block of keys and values"),
+        key("maxBatchSize", COUNT, Engine, "Sequences running at once"),
+        key("maxStepTokens", COUNT, Engine, "Tokens computed in one step"),
+        key("maxWaiting", COUNT, Engine, "Requests that may wait before 429"),
+        key("prefixCache", Switch, Engine, "Compute equal beginnings of prompts once"),
+        optional("threads", COUNT, Engine, "Threads that compute; all cores by default"),
+        key("load", Choice(&["mmap", "eager"]), Engine, "Map weights and read them when needed, or read them at start"),
+        key("checkWeights", Switch, Engine, "Refuse weights that hold a NaN or an infinity"),
+        key("gateway.host", Text, Api, "Address to listen on; beyond loopback needs API keys or --insecure"),
+        key("gateway.port", PORT, Api, "Port of the API; 0 picks a free one"),
+        key("gateway.metricsPort", PORT, Api, "Port of metrics and probes; 0 picks a free one"),
+        key("gateway.insecure", Switch, Api, "Listen beyond loopback without API keys"),
+        key("gateway.corsOrigins", List, Api, "Origins whose pages may call the API, comma-separated; * for any"),
+        key("gateway.maxBody", Size, Api, "Largest request body"),
+        key("gateway.requestTimeoutS", COUNT, Api, "Time a request has in all, seconds"),
+        key("gateway.drainTimeoutS", COUNT, Api, "Time running requests have after SIGTERM, seconds"),
+        key("gateway.maxChoices", COUNT, Api, "Most answers (n) of one request"),
+        key("replicas", COUNT, Cluster, "Copies of the model"),
+        key("layout.tensor", COUNT, Cluster, "Tensor-parallel ranks of a copy"),
+        key("layout.pipeline", COUNT, Cluster, "Pipeline stages of a copy"),
+    ]
+};
 
 impl Key {
     /// The key of a path, exactly.

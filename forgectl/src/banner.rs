@@ -1,0 +1,89 @@
+//! What `serve` prints when the model can answer: what runs, where, and a request to paste.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use forge_shared::spec::KvCacheDtype;
+use indicatif::HumanBytes;
+
+use crate::output::short_count;
+use crate::replica::Replica;
+
+/// Where it listens.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses {
+    /// The API.
+    pub api: SocketAddr,
+    /// Metrics and probes.
+    pub metrics: SocketAddr,
+    /// Whether requests need a key.
+    pub keys: bool,
+}
+
+/// The text.
+pub fn banner(replica: &Replica, addresses: &Addresses) -> String {
+    let served = replica.served();
+    let card = served.link.card();
+    let plan = &replica.plan;
+    let kv_bytes = plan.ranks.iter().map(|rank| rank.memory.kv_bytes).sum::<u64>();
+    let weights_bytes = plan.ranks.iter().map(|rank| rank.memory.weights_bytes).sum::<u64>();
+    let dtype = match plan.kv_cache_dtype {
+        KvCacheDtype::F32 => "f32",
+        KvCacheDtype::F16 => "f16",
+        KvCacheDtype::Bf16 => "bf16",
+    };
+    let facts = &replica.facts;
+    let rows = [
+        ("model", format!("{} ({}, {} parameters, {})", card.name, facts.family, short_count(facts.parameters), facts.quantization)),
+        ("names", card.names.join(", ")),
+        ("context", format!("{} tokens", card.max_model_len)),
+        ("weights", HumanBytes(weights_bytes).to_string()),
+        ("KV memory", format!("{} ({} tokens in {dtype})", HumanBytes(kv_bytes), plan.kv_blocks * plan.block_size)),
+        ("API", format!("{}/v1", url(addresses.api))),
+        ("metrics", format!("{}/metrics", url(addresses.metrics))),
+        ("keys", if addresses.keys { "needed" } else { "none configured: any key is accepted" }.to_owned()),
+    ];
+    let mut text = String::from("Ready.\n");
+    for (name, value) in rows {
+        text.push_str(&format!("  {name:10} {value}\n"));
+    }
+    let name = card.names.last().unwrap_or(&card.name);
+    text + "\nTry it:\n" + &curl(addresses, name, served.chat_template.is_some()) + "\nCtrl-C stops it.\n"
+}
+
+/// A request to paste into a shell.
+fn curl(addresses: &Addresses, model: &str, chat: bool) -> String {
+    let (path, body) = match chat {
+        true => {
+            ("chat/completions", serde_json::json!({"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}))
+        }
+        false => ("completions", serde_json::json!({"model": model, "prompt": "The sky is blue because"})),
+    };
+    let key = if addresses.keys { " -H \"authorization: Bearer $OPENAI_API_KEY\"" } else { "" };
+    // Within single quotes a shell takes everything as it is but the quote itself.
+    let body = body.to_string().replace('\'', "'\\''");
+    format!("  curl {}/v1/{path} -H 'content-type: application/json'{key} \\\n    -d '{body}'\n", url(addresses.api))
+}
+
+/// An address as a client on this machine writes it.
+fn url(address: SocketAddr) -> String {
+    let host = match address.ip() {
+        ip if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        ip => ip,
+    };
+    format!("http://{}", SocketAddr::new(host, address.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_request_can_be_pasted() {
+        let addresses = Addresses { api: ([0, 0, 0, 0], 8000).into(), metrics: ([127, 0, 0, 1], 9000).into(), keys: true };
+        let text = curl(&addresses, "it's", true);
+        assert!(text.contains("http://127.0.0.1:8000/v1/chat/completions"), "{text}");
+        assert!(text.contains("\"model\":\"it'\\''s\""), "{text}");
+        assert!(text.contains("Bearer $OPENAI_API_KEY"), "{text}");
+        assert!(curl(&addresses, "m", false).contains("/v1/completions"));
+    }
+}

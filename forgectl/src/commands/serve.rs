@@ -1,0 +1,210 @@
+//! `forgectl serve`: gateway, engine and worker in this process.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use forge_gateway::{Gateway, GatewayConfig, GatewayError, KeyRing, Listeners, RequestLimits, Timeouts};
+use forge_shared::config::{self, Format};
+use forge_shared::spec::{GatewaySpec, ModelService};
+use forge_shared::telemetry::Metrics;
+use forge_store::ModelSource;
+use tokio::sync::oneshot;
+use tokio::task::JoinError;
+
+use super::run::spinner;
+use crate::banner;
+use crate::cli::{DocumentFormat, ServeArgs};
+use crate::context::{self, Context};
+use crate::failure::{Failure, Result};
+use crate::output::print_text;
+use crate::replica::{Replica, unless_stopped};
+use crate::runtime;
+
+/// Second name of the catalogue's default model.
+const DEFAULT_NAME: &str = "forge";
+/// For answers under way when the engine is dead for good: their errors must still go out.
+const FATAL_DRAIN: Duration = Duration::from_secs(2);
+
+/// Serves a model until a signal ends it.
+///
+/// # Errors
+/// Anything that keeps it from starting, and an engine that died and cannot come back.
+pub fn serve(args: &ServeArgs) -> Result<()> {
+    let context = Context::open()?;
+    let service = context.service(&args.sources, args.model.as_deref(), &args.keys.settings)?;
+    let config = gateway_config(&service.spec.gateway)?;
+    if args.dry_run {
+        return print_text(&config::render(&service, format(args.output))?);
+    }
+    runtime::start()?.block_on(serve_service(&context, &service, config))
+}
+
+fn format(format: DocumentFormat) -> Format {
+    match format {
+        DocumentFormat::Yaml => Format::Yaml,
+        DocumentFormat::Toml => Format::Toml,
+        DocumentFormat::Json => Format::Json,
+    }
+}
+
+async fn serve_service(context: &Context, service: &ModelService, config: GatewayConfig) -> Result<()> {
+    // What can be refused is refused before gigabytes are pulled.
+    let keys = KeyRing::open(context.keys().path())?;
+    config.check(keys.required())?;
+    let listeners = Listeners::bind(&config).await?;
+    let metrics = Metrics::new();
+    let drain_timeout = config.timeouts.drain();
+    let mut replica = unless_stopped(async {
+        let resolved = context::pull(&service.spec.model, false).await?;
+        let names = names(context, service, resolved.name());
+        Replica::start(service, resolved, names, metrics.clone()).await
+    })
+    .await?;
+    let gateway = Gateway::new(config, vec![replica.served_model()], metrics, keys.clone())?;
+    let addresses = banner::Addresses { api: listeners.api(), metrics: listeners.metrics(), keys: keys.required() };
+    let (stop, stopped) = oneshot::channel::<()>();
+    // From here on probes answer; readiness follows when the model is loaded.
+    let mut serving = tokio::spawn({
+        let gateway = gateway.clone();
+        async move {
+            gateway
+                .serve(listeners, async {
+                    // A sender that is gone means the same as one that sent.
+                    let _ = stopped.await;
+                })
+                .await
+        }
+    });
+    let ended = tokio::select! {
+        ended = run_replica(&mut replica, &addresses) => ended,
+        broken = &mut serving => Err(listener_failure(broken)),
+    };
+    if !serving.is_finished() {
+        match &ended {
+            Ok(()) => {
+                tracing::info!(
+                    in_flight = gateway.in_flight(),
+                    timeout_s = drain_timeout.as_secs(),
+                    "draining; a second signal stops at once"
+                );
+                stop_at_second_signal();
+                drop(stop);
+            }
+            Err(_) => gateway.drain(FATAL_DRAIN).await,
+        }
+        // The gateway keeps its own deadline.
+        if let Ok(Err(error)) = serving.await {
+            tracing::warn!(%error, "the gateway did not end cleanly");
+        }
+    }
+    replica.shutdown(FATAL_DRAIN).await;
+    ended
+}
+
+/// Loads, shows the banner, and waits for a signal (`Ok`) or for the end of the engine.
+async fn run_replica(replica: &mut Replica, addresses: &banner::Addresses) -> Result<()> {
+    let loading = spinner("loading");
+    tokio::select! {
+        ready = replica.ready() => ready?,
+        () = runtime::stop_signal() => return Ok(()),
+    }
+    loading.finish_and_clear();
+    print_text(&banner::banner(replica, addresses))?;
+    tokio::select! {
+        failure = replica.failed() => Err(failure),
+        () = runtime::stop_signal() => Ok(()),
+    }
+}
+
+fn stop_at_second_signal() {
+    tokio::spawn(async {
+        runtime::stop_signal().await;
+        eprintln!("stopped");
+        std::process::exit(1);
+    });
+}
+
+fn listener_failure(broken: Result<Result<(), GatewayError>, JoinError>) -> Failure {
+    match broken {
+        Ok(Ok(())) => Failure::new("the gateway ended by itself"),
+        Ok(Err(error)) => error.into(),
+        Err(error) => Failure::of(&error).while_doing("the gateway died"),
+    }
+}
+
+/// Every name the model answers to; the first leads.
+fn names(context: &Context, service: &ModelService, canonical: &str) -> Vec<String> {
+    let spec = &service.spec;
+    let own = short_name(canonical);
+    let mut names = vec![spec.model_name.clone().unwrap_or(own.clone()), own, canonical.to_owned(), spec.model.clone()];
+    let catalogue = context.store.catalogue();
+    if catalogue.find(&spec.model).is_some_and(|(alias, _)| alias == catalogue.default_alias()) {
+        names.push(DEFAULT_NAME.to_owned());
+    }
+    let mut seen = std::collections::HashSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    names
+}
+
+/// A name for clients: a path's or address's last part without extension; other names as they are.
+fn short_name(canonical: &str) -> String {
+    let is_file = matches!(ModelSource::parse_remote(canonical), Ok(Some(ModelSource::Url(_)))) || canonical.starts_with(['/', '.']);
+    if !is_file {
+        return canonical.to_owned();
+    }
+    let last = canonical.trim_end_matches('/').rsplit('/').next().unwrap_or(canonical);
+    let stem = last.strip_suffix(".gguf").or_else(|| last.strip_suffix(".safetensors")).unwrap_or(last);
+    if stem.is_empty() { canonical.to_owned() } else { stem.to_owned() }
+}
+
+fn gateway_config(spec: &GatewaySpec) -> Result<GatewayConfig> {
+    let host: IpAddr = match spec.host.as_str() {
+        "localhost" => Ipv4Addr::LOCALHOST.into(),
+        text => text.trim_matches(['[', ']']).parse().map_err(|_| {
+            Failure::usage(format!("--host (gateway.host): {text:?} is not an IP address"))
+                .help("write 127.0.0.1 for this machine alone, 0.0.0.0 or :: for all addresses")
+        })?,
+    };
+    let body_bytes = usize::try_from(spec.max_body.0).unwrap_or(usize::MAX);
+    let limits = RequestLimits { body_bytes, choices: spec.max_choices as usize, ..Default::default() };
+    let timeouts = Timeouts { request_s: spec.request_timeout_s, drain_s: spec.drain_timeout_s, ..Default::default() };
+    Ok(GatewayConfig {
+        host,
+        port: spec.port,
+        metrics_host: host,
+        metrics_port: spec.metrics_port,
+        insecure: spec.insecure,
+        allowed_origins: spec.cors_origins.clone(),
+        limits,
+        timeouts,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_get_a_short_name_of_files_and_addresses() {
+        for (canonical, short) in [
+            ("smollm2:135m", "smollm2:135m"),
+            ("org/name", "org/name"),
+            ("/models/tiny.Q4_1.gguf", "tiny.Q4_1"),
+            ("/models/folder/", "folder"),
+            ("https://example.org/a/b.gguf", "b"),
+            ("/", "/"),
+        ] {
+            assert_eq!(short_name(canonical), short);
+        }
+    }
+
+    #[test]
+    fn hosts_are_addresses() {
+        for (host, expected) in [("localhost", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("[::1]", "::1"), ("::", "::")] {
+            let spec = GatewaySpec { host: host.into(), ..Default::default() };
+            assert_eq!(gateway_config(&spec).expect("an address").host.to_string(), expected);
+        }
+        let spec = GatewaySpec { host: "example.org".into(), ..Default::default() };
+        assert!(gateway_config(&spec).expect_err("a name").to_string().contains("--host"));
+    }
+}

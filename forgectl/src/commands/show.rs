@@ -1,0 +1,212 @@
+//! `forgectl show`.
+
+use forge_model::{Format, Model};
+use forge_shared::spec::ModelServiceSpec;
+use forge_store::{CatalogueEntry, ResolvedModel, Silent};
+use forge_worker::prepare::PreparedModel;
+use indicatif::HumanBytes;
+use serde::Serialize;
+
+use crate::cli::ShowArgs;
+use crate::context::Context;
+use crate::failure::{Failure, Result};
+use crate::output::{print_facts, short_count};
+use crate::progress::pull_progress;
+use crate::runtime;
+
+/// What is known of a model; absent where it is not pulled yet.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Shown {
+    name: String,
+    pulled: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    description: Option<String>,
+    architecture: String,
+    parameters: u64,
+    quantization: String,
+    context_length: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layout: Option<Layout>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<Memory>,
+    licence: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chat_template: Option<bool>,
+    size_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<String>,
+    sources: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+}
+
+/// Sizes of the decoder.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Layout {
+    format: &'static str,
+    layers: usize,
+    hidden_size: usize,
+    heads: usize,
+    kv_heads: usize,
+    vocab_size: usize,
+}
+
+/// Bytes needed to serve it with the default settings.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Memory {
+    weights_bytes: u64,
+    workspace_bytes: u64,
+    kv_bytes_per_1000_tokens: u64,
+}
+
+impl Memory {
+    fn of(model: &PreparedModel) -> Self {
+        Memory {
+            weights_bytes: model.facts.weights_bytes,
+            workspace_bytes: model.facts.workspace_bytes,
+            kv_bytes_per_1000_tokens: model.facts.kv_slot_bytes * 1000,
+        }
+    }
+}
+
+/// Shows a model of the store, the catalogue or a path.
+///
+/// # Errors
+/// A name nobody knows, or a model that cannot be read.
+pub fn show(args: &ShowArgs) -> Result<()> {
+    let context = Context::open()?;
+    let name = args.model.as_deref().unwrap_or(context.store.catalogue().default_alias());
+    let resolved = context.store.resolve(name, &Silent)?;
+    if args.verify {
+        verify(&context, name, resolved.is_some())?;
+    }
+    let entry = context.store.catalogue().find(name);
+    let shown = match (&resolved, entry) {
+        (Some(resolved), entry) => of_model(resolved, entry.map(|(_, entry)| entry))?,
+        (None, Some((alias, entry))) => of_entry(alias, entry),
+        (None, None) => {
+            return Err(Failure::new(format!("model '{name}' is not in the local store"))
+                .help(format!("`forgectl pull {name}` fetches it; `forgectl list` shows what is there")));
+        }
+    };
+    print_facts(args.list.output, &shown, &facts(&shown))
+}
+
+fn verify(context: &Context, name: &str, stored: bool) -> Result<()> {
+    if !stored {
+        return Err(Failure::new(format!("model '{name}' is not in the local store, so there is nothing to verify")));
+    }
+    let store = forge_store::Store::open(&context.home)?;
+    let name = name.to_owned();
+    // Reading gigabytes takes a while: Ctrl-C ends the process as it should, since nothing is written.
+    runtime::start()?.block_on(async {
+        let work = tokio::task::spawn_blocking(move || store.verify(&name, &*pull_progress()));
+        tokio::select! {
+            joined = work => Ok(joined.map_err(|error| Failure::of(&error))??),
+            () = runtime::stop_signal() => Err(Failure::new("stopped before all files were read")),
+        }
+    })
+}
+
+fn of_model(resolved: &ResolvedModel, entry: Option<&CatalogueEntry>) -> Result<Shown> {
+    let spec = ModelServiceSpec::default();
+    let digest = resolved.digest().to_string();
+    let prepared = PreparedModel::open(resolved.path(), &digest, &spec).map_err(|error| {
+        Failure::of(&error).while_doing(&format!("cannot use the model '{}' at {}", resolved.name(), resolved.path().display()))
+    })?;
+    let summary = prepared.model.summary();
+    let manifest = resolved.manifest();
+    let licence = manifest.and_then(|manifest| manifest.licence.clone()).or_else(|| summary.license.clone());
+    Ok(Shown {
+        name: resolved.name().to_owned(),
+        pulled: true,
+        description: entry.map(|entry| entry.description.clone()),
+        architecture: summary.family.to_owned(),
+        parameters: summary.parameters as u64,
+        quantization: summary.quantization.main_type().to_owned(),
+        context_length: summary.context_length as u64,
+        layout: Some(layout(&prepared.model, summary.format)),
+        memory: Some(Memory::of(&prepared)),
+        licence,
+        chat_template: Some(prepared.text.chat_template().is_ok()),
+        size_bytes: resolved.size_bytes(),
+        digest: Some(digest),
+        sources: manifest.map(|manifest| manifest.source.clone()).into_iter().collect(),
+        path: Some(resolved.path().display().to_string()),
+    })
+}
+
+fn layout(model: &Model, format: Format) -> Layout {
+    let architecture = model.architecture();
+    Layout {
+        format: match format {
+            Format::Gguf => "GGUF",
+            Format::HuggingFace => "Hugging Face",
+        },
+        layers: architecture.layers,
+        hidden_size: architecture.hidden_size,
+        heads: architecture.attention.heads,
+        kv_heads: architecture.attention.kv_heads,
+        vocab_size: architecture.vocab_size,
+    }
+}
+
+fn of_entry(alias: &str, entry: &CatalogueEntry) -> Shown {
+    let first = entry.sources.first();
+    Shown {
+        name: alias.to_owned(),
+        pulled: false,
+        description: Some(entry.description.clone()),
+        architecture: entry.architecture.clone(),
+        parameters: entry.parameters,
+        quantization: first.map(|source| source.quantization.clone()).unwrap_or_default(),
+        context_length: entry.context_length.into(),
+        layout: None,
+        memory: None,
+        licence: Some(entry.licence.clone()),
+        chat_template: None,
+        size_bytes: first.map_or(0, |source| source.size_bytes),
+        digest: None,
+        sources: entry.sources.iter().map(|source| source.from.clone()).collect(),
+        path: None,
+    }
+}
+
+fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
+    let mut facts = vec![("name", shown.name.clone())];
+    facts.extend(shown.description.clone().map(|description| ("description", description)));
+    facts.push(("architecture", shown.architecture.clone()));
+    facts.push(("parameters", format!("{} ({})", short_count(shown.parameters), shown.parameters)));
+    facts.push(("quantization", shown.quantization.clone()));
+    facts.push(("context", format!("{} tokens", shown.context_length)));
+    if let Some(layout) = &shown.layout {
+        let Layout { format, layers, hidden_size, heads, kv_heads, vocab_size } = layout;
+        let text = format!("{format}: {layers} layers, width {hidden_size}, {heads} heads, {kv_heads} KV heads, {vocab_size} token ids");
+        facts.push(("layout", text));
+    }
+    if let Some(memory) = &shown.memory {
+        let text = format!(
+            "{} weights, {} workspace, {} keys and values per 1000 tokens",
+            HumanBytes(memory.weights_bytes),
+            HumanBytes(memory.workspace_bytes),
+            HumanBytes(memory.kv_bytes_per_1000_tokens)
+        );
+        facts.push(("memory", text));
+    }
+    if let Some(has) = shown.chat_template {
+        facts.push(("chat", if has { "yes" } else { "no: it has no usable chat template, and completes text" }.to_owned()));
+    }
+    facts.push(("licence", shown.licence.clone().unwrap_or("unknown: the source does not tell".into())));
+    let size = HumanBytes(shown.size_bytes);
+    facts.push(if shown.pulled { ("size", size.to_string()) } else { ("download", format!("about {size}")) });
+    facts.extend(shown.digest.clone().map(|digest| ("digest", digest)));
+    facts.extend(shown.sources.iter().map(|source| ("source", source.clone())));
+    facts.extend(shown.path.clone().map(|path| ("path", path)));
+    if !shown.pulled {
+        facts.push(("here", format!("no; `forgectl pull {}` fetches it", shown.name)));
+    }
+    facts
+}

@@ -1,0 +1,74 @@
+//! The command line: `forgectl`, or `forge` for short.
+//!
+//! It puts the other crates together and shows what they do; `serve` runs gateway, engine and worker in this process.
+//! What it is not: a library for others (they use forge-model, forge-engine, forge-gateway), and it decides nothing
+//! about models or requests.
+//!
+//! Invariants: answers and listings go to standard output, all else to standard error; a failure is one message, its
+//! causes and a remedy, with a documented exit code.
+
+mod banner;
+mod chat;
+mod cli;
+mod commands;
+mod context;
+mod failure;
+mod logging;
+mod output;
+mod progress;
+mod replica;
+mod runtime;
+mod spec_flags;
+mod time;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches};
+
+use cli::{Cli, Command};
+use failure::Result;
+
+/// Runs the program with the process's arguments.
+pub fn main() -> ExitCode {
+    let program = program_name();
+    let parsed = Cli::command().name(program).bin_name(program).try_get_matches();
+    let parsed = parsed.and_then(|matches| Cli::from_arg_matches(&matches));
+    let outcome = match parsed {
+        Ok(cli) => dispatch(&cli, program),
+        // Help and wrong usage: clap words both, to standard output and error, with 0 and 2.
+        Err(error) => error.exit(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            failure.code()
+        }
+    }
+}
+
+/// The name it was called by, so that help and completions say the same.
+fn program_name() -> &'static str {
+    let called = std::env::args_os().next().map(std::path::PathBuf::from);
+    match called.as_deref().and_then(|path| path.file_stem()).and_then(|stem| stem.to_str()) {
+        Some("forge") => "forge",
+        _ => "forgectl",
+    }
+}
+
+fn dispatch(cli: &Cli, program: &str) -> Result<()> {
+    let default_level = if matches!(cli.command, Command::Serve(_)) { "info" } else { "warn" };
+    logging::start(cli.common.log_level.as_deref().unwrap_or(default_level), cli.common.log_format)?;
+    match &cli.command {
+        Command::Serve(args) => commands::serve::serve(args),
+        Command::Run(args) => commands::run::run(args),
+        Command::Pull(args) => commands::pull::pull(args),
+        Command::List(args) => commands::list::list(args),
+        Command::Show(args) => commands::show::show(args),
+        Command::Rm(args) => commands::rm::rm(args),
+        Command::Catalogue(args) => commands::catalogue::catalogue(args),
+        Command::Keys(args) => commands::keys::keys(args),
+        Command::Completions(args) => commands::completions::completions(args, program),
+        Command::Version(args) => commands::version::version(args),
+    }
+}

@@ -1,0 +1,191 @@
+//! The flags that set keys of a specification, made from the table in `forge_shared::config`.
+//!
+//! So a key's name, type, default, variable and help are written once, and a new key has its flag at once.
+
+use std::marker::PhantomData;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+use forge_shared::config::{Group, KEYS, Key, Kind, Setting};
+use forge_shared::spec::{ByteSize, ModelServiceSpec};
+use serde_json::{Value, json};
+
+/// Which groups of keys a command takes.
+pub trait KeyChoice: Clone + Send + Sync + 'static {
+    /// The groups.
+    const GROUPS: &'static [Group];
+}
+
+/// Keys of a model and its engine: `run`.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineKeys;
+
+impl KeyChoice for EngineKeys {
+    const GROUPS: &'static [Group] = &[Group::Model, Group::Engine];
+}
+
+/// Those and the API's: `serve`.
+#[derive(Debug, Clone, Copy)]
+pub struct ServiceKeys;
+
+impl KeyChoice for ServiceKeys {
+    const GROUPS: &'static [Group] = &[Group::Model, Group::Engine, Group::Api];
+}
+
+/// The settings given by flags.
+#[derive(Debug, Clone)]
+pub struct SpecFlags<C> {
+    /// One per flag given, in the order of the table.
+    pub settings: Vec<Setting>,
+    choice: PhantomData<C>,
+}
+
+/// The keys that have a flag in a command. `model` is an argument and not a flag.
+fn keys<C: KeyChoice>() -> impl Iterator<Item = &'static Key> {
+    KEYS.iter().filter(|key| key.path != "model" && C::GROUPS.contains(&key.group))
+}
+
+impl<C: KeyChoice> Args for SpecFlags<C> {
+    fn augment_args(command: Command) -> Command {
+        let command = keys::<C>().fold(command, |command, key| command.arg(flag(key)));
+        command.arg(
+            Arg::new("no-prefix-cache")
+                .long("no-prefix-cache")
+                .help("The same as --prefix-cache=false")
+                .help_heading(heading(Group::Engine))
+                .action(ArgAction::SetTrue)
+                .conflicts_with("prefix-cache"),
+        )
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl<C: KeyChoice> FromArgMatches for SpecFlags<C> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut flags = SpecFlags { settings: Vec::new(), choice: PhantomData };
+        flags.update_from_arg_matches(matches)?;
+        Ok(flags)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        for key in keys::<C>() {
+            let given = match key.kind {
+                Kind::Choice(_) => matches.get_one::<String>(&key.flag()).map(|word| parse(key, word)).transpose()?,
+                _ => matches.get_one::<Setting>(&key.flag()).cloned(),
+            };
+            self.settings.extend(given);
+        }
+        if matches.get_flag("no-prefix-cache")
+            && let Some(key) = Key::by_path("prefixCache")
+        {
+            self.settings.push(parse(key, "false")?);
+        }
+        Ok(())
+    }
+}
+
+fn parse(key: &'static Key, text: &str) -> Result<Setting, clap::Error> {
+    Setting::flag(key, text).map_err(|reason| clap::Error::raw(clap::error::ErrorKind::InvalidValue, reason))
+}
+
+fn flag(key: &'static Key) -> Arg {
+    let name = key.flag();
+    let arg = Arg::new(name.clone()).long(name).help(help(key)).help_heading(heading(key.group)).action(ArgAction::Set);
+    let arg = match key.kind {
+        Kind::Choice(words) => return arg.value_name("WORD").value_parser(PossibleValuesParser::new(words)),
+        Kind::Text if key.path == "chatTemplate" => arg.value_name("FILE"),
+        Kind::Text => arg.value_name("TEXT"),
+        Kind::Whole { .. } => arg.value_name("N"),
+        Kind::Switch => arg.value_name("BOOL").num_args(0..=1).require_equals(true).default_missing_value("true"),
+        Kind::Size => arg.value_name("SIZE"),
+        Kind::List => arg.value_name("LIST").visible_alias("cors-origin"),
+    };
+    arg.value_parser(move |text: &str| Setting::flag(key, text))
+}
+
+fn heading(group: Group) -> &'static str {
+    match group {
+        Group::Model => "Model",
+        Group::Engine => "Engine",
+        Group::Api => "API",
+        Group::Cluster => "Cluster",
+    }
+}
+
+fn help(key: &Key) -> String {
+    let default = match default_of(key) {
+        Some(default) => format!(" [default: {default}]"),
+        None => String::new(),
+    };
+    format!("{}{default} [env: {}]", key.help, key.variable())
+}
+
+/// A key's default as people write it; nothing where it depends on model or machine, or is empty.
+pub fn default_of(key: &Key) -> Option<String> {
+    let defaults = json!(ModelServiceSpec::default());
+    match defaults.pointer(&format!("/{}", key.path.replace('.', "/")))? {
+        Value::Null => None,
+        Value::Array(items) if items.is_empty() => None,
+        Value::String(text) if text.is_empty() => None,
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) if key.kind == Kind::Size => number.as_u64().map(|bytes| ByteSize(bytes).to_string()),
+        other => Some(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Probe {
+        #[command(flatten)]
+        flags: SpecFlags<ServiceKeys>,
+    }
+
+    fn parse(arguments: &[&str]) -> Result<Vec<(&'static str, Value)>, String> {
+        let probe = Probe::try_parse_from([&["probe"], arguments].concat()).map_err(|error| error.to_string())?;
+        Ok(probe.flags.settings.iter().map(|setting| (setting.key().path, setting.value().clone())).collect())
+    }
+
+    #[test]
+    fn every_key_of_the_machine_has_its_flag() {
+        for key in keys::<ServiceKeys>() {
+            let value = match key.kind {
+                Kind::Choice(words) => words[0],
+                Kind::Switch => "true",
+                Kind::Size => "1MiB",
+                Kind::Text | Kind::List => "text",
+                Kind::Whole { .. } => "7",
+            };
+            let found = parse(&[&format!("--{}={value}", key.flag())]).expect("takes its own kind of value");
+            assert_eq!(found, [(key.path, key.parse(value).expect("checked"))]);
+        }
+    }
+
+    #[test]
+    fn switches_work_bare_and_with_a_value() {
+        assert_eq!(parse(&["--insecure"]), Ok(vec![("gateway.insecure", json!(true))]));
+        assert_eq!(parse(&["--insecure=no"]), Ok(vec![("gateway.insecure", json!(false))]));
+        assert_eq!(parse(&["--no-prefix-cache"]), Ok(vec![("prefixCache", json!(false))]));
+        assert_eq!(parse(&["--cors-origin", "a,b"]), Ok(vec![("gateway.corsOrigins", json!(["a", "b"]))]));
+    }
+
+    #[test]
+    fn wrong_values_name_the_flag() {
+        for (argument, expected) in [
+            ("--port=http", "'--port <N>': expected a whole number from 0 to 65535"),
+            ("--kv-memory=2parsecs", "unknown unit"),
+            ("--kv-cache-dtype=f8", "[possible values: f32, f16, bf16]"),
+            ("--max-model-length=5", "--max-model-len"),
+        ] {
+            let message = parse(&[argument]).expect_err(argument);
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+}
