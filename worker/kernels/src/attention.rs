@@ -6,6 +6,9 @@
 //! order. All of it belongs to one (row, head): neighbours in the tile only share loads, so the bits depend
 //! neither on the tile, nor on the block size, nor on what was already stored when the step began.
 
+// Indices name the rows, tokens and vectors of a register tile; several arrays share them.
+#![allow(clippy::needless_range_loop)]
+
 use half::{bf16, f16};
 
 use crate::dtype::KvDType;

@@ -150,7 +150,7 @@ pub struct AttentionParams {
 }
 
 /// One product of a [`Backend::linear`] call: `out[row] = weight · x[row] + bias`.
-pub struct Product<'a, B: Backend + ?Sized> {
+pub struct Product<'a, B: Backend> {
     /// The matrix.
     pub weight: &'a B::Weight,
     /// Added after the tree's sum, on the rank that owns it.

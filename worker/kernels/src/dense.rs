@@ -4,6 +4,9 @@
 //! leaves are added in the tree's order. Tiles of rows × tokens only share loads: every (row, token) sum is
 //! its own, so its bits do not depend on the tile.
 
+// Indices name the rows, tokens and vectors of a register tile; several arrays share them.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use crate::lanes::{Element, LANES, Lanes, LeafStack, kernel};

@@ -1,8 +1,12 @@
 //! Operations that treat each element alone: activations and scaled addition.
 
 use crate::backend::ActivationKind;
-use crate::exp::{erf, exp, times_sigmoid};
+#[cfg(test)]
+use crate::exp::exp;
+use crate::exp::{erf, times_sigmoid};
 use crate::lanes::{LANES, Lanes, kernel};
+#[cfg(test)]
+pub(crate) use single::{erf_in_place, exp_in_place};
 
 /// √(2/π), of the tanh approximation of GELU.
 const ROOT_2_OVER_PI: f32 = 0.797_884_6;
@@ -82,23 +86,46 @@ kernel! {
     pub(crate) unsafe fn add_scaled(x: *mut f32, y: *const f32, count: usize, scale: f32) = add_body
 }
 
-/// # Safety
-/// `values` is writable for `count` elements.
-#[inline(always)]
-unsafe fn exp_body<L: Lanes>(values: *mut f32, count: usize) {
-    let mut start = 0;
-    while start < count {
-        let width = LANES.min(count - start);
-        // SAFETY: start + width ≤ count, and the caller's contract.
-        unsafe { exp(L::load_partial(values.add(start), width)).store_partial(values.add(start), width) };
-        start += width;
-    }
-}
+/// In-place kernels of single functions, for the tests of their accuracy.
+#[cfg(test)]
+mod single {
+    use super::*;
 
-kernel! {
-    /// values = exp(values), in place.
-    ///
     /// # Safety
     /// `values` is writable for `count` elements.
-    pub(crate) unsafe fn exp_in_place(values: *mut f32, count: usize) = exp_body
+    #[inline(always)]
+    unsafe fn exp_body<L: Lanes>(values: *mut f32, count: usize) {
+        for start in (0..count).step_by(LANES) {
+            let width = LANES.min(count - start);
+            // SAFETY: start + width ≤ count, and the caller's contract.
+            unsafe { exp(L::load_partial(values.add(start), width)).store_partial(values.add(start), width) };
+        }
+    }
+
+    /// # Safety
+    /// `values` is writable for `count` elements.
+    #[inline(always)]
+    unsafe fn erf_body<L: Lanes>(values: *mut f32, count: usize) {
+        for start in (0..count).step_by(LANES) {
+            let width = LANES.min(count - start);
+            // SAFETY: start + width ≤ count, and the caller's contract.
+            unsafe { erf(L::load_partial(values.add(start), width)).store_partial(values.add(start), width) };
+        }
+    }
+
+    kernel! {
+        /// values = exp(values).
+        ///
+        /// # Safety
+        /// `values` is writable for `count` elements.
+        pub(crate) unsafe fn exp_in_place(values: *mut f32, count: usize) = exp_body
+    }
+
+    kernel! {
+        /// values = erf(values).
+        ///
+        /// # Safety
+        /// `values` is writable for `count` elements.
+        pub(crate) unsafe fn erf_in_place(values: *mut f32, count: usize) = erf_body
+    }
 }

@@ -10,8 +10,6 @@ use crate::memory::AlignedBuffer;
 
 /// Values per block.
 pub(crate) const BLOCK: usize = 32;
-/// Tokens that the packed layout keeps side by side.
-pub(crate) const GROUP: usize = 16;
 
 /// Quantized activations of one product call, token by token. Reused between calls.
 pub(crate) struct Activations {

@@ -137,3 +137,196 @@ fn every_path_equals_the_formulas_bit_for_bit() {
         }
     }
 }
+
+/// A quantized product in f64 over dequantized weights and unquantized activations: how far quantizing them
+/// takes the result; and dense products exactly.
+#[test]
+fn products_approximate_the_exact_sums() {
+    let mut random = Random(2);
+    let backend = backend(CpuPath::fastest(), 2);
+    for dtype in DTYPES {
+        let (rows, columns, tokens) = (48, 1536, 10);
+        let bytes = random_matrix(&mut random, dtype, rows, columns);
+        let dense = dequantize(&bytes, dtype);
+        let x = random.normals(tokens * columns);
+        let mut expected = Vec::new();
+        for x in x.chunks_exact(columns) {
+            for w in dense.chunks_exact(columns) {
+                expected.push(x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>());
+            }
+        }
+        let weight = backend.weight(source(bytes, dtype, rows, columns, Segments::whole(columns))).unwrap();
+        let error = relative_error(&product(&backend, &weight, &x, tokens, rows, None), &expected);
+        let bound = if dtype.is_quantized() { 1e-2 } else { 1e-5 };
+        assert!(error < bound, "{dtype}: {error}");
+    }
+}
+
+#[test]
+fn shards_added_in_the_tree_equal_the_whole() {
+    let mut random = Random(3);
+    let backend = backend(CpuPath::fastest(), 2);
+    for dtype in DTYPES {
+        for blocks in [3, 8, 11, 48] {
+            let (rows, columns, tokens) = (20, blocks * 32, 3);
+            let bounds = bounds(dtype, columns, true);
+            let leaves = bounds.len() - 1;
+            let bytes = random_matrix(&mut random, dtype, rows, columns);
+            let x = random.normals(tokens * columns);
+            let segments = Segments::from_bounds(bounds.clone()).unwrap();
+            let whole = source(bytes, dtype, rows, columns, segments);
+            let expected = product(&backend, &backend.weight(whole.clone()).unwrap(), &x, tokens, rows, None);
+            for size in [1, 2, 4, 8] {
+                let mut partials: Vec<Vec<f32>> = Vec::new();
+                for rank in 0..size {
+                    let own = share(leaves, rank, size);
+                    if own.is_empty() {
+                        partials.push(vec![-0.0; tokens * rows]);
+                        continue;
+                    }
+                    let (first, last) = (bounds[own.start], bounds[own.end]);
+                    let mut shard = whole.clone();
+                    shard.offset = first / dtype.block_elements() * dtype.block_bytes();
+                    shard.columns = last - first;
+                    let relative = bounds[own.start..=own.end].iter().map(|bound| bound - first).collect();
+                    shard.segments = Segments::from_bounds(relative).unwrap();
+                    let x: Vec<f32> = x.chunks_exact(columns).flat_map(|x| x[first..last].to_vec()).collect();
+                    partials.push(product(&backend, &backend.weight(shard).unwrap(), &x, tokens, rows, None));
+                }
+                while partials.len() > 1 {
+                    partials = partials.chunks(2).map(|pair| pair[0].iter().zip(&pair[1]).map(|(a, b)| a + b).collect()).collect();
+                }
+                assert_eq!(bits(&partials[0]), bits(&expected), "{dtype}, {blocks} blocks on {size} ranks");
+            }
+        }
+    }
+}
+
+#[test]
+fn several_products_of_one_call_equal_single_calls() {
+    let mut random = Random(4);
+    for backend in backends() {
+        let (columns, tokens) = (96, 19);
+        let x = random.normals(tokens * columns);
+        let shapes = [(DType::Q4_1, 40), (DType::Q8_0, 7), (DType::F16, 33), (DType::Q4_0, 100)];
+        let weights: Vec<_> = shapes
+            .iter()
+            .map(|&(dtype, rows)| {
+                let bytes = random_matrix(&mut random, dtype, rows, columns);
+                backend.weight(source(bytes, dtype, rows, columns, Segments::whole(columns))).unwrap()
+            })
+            .collect();
+        let mut outs: Vec<_> = shapes.iter().map(|&(_, rows)| backend.buffer(tokens, rows).unwrap()).collect();
+        let mut products: Vec<_> = weights.iter().zip(&mut outs).map(|(weight, out)| Product { weight, bias: None, out }).collect();
+        let input = buffer(&backend, &x, columns);
+        backend.linear(&input, tokens, &mut products).unwrap();
+        for ((weight, out), (dtype, rows)) in weights.iter().zip(&outs).zip(shapes) {
+            let single = product(&backend, weight, &x, tokens, rows, None);
+            assert_eq!(bits(&read(&backend, out, tokens)), bits(&single), "{dtype}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// A row's result is the same alone and in any batch, on any path, with any number of threads.
+    #[test]
+    fn a_row_does_not_see_its_batch(
+        seed in any::<u64>(), dtype in 0..6_usize, rows in 1..70_usize, blocks in 1..20_usize,
+        tail in 0..31_usize, tokens in 2..64_usize, split in any::<bool>(),
+    ) {
+        let mut random = Random(seed);
+        let dtype = DTYPES[dtype];
+        let columns = if dtype.is_quantized() { blocks * 32 } else { blocks * 32 - tail };
+        let bytes = random_matrix(&mut random, dtype, rows, columns);
+        let segments = Segments::from_bounds(bounds(dtype, columns, split)).unwrap();
+        let x = random.normals(tokens * columns);
+        let chosen = random.below(tokens);
+        let mut first: Option<Vec<u32>> = None;
+        for backend in backends() {
+            let weight = backend.weight(source(bytes.clone(), dtype, rows, columns, segments.clone())).unwrap();
+            let all = product(&backend, &weight, &x, tokens, rows, None);
+            let alone = product(&backend, &weight, &x[chosen * columns..][..columns], 1, rows, None);
+            prop_assert_eq!(bits(&alone), bits(&all[chosen * rows..][..rows]));
+            prop_assert_eq!(first.get_or_insert_with(|| bits(&all)), &bits(&all));
+        }
+    }
+}
+
+#[test]
+fn extreme_activations_stay_equal_on_every_path() {
+    let mut random = Random(5);
+    for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+        let bytes = random_matrix(&mut random, dtype, 33, 128);
+        let mut x = random.normals(4 * 128);
+        x[..32].fill(0.0);
+        x[32..64].iter_mut().for_each(|x| *x *= 1e-12);
+        x[64..96].iter_mut().for_each(|x| *x *= 1e4);
+        x[128..160].fill(-7.0);
+        let mut first: Option<Vec<u32>> = None;
+        for backend in backends() {
+            let weight = backend.weight(source(bytes.clone(), dtype, 33, 128, Segments::whole(128))).unwrap();
+            let all = product(&backend, &weight, &x, 4, 33, None);
+            assert!(all.iter().all(|value| value.is_finite()));
+            assert_eq!(first.get_or_insert_with(|| bits(&all)), &bits(&all), "{dtype} {}", backend.path());
+        }
+    }
+}
+
+#[test]
+fn extreme_weights_have_exact_dot_products() {
+    for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+        for byte in [0x00_u8, 0x80, 0x7f, 0xff] {
+            let mut bytes = random_matrix(&mut Random(6), dtype, 16, 64);
+            let header = dtype.block_bytes() - if dtype == DType::Q8_0 { 32 } else { 16 };
+            bytes.chunks_exact_mut(dtype.block_bytes()).for_each(|block| block[header..].fill(byte));
+            for sign in [1.0, -1.0] {
+                let x = vec![sign * 127.0; 64];
+                let expected = reference(dtype, &bytes, &x, 16, 64, &[0, 64], None);
+                for backend in backends() {
+                    let weight = backend.weight(source(bytes.clone(), dtype, 16, 64, Segments::whole(64))).unwrap();
+                    assert_eq!(bits(&product(&backend, &weight, &x, 1, 16, None)), bits(&expected), "{dtype}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_that_do_not_fit_their_bytes_are_refused() {
+    let backend = backend(CpuPath::fastest(), 1);
+    let good = source(vec![0; 20 * 20 * 2], DType::Q4_1, 20, 64, Segments::whole(64));
+    assert!(backend.weight(good.clone()).is_ok());
+    let refused = |change: fn(&mut forge_kernels::MatrixSource)| {
+        let mut source = good.clone();
+        change(&mut source);
+        backend.weight(source).err().expect("must be refused").to_string()
+    };
+    assert!(refused(|source| source.offset = 1).contains("801 bytes"));
+    assert!(refused(|source| source.rows = 21).contains("cut short"));
+    assert!(refused(|source| source.rows = usize::MAX).contains("address space"));
+    assert!(refused(|source| source.rows = 0).contains("hold nothing"));
+    assert!(refused(|source| source.offset = usize::MAX).contains("address space"));
+    assert!(refused(|source| source.row_stride_bytes = 39).contains("stride"));
+    assert!(refused(|source| source.columns = 33).contains("whole Q4_1 blocks"));
+    assert!(refused(|source| source.columns = 32).contains("leaves cover"));
+    assert!(refused(|source| source.segments = Segments::from_bounds(vec![0, 40, 64]).unwrap()).contains("inside"));
+}
+
+#[test]
+fn operands_of_the_wrong_size_are_refused() {
+    let backend = backend(CpuPath::fastest(), 1);
+    let weight = backend.weight(source(vec![0; 4 * 6 * 5], DType::F32, 5, 6, Segments::whole(6))).unwrap();
+    let call = |x_width: usize, out_width: usize, out_rows: usize, bias: usize| {
+        let x = backend.buffer(2, x_width).unwrap();
+        let mut out = backend.buffer(out_rows, out_width).unwrap();
+        let bias = backend.vector(&vec![0.0; bias]).unwrap();
+        backend.linear(&x, 2, &mut [Product { weight: &weight, bias: Some(&bias), out: &mut out }])
+    };
+    assert!(call(6, 5, 2, 5).is_ok());
+    assert!(call(7, 5, 2, 5).is_err());
+    assert!(call(6, 6, 2, 5).is_err());
+    assert!(call(6, 5, 1, 5).is_err());
+    assert!(call(6, 5, 2, 4).is_err());
+}

@@ -1,5 +1,8 @@
 //! Integer dot products with AVX2: a row's 32 values in one register, eight rows reduced together.
 
+// Indices name the rows, tokens and vectors of a register tile; several arrays share them.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
 use super::{BlockDots, Format, TokenBlocks};

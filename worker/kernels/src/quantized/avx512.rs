@@ -1,5 +1,8 @@
 //! Integer dot products with AVX-512 VNNI: 16 rows' blocks in 4 (nibbles) or 8 (bytes) registers.
 
+// Indices name the rows, tokens and vectors of a register tile; several arrays share them.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
 use super::{BlockDots, Format, TokenBlocks};

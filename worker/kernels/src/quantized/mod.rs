@@ -5,6 +5,9 @@
 //! acc = fma(m_weight, s_activation, acc). Leaves are added in the tree's order. Vector lanes are different
 //! outputs (16 rows here, 16 tokens in [`token_lanes`]), never parts of one sum: every path gives equal bits.
 
+// Indices name the rows, tokens and vectors of a register tile; several arrays share them.
+#![allow(clippy::needless_range_loop)]
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
