@@ -212,6 +212,7 @@ impl Store {
         if !manifest.files.iter().all(|file| self.layout.has_blob(&file.sha256, file.size_bytes)) {
             return Ok(false);
         }
+        // One that cannot be read is replaced without being released.
         let replaced = self.manifest(&manifest.name).unwrap_or_default();
         let text = serde_json::to_vec_pretty(manifest).expect("a manifest is plain data");
         write_atomically(&self.layout.manifest(&manifest.name), &text)?;
