@@ -1,0 +1,255 @@
+//! `EngineCore`: requests in, steps planned, logits in, events out. No thread, no clock, no model.
+//!
+//! ```text
+//! submit ─► Scheduler ─► StepPlan ─► (model) ─► logits ─► Sampler ─► Answer ─► Outlet
+//! ```
+//!
+//! The caller runs the model between [`EngineCore::begin_step`] and [`EngineCore::finish_step`] and gives the
+//! time, so the same core serves a thread, a test and a simulator.
+//!
+//! Invariants: a request's events are its tokens in order and one last `Done` or `Failed`; replayed tokens are
+//! never sent again; a request's failure ends that request alone; a request without a listener is gone, blocks and
+//! all, when the next step begins.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use forge_model::{StepModel, StepModelInfo, StepPlan};
+use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
+use forge_shared::telemetry::Metrics;
+use forge_text::{PrefixHasher, Tokenizer};
+use tokio::sync::mpsc::Sender;
+
+use crate::active::{Active, Next};
+use crate::blocks::BlockManager;
+use crate::meter::Meter;
+use crate::outlet::Outlet;
+use crate::retry::RetryEstimate;
+use crate::sampler::Sampler;
+use crate::scheduler::{LogitsPurpose, LogitsUse, NewRequest, Scheduler, SequenceId};
+use crate::{EngineError, EngineOptions, admission};
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct EngineCore {
+    info: StepModelInfo,
+    options: EngineOptions,
+    tokenizer: Tokenizer,
+    scheduler: Scheduler,
+    sampler: Sampler,
+    /// By the scheduler's arrival number.
+    requests: BTreeMap<u64, Active>,
+    /// Ended requests whose last events did not fit in their channel yet.
+    leaving: Vec<Outlet>,
+    plan: StepPlan,
+    retry: RetryEstimate,
+    meter: Meter,
+}
+
+impl EngineCore {
+    /// A core for a model of these facts. `model_name` labels the metrics.
+    ///
+    /// # Errors
+    /// [`EngineError::Option`].
+    pub fn new(
+        info: StepModelInfo,
+        tokenizer: Tokenizer,
+        options: EngineOptions,
+        metrics: &Metrics,
+        model_name: &str,
+    ) -> Result<Self, EngineError> {
+        let limits = options.limits(&info)?;
+        let blocks = BlockManager::new(info.kv_blocks, info.block_size);
+        Ok(EngineCore {
+            sampler: Sampler::new(info.vocab_size),
+            scheduler: Scheduler::new(limits, blocks),
+            plan: StepPlan { epoch: options.epoch, ..StepPlan::default() },
+            requests: BTreeMap::new(),
+            leaving: Vec::new(),
+            retry: RetryEstimate::default(),
+            meter: Meter::new(metrics, model_name),
+            info,
+            options,
+            tokenizer,
+        })
+    }
+
+    /// Admits a request; its events go to `events`. `now` is the time since the engine's start.
+    ///
+    /// # Errors
+    /// Why it is not admitted.
+    pub fn submit(&mut self, request: GenerateRequest, events: Sender<EngineEvent>, now: Duration) -> Result<(), AdmitError> {
+        admission::check(&self.info, &request)?;
+        let waiting = self.scheduler.queued_requests();
+        if waiting >= self.options.max_waiting {
+            return Err(AdmitError::Overloaded { waiting, retry_after_s: self.retry.estimate_s(waiting) });
+        }
+        if self.requests.is_empty() {
+            self.retry.busy_from(now);
+        }
+        let mut active = Active::new(request, Outlet::new(events), &self.tokenizer, &self.info, now)
+            .map_err(|error| AdmitError::Unavailable { reason: error.to_string() })?;
+        let Some(answers) = active.unfinished() else {
+            self.leave(active.finish());
+            return Ok(());
+        };
+        let request = active.request();
+        let ids = self.scheduler.submit(NewRequest {
+            priority: request.priority,
+            prompt: request.prompt_tokens.clone(),
+            answers,
+            root: PrefixHasher::root(&request.tenant.0, &self.info.numerics_id),
+            scores_prompt: active.scores_prompt(),
+            generates: request.params.max_tokens > 0,
+        });
+        let arrival = ids[0].arrival;
+        active.set_sequences(ids);
+        self.requests.insert(arrival, active);
+        Ok(())
+    }
+
+    /// Drops requests whose client went away, then plans a step. Returns whether there is one to run.
+    pub fn begin_step(&mut self, now: Duration) -> bool {
+        self.sweep();
+        let planned = self.scheduler.plan(&mut self.plan);
+        for started in self.scheduler.take_started() {
+            if let Some(active) = self.requests.get_mut(&started.arrival) {
+                active.cached_tokens = started.cached_tokens;
+                self.meter.started(now.saturating_sub(active.submitted_at));
+            }
+        }
+        if planned {
+            self.plan.step += 1;
+            self.meter.planned(self.plan.tokens.len());
+        }
+        self.meter.observe(&self.scheduler);
+        planned
+    }
+
+    /// The step to run after [`Self::begin_step`] returned true.
+    pub fn plan(&self) -> &StepPlan {
+        &self.plan
+    }
+
+    /// Takes the step's logits (`plan.logits_rows.len()` × `vocab_size`): scores, samples, sends.
+    ///
+    /// # Errors
+    /// [`EngineError::LogitsCount`]; the engine cannot go on.
+    pub fn finish_step(&mut self, logits: &mut [f32], now: Duration) -> Result<(), EngineError> {
+        let expected = self.plan.logits_rows.len() * self.info.vocab_size;
+        if logits.len() != expected {
+            return Err(EngineError::LogitsCount { expected, actual: logits.len() });
+        }
+        for used in self.scheduler.complete() {
+            let row = &mut logits[used.row * self.info.vocab_size..(used.row + 1) * self.info.vocab_size];
+            self.use_logits(used, row, now);
+        }
+        Ok(())
+    }
+
+    /// Begins a step, runs the model and finishes it. Returns whether there was one.
+    ///
+    /// # Errors
+    /// [`EngineError::Model`] or [`EngineError::LogitsCount`]; the engine cannot go on.
+    pub fn step(&mut self, model: &mut dyn StepModel, logits: &mut Vec<f32>, now: Duration) -> Result<bool, EngineError> {
+        if !self.begin_step(now) {
+            return Ok(false);
+        }
+        model.step(&self.plan, logits)?;
+        self.finish_step(logits, now)?;
+        Ok(true)
+    }
+
+    /// Whether no request is left, events that wait for room in their channels included.
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty() && self.leaving.is_empty()
+    }
+
+    /// Ends every request with a retryable failure.
+    pub fn fail_all(&mut self, reason: &str) {
+        for (_, mut active) in std::mem::take(&mut self.requests) {
+            for &id in active.sequences() {
+                self.scheduler.remove(id);
+            }
+            active.outlet.send(EngineEvent::Failed { reason: reason.into(), retryable: true });
+        }
+    }
+
+    /// The scheduler, for its counts and checks.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// Adds a step's time to the metrics.
+    pub(crate) fn count_time(&self, model: Duration, other: Duration) {
+        self.meter.step_time(model, other);
+    }
+
+    /// Hands out events that waited for room; forgets who went away; tells the scheduler who cannot go on.
+    fn sweep(&mut self) {
+        self.leaving.retain_mut(|outlet| {
+            outlet.flush();
+            outlet.is_stalled() && !outlet.is_closed()
+        });
+        let mut closed = Vec::new();
+        for (&arrival, active) in &mut self.requests {
+            active.outlet.flush();
+            if active.outlet.is_closed() {
+                closed.push(arrival);
+            } else {
+                self.scheduler.set_stalled(arrival, active.outlet.is_stalled());
+            }
+        }
+        for arrival in closed {
+            tracing::debug!(request = %self.requests[&arrival].request().id, "client went away");
+            self.remove(arrival);
+        }
+    }
+
+    fn use_logits(&mut self, used: LogitsUse, row: &mut [f32], now: Duration) {
+        let arrival = used.id.arrival;
+        // Another answer of the request may have failed on an earlier row.
+        let Some(active) = self.requests.get_mut(&arrival) else { return };
+        let next = match used.purpose {
+            LogitsPurpose::Score { position } => active.score(&mut self.sampler, row, position),
+            LogitsPurpose::Sample => active.sample(&mut self.sampler, row, used.id),
+        };
+        match next {
+            Ok(Next::Scored) => {}
+            Ok(Next::Continue(token)) => self.scheduler.append(used.id, token),
+            Ok(Next::AnswerEnded) => self.scheduler.remove(used.id),
+            Ok(Next::RequestEnded) => {
+                self.retry.finished(now);
+                self.end(arrival, used.id);
+            }
+            Err(reason) => {
+                tracing::warn!(request = %active.request().id, %reason, "request failed");
+                active.outlet.send(EngineEvent::Failed { reason, retryable: false });
+                self.end(arrival, used.id);
+            }
+        }
+    }
+
+    /// Removes an ended request and keeps its outlet until it is empty.
+    fn end(&mut self, arrival: u64, id: SequenceId) {
+        debug_assert_eq!(arrival, id.arrival);
+        if let Some(active) = self.remove(arrival) {
+            self.leave(active.outlet);
+        }
+    }
+
+    fn leave(&mut self, outlet: Outlet) {
+        if outlet.is_stalled() {
+            self.leaving.push(outlet);
+        }
+    }
+
+    fn remove(&mut self, arrival: u64) -> Option<Active> {
+        let active = self.requests.remove(&arrival)?;
+        for &id in active.sequences() {
+            self.scheduler.remove(id);
+        }
+        self.scheduler.set_stalled(arrival, false);
+        Some(active)
+    }
+}

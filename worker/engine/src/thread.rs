@@ -1,0 +1,213 @@
+//! `EngineThread`: the loop that drives [`EngineCore`] and a model on an OS thread of its own.
+//!
+//! It sleeps while there is nothing to do. A panic or a model's error ends it: the state is marked dead first,
+//! then every stream ends without `Done` (so that the gateway replays elsewhere or after the restart), and last
+//! the supervisor hears of it. It never restarts itself: that is its supervisor's decision.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
+use std::time::{Duration, Instant};
+
+use forge_model::StepModel;
+use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
+use forge_shared::link::ModelCard;
+use forge_shared::telemetry::Metrics;
+use forge_text::Tokenizer;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::handle::{EngineHandle, Shared};
+use crate::{EngineCore, EngineError, EngineOptions};
+
+/// Commands that may wait for the end of a step; more submissions are refused as overload.
+const COMMAND_CAPACITY: usize = 4096;
+/// How often clients that are behind are looked at when nothing else is to be done.
+const STALL_POLL: Duration = Duration::from_millis(5);
+
+/// Everything an engine is made of.
+pub struct EngineSetup {
+    /// What runs the steps.
+    pub model: Box<dyn StepModel>,
+    /// Of the same model; its end tokens end answers.
+    pub tokenizer: Tokenizer,
+    /// What gateways are told; its name labels the metrics.
+    pub card: Arc<ModelCard>,
+    /// Settings.
+    pub options: EngineOptions,
+    /// Where to count.
+    pub metrics: Metrics,
+    /// Times the supervisor restarted this engine, for its status.
+    pub restarts: u32,
+}
+
+/// How an engine's thread ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EngineExit {
+    /// It was drained or stopped, or all its handles were dropped.
+    Stopped,
+    /// The model failed or something panicked; the supervisor may build another.
+    Died {
+        /// What happened.
+        reason: String,
+    },
+}
+
+pub(crate) enum Command {
+    Submit {
+        request: Box<GenerateRequest>,
+        events: mpsc::Sender<EngineEvent>,
+        reply: oneshot::Sender<Result<(), AdmitError>>,
+    },
+    /// Finish what was admitted, but fail what is left at the deadline.
+    Drain {
+        deadline: Instant,
+    },
+}
+
+/// Starts engines. See the module's documentation.
+pub struct EngineThread;
+
+impl EngineThread {
+    /// Starts an engine on its own thread. The receiver tells how it ended.
+    ///
+    /// # Errors
+    /// [`EngineError::Option`], or [`EngineError::Thread`] if the system gives no thread.
+    pub fn spawn(setup: EngineSetup) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), EngineError> {
+        let EngineSetup { model, tokenizer, card, options, metrics, restarts } = setup;
+        let event_capacity = options.event_capacity;
+        let core = EngineCore::new(model.info().clone(), tokenizer, options, &metrics, &card.name)?;
+        let (commands, inbox) = sync_channel(COMMAND_CAPACITY);
+        let (exit_sender, exit) = oneshot::channel();
+        let shared = Arc::new(Shared::new(core.scheduler().blocks().total(), restarts));
+        let handle = EngineHandle::new(commands, shared.clone(), card, event_capacity);
+        let mut worker = Worker { core, model, inbox, shared, start: Instant::now(), deadline: None, abandoned: false, logits: Vec::new() };
+        std::thread::Builder::new().name("forge-engine".into()).spawn(move || {
+            let result = catch_unwind(AssertUnwindSafe(|| worker.run()));
+            let exit = match result {
+                Ok(Ok(())) => EngineExit::Stopped,
+                Ok(Err(error)) => EngineExit::Died { reason: error.to_string() },
+                Err(panic) => EngineExit::Died { reason: format!("panic: {}", panic_text(&*panic)) },
+            };
+            match &exit {
+                EngineExit::Stopped => worker.shared.set_unready("the engine has stopped"),
+                EngineExit::Died { reason } => {
+                    tracing::error!(%reason, "the engine died");
+                    worker.shared.set_unready(reason);
+                }
+            }
+            // Only now: a client that sees its stream end must not find the engine ready.
+            drop(worker);
+            // Nobody may be listening, which is fine.
+            let _ = exit_sender.send(exit);
+        })?;
+        Ok((handle, exit))
+    }
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("unknown")
+}
+
+/// The thread's state.
+struct Worker {
+    core: EngineCore,
+    model: Box<dyn StepModel>,
+    inbox: Receiver<Command>,
+    shared: Arc<Shared>,
+    start: Instant,
+    /// When draining: until when.
+    deadline: Option<Instant>,
+    /// All handles are gone; only streams are left.
+    abandoned: bool,
+    logits: Vec<f32>,
+}
+
+impl Worker {
+    /// Runs until stopped.
+    fn run(&mut self) -> Result<(), EngineError> {
+        loop {
+            let begin = Instant::now();
+            self.take_commands();
+            if self.deadline.is_some_and(|deadline| begin >= deadline) {
+                self.core.fail_all("the engine is shutting down");
+                return Ok(());
+            }
+            let stepped = self.core.begin_step(begin - self.start);
+            if stepped {
+                self.run_step(begin)?;
+            }
+            self.shared.observe(&self.core);
+            if stepped {
+                continue;
+            }
+            let stopping = self.deadline.is_some() || self.abandoned;
+            if self.core.is_idle() && stopping {
+                return Ok(());
+            }
+            self.wait();
+        }
+    }
+
+    fn run_step(&mut self, begin: Instant) -> Result<(), EngineError> {
+        let model_begin = Instant::now();
+        self.model.step(self.core.plan(), &mut self.logits)?;
+        let model_end = Instant::now();
+        self.core.finish_step(&mut self.logits, model_end - self.start)?;
+        let model = model_end - model_begin;
+        let other = begin.elapsed().saturating_sub(model);
+        self.core.count_time(model, other);
+        self.shared.count_time(model, other);
+        Ok(())
+    }
+
+    /// Takes all commands that are there, without waiting.
+    fn take_commands(&mut self) {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(command) => self.take(command),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.abandoned = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Sleeps until there is something to do: a command when idle, room in a channel when all clients are
+    /// behind.
+    fn wait(&mut self) {
+        if self.core.is_idle() {
+            match self.inbox.recv() {
+                Ok(command) => self.take(command),
+                Err(_) => self.abandoned = true,
+            }
+            return;
+        }
+        if self.abandoned {
+            std::thread::sleep(STALL_POLL);
+            return;
+        }
+        match self.inbox.recv_timeout(STALL_POLL) {
+            Ok(command) => self.take(command),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.abandoned = true,
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Submit { request, events, reply } => {
+                let result = match self.deadline {
+                    Some(_) => Err(AdmitError::Unavailable { reason: "the engine is draining".into() }),
+                    None => self.core.submit(*request, events, self.start.elapsed()),
+                };
+                // If the submitter went away, so did its receiver, and the next step drops the request.
+                let _ = reply.send(result);
+            }
+            Command::Drain { deadline } => {
+                self.deadline = Some(self.deadline.map_or(deadline, |earlier| earlier.min(deadline)));
+            }
+        }
+    }
+}
