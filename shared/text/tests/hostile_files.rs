@@ -141,7 +141,8 @@ fn unknown_gguf_kinds_are_refused_by_name_with_what_is_supported() {
 
 #[test]
 fn gguf_metadata_that_does_not_fit_together_is_refused_by_field() {
-    let cases: Vec<(&str, Box<dyn FnOnce(&mut GgufTokenizer)>)> = vec![
+    type Change = Box<dyn FnOnce(&mut GgufTokenizer)>;
+    let cases: Vec<(&str, Change)> = vec![
         ("tokenizer.ggml.tokens", Box::new(|m| m.tokens.clear())),
         ("tokenizer.ggml.tokens", Box::new(|m| m.tokens[9] = m.tokens[8].clone())),
         ("tokenizer.ggml.token_type", Box::new(|m| m.token_types.truncate(3))),

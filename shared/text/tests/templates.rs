@@ -137,6 +137,11 @@ fn continuing_needs_a_message_that_the_template_keeps() {
 }
 
 #[test]
+fn line_ends_of_the_template_are_newlines() {
+    assert_eq!(render("a\r\n{% if true %}\r\nb\rc{% endif %}\r\n", &[]).unwrap(), "a\nb\nc");
+}
+
+#[test]
 fn the_clock_is_an_argument() {
     let template = compile("{{ strftime_now('%Y-%m-%d %H:%M') }}");
     let at = |now_unix_seconds| template.render(&ChatRender { now_unix_seconds, ..ChatRender::default() });

@@ -33,7 +33,9 @@ pub(super) fn compile(source: &str, limits: &TemplateLimits) -> Result<Environme
     environment.add_test("sequence", python::is_sequence);
     environment.add_test("iterable", python::is_iterable);
     set_limits(&mut environment, limits);
-    environment.add_template_owned(TEMPLATE_NAME, without_generation_tags(source)).map_err(invalid)?;
+    // As jinja2 reads it: every kind of line end is one newline.
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
+    environment.add_template_owned(TEMPLATE_NAME, without_generation_tags(&source)).map_err(invalid)?;
     Ok(environment)
 }
 

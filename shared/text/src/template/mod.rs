@@ -96,7 +96,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`TextError::TemplateInvalid`].
     pub fn new(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self> {
-        let limits = TemplateLimits::default();
+        let limits = TemplateLimits { fuel: content::PROBE_FUEL, ..TemplateLimits::default() };
         let mut template = Self {
             source: source.into(),
             environment: Arc::new(environment::compile(source, &limits)?),
@@ -105,7 +105,7 @@ impl ChatTemplate {
             content_format: ContentFormat::Both,
         };
         template.content_format = content::detect(&template);
-        Ok(template)
+        Ok(template.with_limits(TemplateLimits::default()))
     }
 
     /// The same template with other bounds.
