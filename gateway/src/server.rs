@@ -33,10 +33,8 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 /// The two ports, bound.
 #[derive(Debug)]
 pub struct Listeners {
-    /// The API.
-    pub api: TcpListener,
-    /// Metrics and probes.
-    pub metrics: TcpListener,
+    api: (TcpListener, SocketAddr),
+    metrics: (TcpListener, SocketAddr),
 }
 
 impl Listeners {
@@ -51,27 +49,24 @@ impl Listeners {
     }
 
     /// Where the API listens; the port is the one the system chose if 0 was asked for.
-    ///
-    /// # Errors
-    /// The system does not say.
-    pub fn api_address(&self) -> Result<SocketAddr, GatewayError> {
-        self.api.local_addr().map_err(GatewayError::Listener)
+    pub fn api(&self) -> SocketAddr {
+        self.api.1
     }
 
     /// Where metrics and probes listen.
-    ///
-    /// # Errors
-    /// The system does not say.
-    pub fn metrics_address(&self) -> Result<SocketAddr, GatewayError> {
-        self.metrics.local_addr().map_err(GatewayError::Listener)
+    pub fn metrics(&self) -> SocketAddr {
+        self.metrics.1
     }
 }
 
-async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, GatewayError> {
-    TcpListener::bind(address).await.map_err(|source| match source.kind() {
+async fn bind(address: SocketAddr, flag: &'static str) -> Result<(TcpListener, SocketAddr), GatewayError> {
+    let failed = |source: std::io::Error| match source.kind() {
         ErrorKind::AddrInUse => GatewayError::PortInUse { address, flag },
         _ => GatewayError::Bind { address, flag, source },
-    })
+    };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
 }
 
 /// Serves both ports until `shutdown`, then drains; or until [`crate::Gateway::drain`] ended it.
@@ -88,8 +83,8 @@ pub(crate) async fn serve(
         tasks: TaskTracker::new(),
         abort: CancellationToken::new(),
     };
-    let api = port(listeners.api, routes::api(state.clone()), state.config.limits.connections.min(Semaphore::MAX_PERMITS));
-    let probes = port(listeners.metrics, routes::probes(state.clone()), PROBE_CONNECTIONS);
+    let api = port(listeners.api.0, routes::api(state.clone()), state.config.limits.connections.min(Semaphore::MAX_PERMITS));
+    let probes = port(listeners.metrics.0, routes::probes(state.clone()), PROBE_CONNECTIONS);
     let stopped = async {
         tokio::select! {
             () = shutdown => {
