@@ -3,6 +3,7 @@
 //!
 //! It is no part of the product. The suites are the files beside `src`.
 
+pub mod fuzzing;
 mod golden;
 mod rows;
 

@@ -1,0 +1,135 @@
+"""Writes the seeds of all fuzz targets into fuzz/seeds/TARGET: small, valid, and unlike each other.
+
+    python fuzz/make_seeds.py
+
+They are committed: the smoke test (tests/fuzz_smoke.rs) mutates them with a stable toolchain, and
+`cargo +nightly fuzz run TARGET fuzz/corpus/TARGET fuzz/seeds/TARGET` starts from them.
+"""
+
+import json
+import pathlib
+import struct
+
+SEEDS = pathlib.Path(__file__).resolve().parent / "seeds"
+U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+FORMATS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
+
+
+def string(text):
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def scalar(kind, value):
+    return string(value) if kind == STRING else struct.pack("<" + FORMATS[kind], value)
+
+
+def array(kind, values):
+    return ARRAY, struct.pack("<IQ", kind, len(values)) + b"".join(scalar(kind, value) for value in values)
+
+
+def gguf(version, entries, tensors, alignment=32):
+    """`tensors`: name, shape (fastest dimension first), type number, bytes."""
+    out = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(entries))
+    for key, (kind, value) in entries.items():
+        out += string(key) + struct.pack("<I", kind) + (value if kind == ARRAY else scalar(kind, value))
+    data = b""
+    for name, shape, kind, raw in tensors:
+        data += bytes(-len(data) % alignment)
+        out += string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+        out += struct.pack("<IQ", kind, len(data))
+        data += raw
+    return out + bytes(-len(out) % alignment) + data
+
+
+def gguf_seeds():
+    llama = {
+        "general.architecture": (STRING, "llama"),
+        "general.name": (STRING, "seed"),
+        "llama.block_count": (U32, 1),
+        "llama.embedding_length": (U32, 32),
+        "llama.context_length": (U32, 64),
+        "llama.feed_forward_length": (U32, 32),
+        "llama.attention.head_count": (U32, 2),
+        "llama.attention.head_count_kv": (U32, 1),
+        "llama.attention.layer_norm_rms_epsilon": (F32, 1e-5),
+        "llama.rope.freq_base": (F32, 10000.0),
+        "tokenizer.ggml.model": (STRING, "gpt2"),
+        "tokenizer.ggml.tokens": array(STRING, ["<s>", "a", "b", "ab"]),
+        "tokenizer.ggml.token_type": array(I32, [3, 1, 1, 1]),
+        "tokenizer.ggml.merges": array(STRING, ["a b"]),
+        "tokenizer.ggml.add_bos_token": (BOOL, True),
+    }
+    matrix = ("token_embd.weight", [32, 4], 0, bytes(512))
+    yield "llama", gguf(3, llama, [matrix, ("output_norm.weight", [32], 0, bytes(128))])
+    yield "version2", gguf(2, {"general.architecture": (STRING, "gpt2")}, [("a", [4], 0, bytes(16))])
+    kinds = {f"k{kind}": (kind, 1) for kind in FORMATS}
+    yield "all_scalars", gguf(3, kinds, [("a", [1], 0, bytes(4))])
+    arrays = {f"k{kind}": array(kind, [1, 0, 1]) for kind in FORMATS}
+    nested = (ARRAY, struct.pack("<IQ", ARRAY, 2) + (struct.pack("<IQ", U8, 2) + b"ab") * 2)
+    yield "all_arrays", gguf(3, {**arrays, "nested": nested}, [("a", [1], 0, bytes(4))])
+    types = [("f16", [2], 1, bytes(4)), ("bf16", [2], 30, bytes(4)), ("q4_0", [32], 2, bytes(18)), ("q4_1", [32], 3, bytes(20)), ("q8_0", [32, 2], 8, bytes(68))]  # fmt: skip
+    yield "all_types", gguf(3, {"general.alignment": (U32, 64)}, types, alignment=64)
+    yield "other_type", gguf(3, {}, [("q6_k", [256], 14, bytes(210))])
+
+
+def safetensors_seeds():
+    def file(header, data=b""):
+        raw = json.dumps(header).encode() if isinstance(header, dict) else header
+        return struct.pack("<Q", len(raw)) + raw + data
+
+    def entry(dtype, shape, start, end):
+        return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+    yield "two", file({"a": entry("F32", [2, 2], 0, 16), "b": entry("F16", [3], 16, 22)}, bytes(22))
+    yield "metadata", file({"__metadata__": {"format": "pt"}, "w": entry("BF16", [1, 4], 0, 8)}, bytes(8))
+    yield "scalar", file({"s": entry("F32", [], 0, 4)}, bytes(4))
+    yield "other_type", file({"i": entry("I64", [1], 0, 8)}, bytes(8))
+    yield "empty", file({})
+    yield "gap", file({"a": entry("F32", [1], 4, 8)}, bytes(8))
+
+
+def chat_seeds():
+    user = [{"role": "user", "content": "Why is the sky blue?"}]
+    yield "plain", {"model": "forge", "messages": user}
+    yield "sampling", {
+        "model": "forge", "messages": user, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "n": 2, "seed": 7,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logit_bias": {"5": -100, "6": 1.5},
+        "stop": ["END", "\n"], "max_completion_tokens": 16, "min_tokens": 1, "logprobs": True, "top_logprobs": 3,
+    }  # fmt: skip
+    yield "stream", {"messages": user, "stream": True, "stream_options": {"include_usage": True}}
+    parts = [{"type": "text", "text": "a\u00e9\U0001f600"}, {"type": "text", "text": ""}]
+    yield "parts", {"messages": [{"role": "system", "content": "x"}, {"role": "user", "name": "n", "content": parts}]}
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "tool", "tool_call_id": "c", "content": "3"}]
+    yield "turns", {"messages": turns, "add_generation_prompt": False, "continue_final_message": True, "metadata": {"a": "b"}}
+    yield "refused", {"messages": user, "response_format": {"type": "json_schema"}, "tools": [{"type": "function"}]}
+    yield "template", {"messages": user, "chat_template_kwargs": {"enable_thinking": False, "x": 1.5}, "cache_salt": "s"}
+
+
+def completion_seeds():
+    yield "text", {"model": "forge", "prompt": "Once upon a time", "max_tokens": 4, "echo": True, "logprobs": 2}
+    yield "texts", {"prompt": ["a", "b"], "n": 2, "best_of": 2, "stop": "x", "user": "u"}
+    yield "ids", {"prompt": [1, 2, 3], "stop_token_ids": [2], "ignore_eos": True, "skip_special_tokens": False}
+    yield "lists", {"prompt": [[1], [2, 3]], "priority": -1, "return_token_ids": True, "suffix": ""}
+
+
+def main():
+    def encoded(seeds):
+        return ((name, json.dumps(body).encode()) for name, body in seeds)
+
+    targets = {
+        "gguf": gguf_seeds(),
+        "safetensors": safetensors_seeds(),
+        "chat_request": encoded(chat_seeds()),
+        "completion_request": encoded(completion_seeds()),
+    }
+    for target, seeds in targets.items():
+        folder = SEEDS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, raw in seeds:
+            (folder / name).write_bytes(raw)
+            print(f"{target}/{name}: {len(raw)} bytes")
+
+
+if __name__ == "__main__":
+    main()

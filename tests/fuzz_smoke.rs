@@ -1,0 +1,74 @@
+//! The fuzz targets without a fuzzer: every seed, and ten thousand mutations of each that are the same every time.
+//!
+//! A failure prints the target, the seed and the number of the mutation.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use forge_tests::fuzzing::{self, Numbers, mutate};
+
+const MUTATIONS: u64 = 10_000;
+
+fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds").join(target);
+    let entries = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let mut seeds: Vec<_> = entries
+        .map(|entry| {
+            let entry = entry.expect("the folder is readable");
+            (entry.file_name().to_string_lossy().into_owned(), std::fs::read(entry.path()).expect("seeds are files"))
+        })
+        .collect();
+    seeds.sort();
+    assert!(seeds.len() > 2, "{target} has only {} seeds", seeds.len());
+    seeds
+}
+
+fn smoke(target: &str, run: fn(&[u8])) {
+    let seeds = seeds(target);
+    for (index, (name, seed)) in seeds.iter().enumerate() {
+        run(seed);
+        let (_, other) = &seeds[(index + 1) % seeds.len()];
+        for number in 0..MUTATIONS {
+            let bytes = mutate(seed, other, &mut Numbers(number));
+            if catch_unwind(AssertUnwindSafe(|| run(&bytes))).is_err() {
+                panic!("{target}: mutation {number} of seed {name} ({} bytes) panics", bytes.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn gguf_files() {
+    smoke("gguf", fuzzing::gguf);
+}
+
+#[test]
+fn safetensors_headers() {
+    smoke("safetensors", fuzzing::safetensors);
+}
+
+#[test]
+fn chat_requests() {
+    smoke("chat_request", fuzzing::chat_request);
+}
+
+#[test]
+fn completion_requests() {
+    smoke("completion_request", fuzzing::completion_request);
+}
+
+/// Seeds are what their names say: most are taken, and the ones named after a refusal are not.
+#[test]
+fn seeds_reach_behind_the_first_check() {
+    for (name, seed) in seeds("gguf") {
+        assert_eq!(forge_model::gguf::parse(&seed).is_ok(), name != "other_type", "{name}: {:?}", forge_model::gguf::parse(&seed).err());
+    }
+    for (name, seed) in seeds("safetensors") {
+        let refused = ["other_type", "gap", "scalar"].contains(&name.as_str());
+        assert_eq!(forge_model::safetensors::parse_header(&seed, |_| true).is_err(), refused, "{name}");
+    }
+    for (name, seed) in seeds("chat_request") {
+        let parsed = forge_gateway::request::parse_chat_request(&seed);
+        assert_eq!(parsed.is_err(), name == "refused", "{name}: {:?}", parsed.err());
+    }
+}

@@ -1,0 +1,108 @@
+//! The entry points that are fuzzed, and a small mutator that drives them without a fuzzer.
+//!
+//! `fuzz/fuzz_targets` calls the same functions under libFuzzer; `fuzz_smoke.rs` calls them on seeds and on
+//! mutations that depend on nothing but a number, so that a failure is found again.
+
+use forge_gateway::RequestLimits;
+use forge_gateway::request::{parse_chat_request, parse_completion_request};
+
+/// A GGUF file: must be taken or refused, and what is taken must lie within the file.
+pub fn gguf(bytes: &[u8]) {
+    if let Ok(file) = forge_model::gguf::parse(bytes) {
+        assert!(file.tensors.values().all(|tensor| tensor.bytes.end <= bytes.len()), "a tensor lies outside the file");
+    }
+}
+
+/// The header of a safetensors file: as [`gguf`].
+pub fn safetensors(bytes: &[u8]) {
+    if let Ok(tensors) = forge_model::safetensors::parse_header(bytes, |_| true) {
+        assert!(tensors.values().all(|tensor| tensor.bytes.end <= bytes.len()), "a tensor lies outside the file");
+    }
+}
+
+/// The body of a chat request: an error must be an answer of the class 400 to 499.
+pub fn chat_request(bytes: &[u8]) {
+    if let Err(error) = parse_chat_request(bytes) {
+        assert!(error.status().is_client_error(), "{error}");
+    }
+}
+
+/// The body of a completion request: as [`chat_request`].
+pub fn completion_request(bytes: &[u8]) {
+    if let Err(error) = parse_completion_request(bytes, &RequestLimits::default()) {
+        assert!(error.status().is_client_error(), "{error}");
+    }
+}
+
+/// A sequence of numbers that looks random (splitmix64) and depends on its start alone.
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    /// The next number.
+    pub fn next_number(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// A number below `bound`, which is not 0.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next_number() % bound as u64) as usize
+    }
+}
+
+/// Values at which length checks go wrong.
+const EDGES: [u64; 10] = [0, 1, 0x7f, 0xff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 0x7fff_ffff_ffff_ffff, u64::MAX, 0x8000_0000_0000_0000];
+
+/// Changes a copy of `seed` in one to four places: bits, edge values, cuts, insertions, repetitions, and pieces of
+/// `other`.
+pub fn mutate(seed: &[u8], other: &[u8], numbers: &mut Numbers) -> Vec<u8> {
+    let mut bytes = seed.to_vec();
+    for _ in 0..=numbers.below(4) {
+        if bytes.is_empty() {
+            bytes.push(numbers.next_number() as u8);
+        }
+        let at = numbers.below(bytes.len());
+        match numbers.below(7) {
+            0 => bytes[at] ^= 1 << numbers.below(8),
+            1 => bytes[at] = numbers.next_number() as u8,
+            2 => {
+                let edge = EDGES[numbers.below(EDGES.len())].to_le_bytes();
+                let width = [1, 2, 4, 8][numbers.below(4)].min(bytes.len() - at);
+                bytes[at..at + width].copy_from_slice(&edge[..width]);
+            }
+            3 => bytes.truncate(at),
+            4 => {
+                let end = (at + 1 + numbers.below(16)).min(bytes.len());
+                bytes.drain(at..end);
+            }
+            5 => {
+                let end = (at + 1 + numbers.below(32)).min(bytes.len());
+                let piece = bytes[at..end].to_vec();
+                bytes.splice(at..at, piece);
+            }
+            _ => {
+                let start = numbers.below(other.len().max(1)).min(other.len());
+                let end = (start + 1 + numbers.below(32)).min(other.len());
+                bytes.splice(at..at, other[start..end].iter().copied());
+            }
+        }
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mutations_depend_on_the_number_alone() {
+        let seed = b"some bytes of a file".as_slice();
+        let once: Vec<_> = (0..50).map(|number| mutate(seed, b"other", &mut Numbers(number))).collect();
+        let again: Vec<_> = (0..50).map(|number| mutate(seed, b"other", &mut Numbers(number))).collect();
+        assert_eq!(once, again);
+        assert!(once.iter().filter(|bytes| bytes.as_slice() != seed).count() > 45);
+    }
+}
