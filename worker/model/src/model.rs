@@ -54,12 +54,12 @@ impl Model {
     ///
     /// ```
     /// use std::sync::Arc;
-    /// use forge_kernels::CpuBackend;
+    /// use forge_kernels::{CpuBackend, CpuOptions};
     /// use forge_model::{DecoderOptions, LoadMode, Model, Session};
     ///
     /// let model = Model::open("../../tests/fixtures/model/llama", LoadMode::Mmap)?;
     /// assert_eq!(model.architecture().layers, 3);
-    /// let mut decoder = model.decoder(Arc::new(CpuBackend::new(2)?), &DecoderOptions::single_sequence(64))?;
+    /// let mut decoder = model.decoder(Arc::new(CpuBackend::new(CpuOptions::default())?), &DecoderOptions::single_sequence(64))?;
     /// let mut session = Session::new(&mut decoder);
     /// let logits = session.forward(&[1, 2, 3])?;
     /// assert_eq!(logits.len(), model.architecture().vocab_size);

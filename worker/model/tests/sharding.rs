@@ -1,0 +1,183 @@
+//! Promise P2 across ranks: 1, 2, 4 and 8 tensor-parallel ranks and pipeline stages give equal bits, dense and
+//! quantized, for every family and for shares that are uneven or empty.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::build::{self, Shape};
+use common::{assert_same_bits, options, plans, run, sequences, together};
+use forge_kernels::{CpuBackend, CpuOptions};
+use forge_model::decoder::{StageInput, StageOutput};
+use forge_model::{Decoder, DecoderOptions, LoadMode, Model, ModelError, Shard, StepModel};
+use forge_net::{Collective, GroupOptions, local};
+use forge_shared::ids::Epoch;
+
+/// Heads arranged in every way the leaves distinguish.
+const SHAPES: [Shape; 7] = [
+    // Nine heads, three groups: leaves are groups, 2 + 1, and 1 + 1 + 1 + 0.
+    Shape { family: "llama", hidden: 96, layers: 2, heads: 9, kv_heads: 3, head_dim: 32, inner: 320, vocabulary: 201 },
+    // Eight heads in two groups: leaves are heads, ranks of 4 and 8 share KV heads.
+    Shape { family: "llama", hidden: 64, layers: 2, heads: 8, kv_heads: 2, head_dim: 32, inner: 256, vocabulary: 128 },
+    // Six heads in three groups: shares of three heads cut a group, so KV heads are repeated.
+    Shape { family: "llama", hidden: 64, layers: 2, heads: 6, kv_heads: 3, head_dim: 32, inner: 96, vocabulary: 100 },
+    // Ten groups: eight runs of whole groups.
+    Shape { family: "qwen2", hidden: 64, layers: 2, heads: 20, kv_heads: 10, head_dim: 32, inner: 416, vocabulary: 77 },
+    // Heads narrower than a block: quantized, leaves are merged in pairs.
+    Shape { family: "qwen2", hidden: 64, layers: 2, heads: 4, kv_heads: 2, head_dim: 16, inner: 160, vocabulary: 150 },
+    Shape { family: "gpt2", hidden: 64, layers: 2, heads: 4, kv_heads: 4, head_dim: 16, inner: 256, vocabulary: 130 },
+    // One head, one block of inner units, fewer tokens than ranks: most ranks have nothing.
+    Shape { family: "gpt2", hidden: 32, layers: 1, heads: 1, kv_heads: 1, head_dim: 32, inner: 32, vocabulary: 5 },
+];
+
+fn open(shape: &Shape, kind: u32) -> (tempfile::TempDir, Model) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    build::gguf(shape, kind, 12).write(&path);
+    (folder, Model::open(path, LoadMode::Mmap).unwrap())
+}
+
+fn one_thread() -> Arc<CpuBackend> {
+    Arc::new(CpuBackend::new(CpuOptions { threads: 1, ..CpuOptions::default() }).unwrap())
+}
+
+/// Runs the same plans on all ranks of a group, each in its thread; returns every rank's logits.
+fn run_group(model: &Model, size: usize, tokens: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
+    let ranks = local::group(GroupOptions::new(size, Epoch::default())).unwrap();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ranks
+            .into_iter()
+            .enumerate()
+            .map(|(tp_rank, rank)| {
+                scope.spawn(move || {
+                    let shard = Shard { tp_rank, tp_size: size, layers: None };
+                    let collective: Arc<dyn Collective<CpuBackend>> = Arc::new(rank);
+                    let mut decoder = Decoder::new(model, one_thread(), &DecoderOptions { shard, ..options() }, collective).unwrap();
+                    run(&mut decoder, tokens, &together(tokens))
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn every_number_of_ranks_gives_the_same_bits() {
+    for (index, shape) in SHAPES.iter().enumerate() {
+        for kind in [build::F32, build::BF16, build::Q4_0, build::Q4_1, build::Q8_0] {
+            let (_folder, model) = open(shape, kind);
+            let tokens = sequences(21, 5, 30, shape.vocabulary);
+            let expected = run(&mut model.decoder(one_thread(), &options()).unwrap(), &tokens, &together(&tokens));
+            for size in [1, 2, 4, 8] {
+                for (rank, logits) in run_group(&model, size, &tokens).iter().enumerate() {
+                    assert_same_bits(logits, &expected, &format!("shape {index}, kind {kind}, rank {rank} of {size}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn transposed_matrices_are_sharded_like_the_others() {
+    let model = Model::open(common::fixture("gpt2"), LoadMode::Mmap).unwrap();
+    let tokens = sequences(22, 5, 30, 96);
+    let expected = run(&mut model.decoder(one_thread(), &options()).unwrap(), &tokens, &together(&tokens));
+    for size in [2, 4] {
+        for logits in run_group(&model, size, &tokens) {
+            assert_same_bits(&logits, &expected, &format!("{size} ranks"));
+        }
+    }
+}
+
+#[test]
+fn pipeline_stages_give_the_same_bits() {
+    for shape in [&SHAPES[0], &SHAPES[5]] {
+        let (_folder, model) = open(shape, build::Q4_1);
+        let tokens = sequences(23, 6, 30, shape.vocabulary);
+        let expected = run(&mut model.decoder(one_thread(), &options()).unwrap(), &tokens, &together(&tokens));
+        let stage = |layers| {
+            let shard = Shard { layers: Some(layers), ..Shard::default() };
+            model.decoder(one_thread(), &DecoderOptions { shard, ..options() }).unwrap()
+        };
+        let (mut first, mut second) = (stage(0..1), stage(1..2));
+        let info = first.info().clone();
+        let mut actual = vec![Vec::new(); tokens.len()];
+        let (mut hidden, mut logits) = (Vec::new(), Vec::new());
+        let schedule = together(&tokens);
+        for plan in plans(&info, &tokens, &schedule) {
+            first.run_stage(&plan, StageInput::Tokens, StageOutput::Hidden(&mut hidden)).unwrap();
+            second.run_stage(&plan, StageInput::Hidden(&hidden), StageOutput::Logits(&mut logits)).unwrap();
+            let mut rest = &logits[..];
+            for &(sequence, count) in &schedule[0] {
+                let (own, others) = rest.split_at(count * info.vocab_size);
+                actual[sequence].extend_from_slice(own);
+                rest = others;
+            }
+        }
+        assert_same_bits(&actual, &expected, shape.family);
+        let refused = second.step(&plans(&info, &tokens, &schedule)[0], &mut logits);
+        assert!(matches!(refused, Err(ModelError::Plan { field: "stage", .. })), "{refused:?}");
+    }
+}
+
+#[test]
+fn impossible_layouts_are_refused_with_the_nearest() {
+    let (_folder, model) = open(&SHAPES[0], build::Q8_0);
+    let with = |shard| model.memory(&DecoderOptions { shard, ..options() });
+    for (size, expected) in [(3, "2"), (5, "4"), (16, "8")] {
+        match with(Shard { tp_rank: 0, tp_size: size, layers: None }) {
+            Err(ModelError::Layout { nearest, .. }) => assert_eq!(nearest, expected),
+            other => panic!("{other:?}"),
+        }
+    }
+    for layers in [0..3, 1..1, 2..3] {
+        assert!(matches!(with(Shard { layers: Some(layers), ..Shard::default() }), Err(ModelError::Layout { .. })));
+    }
+    let alone: Arc<dyn Collective<CpuBackend>> = Arc::new(forge_net::Solo::default());
+    let shard = Shard { tp_rank: 0, tp_size: 2, layers: None };
+    let refused = Decoder::new(&model, one_thread(), &DecoderOptions { shard, ..options() }, alone);
+    assert!(matches!(refused.err(), Some(ModelError::Option { option: "shard.tp_size", .. })));
+}
+
+#[test]
+fn a_rank_that_fails_wakes_its_peers() {
+    let (_folder, model) = open(&SHAPES[1], build::F32);
+    let tokens = sequences(24, 2, 9, SHAPES[1].vocabulary);
+    let mut ranks = local::group(GroupOptions::new(2, Epoch::default())).unwrap();
+    let gone = ranks.pop();
+    let collective: Arc<dyn Collective<CpuBackend>> = Arc::new(ranks.remove(0));
+    let shard = Shard { tp_rank: 0, tp_size: 2, layers: None };
+    let mut decoder = Decoder::new(&model, one_thread(), &DecoderOptions { shard, ..options() }, collective).unwrap();
+    let plan = plans(decoder.info(), &tokens, &together(&tokens)).remove(0);
+    let start = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| drop(gone));
+        let error = decoder.step(&plan, &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("rank 1 has left"), "{error}");
+    });
+    assert!(start.elapsed() < std::time::Duration::from_secs(10));
+}
+
+#[test]
+fn memory_of_the_ranks_adds_up() {
+    for (shape, kind) in [(&SHAPES[0], build::Q4_1), (&SHAPES[5], build::F16)] {
+        let (_folder, model) = open(shape, kind);
+        let of = |tp_rank, tp_size| {
+            let shard = Shard { tp_rank, tp_size, layers: None };
+            model.memory(&DecoderOptions { shard, ..options() }).unwrap()
+        };
+        let whole = of(0, 1);
+        let head = if model.architecture().tied_head { 0 } else { 1 };
+        // Every matrix of the file is counted once (norms and biases are copied).
+        let matrices: usize = model.checkpoint().tensors().values().filter(|t| t.shape.len() == 2).map(|t| t.bytes.len()).sum();
+        assert_eq!(whole.weights_bytes, matrices, "head {head}");
+        assert_eq!(whole.kv_block_bytes, whole.largest_kv_block_bytes);
+        for size in [2, 4] {
+            let parts: Vec<_> = (0..size).map(|rank| of(rank, size)).collect();
+            let replicated = if shape.family == "gpt2" { (size - 1) * 64 * shape.hidden * 2 } else { 0 };
+            assert_eq!(parts.iter().map(|part| part.weights_bytes).sum::<usize>(), whole.weights_bytes + replicated);
+            assert_eq!(parts.iter().map(|part| part.kv_block_bytes).sum::<usize>(), whole.kv_block_bytes);
+            assert_eq!(parts[0].largest_kv_block_bytes, parts.iter().map(|part| part.kv_block_bytes).max().unwrap());
+        }
+    }
+}
