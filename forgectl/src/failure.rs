@@ -149,12 +149,17 @@ impl From<StoreError> for Failure {
 
 impl From<GatewayError> for Failure {
     fn from(error: GatewayError) -> Self {
-        let failure = Failure::of(&error);
         match error {
-            GatewayError::Config { .. } | GatewayError::OpenToTheWorld { .. } | GatewayError::KeyInvalid { .. } => {
-                failure.exit(Exit::Usage)
+            GatewayError::OpenToTheWorld { host } => {
+                Failure::usage(format!("will not listen on {host} without API keys: anybody who reaches this machine could use it"))
+                    .help("make a key with `forgectl keys create NAME`, or listen on 127.0.0.1, or pass --insecure if the network is yours")
             }
-            _ => failure,
+            GatewayError::PortInUse { address, flag } => {
+                Failure::new(format!("port {} on {} is in use by another program", address.port(), address.ip()))
+                    .help(format!("stop that program, or choose another port: {flag} N, where 0 picks a free one"))
+            }
+            GatewayError::Config { .. } | GatewayError::KeyInvalid { .. } => Failure::of(&error).exit(Exit::Usage),
+            _ => Failure::of(&error),
         }
     }
 }

@@ -118,7 +118,7 @@ pub fn short_count(count: u64) -> String {
     match count {
         0..1_000 => count.to_string(),
         1_000..1_000_000 => format!("{:.0}K", count as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.0}M", count as f64 / 1e6),
+        1_000_000..999_500_000 => format!("{:.0}M", count as f64 / 1e6),
         _ => format!("{:.1}B", count as f64 / 1e9),
     }
 }
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn counts_are_short() {
-        for (count, text) in [(7, "7"), (4096, "4K"), (134_515_008, "135M"), (1_543_714_304, "1.5B")] {
+        for (count, text) in [(7, "7"), (4096, "4K"), (134_515_008, "135M"), (999_885_952, "1.0B"), (1_543_714_304, "1.5B")] {
             assert_eq!(short_count(count), text);
         }
     }

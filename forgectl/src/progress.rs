@@ -10,6 +10,10 @@ use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 
 /// Between two lines about one file in a pipe.
 const LINE_EVERY: Duration = Duration::from_secs(5);
+/// A bar of a file whose size is known.
+const SIZED: &str = "{msg} {wide_bar:.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left";
+/// And of one whose size is not.
+const UNSIZED: &str = "{msg} {spinner} {bytes}  {bytes_per_sec}";
 
 /// Progress fit for where standard error goes.
 pub fn pull_progress() -> Box<dyn PullProgress + Send> {
@@ -47,9 +51,8 @@ impl Bars {
         let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let bar = files.entry(format!("{phase} {name}")).or_insert_with(|| {
             let bar = match total_bytes {
-                Some(total) => ProgressBar::new(total)
-                    .with_style(style("{msg} {wide_bar:.cyan/dim} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left")),
-                None => ProgressBar::no_length().with_style(style("{msg} {spinner} {bytes}  {bytes_per_sec}")),
+                Some(total) => ProgressBar::new(total).with_style(style(SIZED)),
+                None => ProgressBar::no_length().with_style(style(UNSIZED)),
             };
             let short = name.rsplit('/').next().unwrap_or(name);
             self.all.add(bar.with_message(format!("{phase} {short}")))
@@ -89,7 +92,15 @@ impl PullProgress for Bars {
                     self.say(format!("{name}: resumed at {}", HumanBytes(resumed_at_bytes)));
                 }
             }
-            PullEvent::FileBytes { name, bytes, total_bytes } => self.bar(&name, "fetching", total_bytes).set_position(bytes),
+            PullEvent::FileBytes { name, bytes, total_bytes } => {
+                let bar = self.bar(&name, "fetching", total_bytes);
+                // Some hosts tell the size only with the first bytes.
+                if let Some(total) = total_bytes.filter(|_| bar.length().is_none()) {
+                    bar.set_length(total);
+                    bar.set_style(style(SIZED));
+                }
+                bar.set_position(bytes);
+            }
             PullEvent::Verifying { name, bytes, total_bytes } => {
                 self.bar(&name, "checking", Some(total_bytes)).set_position(bytes);
                 if bytes >= total_bytes {
