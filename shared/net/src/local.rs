@@ -40,7 +40,7 @@ impl GroupOptions {
 pub fn group(options: GroupOptions) -> Result<Vec<LocalRank>> {
     let size = options.size;
     if !size.is_power_of_two() {
-        return Err(NetError::GroupSize { size, nearest: ((size + 1) / 2).next_power_of_two() });
+        return Err(NetError::GroupSize { size, nearest: 1 << size.max(1).ilog2() });
     }
     let slots = || (0..size).map(|_| RwLock::new(Slot::default())).collect();
     let shared = Arc::new(Shared {
