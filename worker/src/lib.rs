@@ -6,6 +6,8 @@
 pub mod actors;
 pub mod agent;
 mod error;
+#[cfg(debug_assertions)]
+mod fault;
 mod launcher;
 pub mod link;
 pub mod local;

@@ -14,6 +14,7 @@ use parking_lot::RwLock;
 
 /// See the module documentation.
 pub struct ReplicaLink {
+    /// As known before the model is loaded.
     card: Arc<ModelCard>,
     current: RwLock<Current>,
     restarts: AtomicU32,
@@ -26,7 +27,7 @@ enum Current {
 }
 
 impl ReplicaLink {
-    /// A link without an engine yet.
+    /// A link without an engine yet. The card's numerics id is the engine's to know.
     pub fn new(card: ModelCard) -> Self {
         ReplicaLink {
             card: Arc::new(card),
@@ -65,7 +66,10 @@ impl EngineLink for ReplicaLink {
     }
 
     fn card(&self) -> Arc<ModelCard> {
-        self.card.clone()
+        match &*self.current.read() {
+            Current::Running(engine) => engine.card(),
+            Current::Absent { .. } => self.card.clone(),
+        }
     }
 
     fn status(&self) -> EngineStatus {

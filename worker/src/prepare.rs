@@ -12,9 +12,6 @@ use forge_text::{GgufTokenizer, ModelText};
 
 use crate::WorkerError;
 
-/// Rows of logits computed at a time: enough to keep the head's product busy, few enough to stay small.
-const LOGITS_ROWS_MAX: usize = 64;
-
 /// See the module documentation.
 #[derive(Debug, Clone)]
 pub struct PreparedModel {
@@ -60,7 +57,7 @@ impl PreparedModel {
             kv_blocks: sizes.kv_blocks,
             kv_dtype: kv_dtype(sizes.kv_cache_dtype),
             max_step_rows: sizes.max_step_tokens,
-            max_logits_rows: sizes.max_batch_size.min(LOGITS_ROWS_MAX),
+            max_logits_rows: sizes.max_batch_size,
             shard: Shard::default(),
             epoch: sizes.epoch,
             weights_digest: self.digest.clone(),

@@ -18,8 +18,8 @@ use crate::weight::CpuWeight;
 
 /// Tasks per thread: enough that the slowest does not keep the others waiting, few enough to stay cheap.
 const TASKS_PER_THREAD: usize = 8;
-/// Most rows of a task.
-const MAX_TASK_ROWS: usize = 512;
+/// Most rows of a task: its weights stay in a core's cache while blocks of tokens pass over them.
+const MAX_TASK_ROWS: usize = 64;
 /// Tokens from which quantizing the input is worth a parallel region.
 const PARALLEL_TOKENS: usize = 16;
 
@@ -72,7 +72,7 @@ pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &mut [Check
     let outputs: Vec<SharedPointer<f32>> = products.iter_mut().map(|product| SharedPointer::new(product.out)).collect();
     let products = &*products;
     let activations = &*engine.activations;
-    engine.pool.run(tasks.len(), |index| {
+    engine.pool.run_in_order(tasks.len(), |index| {
         let task = &tasks[index];
         let product = &products[task.product];
         let out = outputs[task.product];

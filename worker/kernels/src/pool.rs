@@ -134,6 +134,31 @@ impl ThreadPool {
     }
 }
 
+impl ThreadPool {
+    /// As [`ThreadPool::run`], for tasks that are quickest one after the other (they read neighbouring memory):
+    /// each thread begins with its own run of consecutive tasks, and helps with the others' when that is done.
+    ///
+    /// # Panics
+    /// As [`ThreadPool::run`].
+    pub fn run_in_order<F: Fn(usize) + Sync>(&self, tasks: usize, function: F) {
+        let threads = self.threads();
+        let next: Vec<AtomicUsize> = (0..threads).map(|thread| AtomicUsize::new(tasks * thread / threads)).collect();
+        self.run(threads, |own| {
+            for offset in 0..threads {
+                let thread = (own + offset) % threads;
+                let end = tasks * (thread + 1) / threads;
+                loop {
+                    let task = next[thread].fetch_add(1, Ordering::Relaxed);
+                    if task >= end {
+                        break;
+                    }
+                    function(task);
+                }
+            }
+        });
+    }
+}
+
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
@@ -238,7 +263,10 @@ mod tests {
                 pool.run(tasks, |task| {
                     counts[task].fetch_add(1, Ordering::Relaxed);
                 });
-                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                pool.run_in_order(tasks, |task| {
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 2));
             }
         }
     }

@@ -9,22 +9,25 @@ use std::time::Duration;
 use forge_shared::ids::Epoch;
 use forge_shared::link::EngineLink;
 use forge_shared::plan::Plan;
+use futures::future::BoxFuture;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use tokio::sync::oneshot;
 
 use crate::WorkerError;
 use crate::actors::node::NodeMessage;
 use crate::link::ReplicaLink;
 
-/// Ends an engine: finish what runs within the time given, then free everything. Blocking.
+/// Tells an engine to finish what runs within the time given and to end. Returns at once.
 pub type StopEngine = Box<dyn FnOnce(Duration) + Send>;
+
+/// How long after its own deadline an engine may take to end before its actor stops waiting.
+const STOP_MARGIN: Duration = Duration::from_secs(3);
 
 /// A running replica.
 pub struct Launched {
     /// The way to its engine.
     pub engine: Arc<dyn EngineLink>,
-    /// Receives the reason if the engine ends by itself; a dropped sender is a death too.
-    pub death: oneshot::Receiver<String>,
+    /// Resolves when the engine has ended: with the reason, if it died.
+    pub ended: BoxFuture<'static, Option<String>>,
     /// Stops it.
     pub stop: StopEngine,
 }
@@ -42,10 +45,12 @@ pub trait Launch: Send + Sync + 'static {
 pub enum ReplicaMessage {
     /// Sent to itself at start.
     Launch,
-    /// The engine ended by itself.
-    EngineDied(String),
+    /// The engine has ended; with the reason, if it died.
+    EngineEnded(Option<String>),
     /// Finish running requests within this time, then end.
     Stop(Duration),
+    /// The engine did not end in time: end without it.
+    Abandon,
 }
 
 /// What a replica's actor starts with.
@@ -67,6 +72,7 @@ pub struct ReplicaActor;
 pub struct ReplicaState {
     arguments: ReplicaArguments,
     stop: Option<StopEngine>,
+    stopping: bool,
 }
 
 impl ReplicaState {
@@ -82,7 +88,7 @@ impl Actor for ReplicaActor {
 
     async fn pre_start(&self, myself: ActorRef<ReplicaMessage>, arguments: ReplicaArguments) -> Result<ReplicaState, ActorProcessingErr> {
         myself.cast(ReplicaMessage::Launch)?;
-        Ok(ReplicaState { arguments, stop: None })
+        Ok(ReplicaState { arguments, stop: None, stopping: false })
     }
 
     async fn handle(
@@ -93,16 +99,27 @@ impl Actor for ReplicaActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ReplicaMessage::Launch => launch(&myself, state).await.map_err(ActorProcessingErr::from),
-            ReplicaMessage::EngineDied(reason) => Err(WorkerError::EngineDied { reason }.into()),
-            ReplicaMessage::Stop(timeout) => {
-                state.arguments.link.detach("the replica is stopping");
-                if let Some(stop) = state.stop.take() {
-                    // The engine is stopped off the async threads; its own deadline bounds the wait.
-                    tokio::task::spawn_blocking(move || stop(timeout)).await?;
-                }
+            ReplicaMessage::EngineEnded(_) | ReplicaMessage::Abandon if state.stopping => {
                 myself.stop(Some("stopped".into()));
                 Ok(())
             }
+            ReplicaMessage::EngineEnded(reason) => {
+                let reason = reason.unwrap_or_else(|| "it ended by itself".into());
+                Err(WorkerError::EngineDied { reason }.into())
+            }
+            ReplicaMessage::Stop(timeout) => {
+                state.arguments.link.detach("the replica is stopping");
+                state.stopping = true;
+                match state.stop.take() {
+                    Some(stop) => {
+                        stop(timeout);
+                        myself.send_after(timeout + STOP_MARGIN, || ReplicaMessage::Abandon);
+                    }
+                    None => myself.stop(Some("stopped".into())),
+                }
+                Ok(())
+            }
+            ReplicaMessage::Abandon => Ok(()),
         }
     }
 
@@ -122,9 +139,9 @@ async fn launch(myself: &ActorRef<ReplicaMessage>, state: &mut ReplicaState) -> 
     state.arguments.link.attach(launched.engine);
     let replica = myself.clone();
     tokio::spawn(async move {
-        let reason = launched.death.await.unwrap_or_else(|_| "its thread ended".into());
+        let reason = launched.ended.await;
         // A replica that is already gone needs no word of its engine's end.
-        let _ = replica.cast(ReplicaMessage::EngineDied(reason));
+        let _ = replica.cast(ReplicaMessage::EngineEnded(reason));
     });
     let ready = NodeMessage::ReplicaReady { replica: state.arguments.plan.replica.to_string(), epoch: state.epoch() };
     state.arguments.node.cast(ready).map_err(|error| WorkerError::Actor { actor: "node", reason: error.to_string() })

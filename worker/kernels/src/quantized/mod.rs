@@ -3,7 +3,7 @@
 //! A block's dot product is an exact integer. In f32, per leaf and in the order of its blocks, there is one
 //! accumulator per (row, token): acc = fma(dot, d_weight · d_activation, acc), and for Q4_1 then
 //! acc = fma(m_weight, s_activation, acc). Leaves are added in the tree's order. Vector lanes are different
-//! outputs (16 rows here, 16 tokens in [`token_lanes`]), never parts of one sum: every path gives equal bits.
+//! outputs (16 rows), never parts of one sum: every path gives equal bits.
 
 // Indices name the rows, tokens and vectors of a register tile; several arrays share them.
 #![allow(clippy::needless_range_loop)]
@@ -73,6 +73,7 @@ pub(crate) struct TokenBlocks {
     /// 32 values of the first token.
     pub(crate) values: *const i8,
     /// Σ values of the first token.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the portable path needs no correction"))]
     pub(crate) sums: *const i32,
     /// Blocks per token: the next token is this many blocks on.
     pub(crate) blocks: usize,
@@ -123,6 +124,9 @@ pub(crate) struct QuantizedTask<'a> {
     pub(crate) out_width: usize,
 }
 
+/// Bytes of activations that stay in a core's cache while a task's rows pass over them.
+const TOKEN_BLOCK_BYTES: usize = 256 << 10;
+
 /// 16 rows, of which lanes `first_lane..end_lane` are the task's.
 struct RowTile {
     first_row: usize,
@@ -142,24 +146,42 @@ pub(crate) fn scratch_elements(blocks: usize) -> usize {
 /// task's rows of `out`.
 #[inline(always)]
 unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>, scratch: *mut u16) {
-    let mut row = task.rows.start;
-    while row < task.rows.end {
-        // The last tile of a matrix reaches back over rows that are not its own, and does not store them.
-        let first_row = row.min(task.matrix.rows - LANES);
-        let tile = RowTile { first_row, first_lane: row - first_row, end_lane: LANES.min(task.rows.end - first_row), scales: scratch };
-        row = first_row + tile.end_lane;
-        // SAFETY: 16 rows from `first_row` exist; tokens stay below `task.tokens`.
-        unsafe {
-            gather_scales::<F>(&task.matrix, first_row, scratch);
-            let mut token = 0;
-            while token < task.tokens {
-                token += match task.tokens - token {
-                    8.. => row_tile::<L, F, 8>(&task, &tile, token),
-                    4.. => row_tile::<L, F, 4>(&task, &tile, token),
-                    2.. => row_tile::<L, F, 2>(&task, &tile, token),
-                    _ => row_tile::<L, F, 1>(&task, &tile, token),
-                };
+    let token_block = (TOKEN_BLOCK_BYTES / (task.matrix.blocks * BLOCK)).next_multiple_of(8);
+    let mut first_token = 0;
+    while first_token < task.tokens {
+        let tokens = first_token..task.tokens.min(first_token + token_block);
+        first_token = tokens.end;
+        let mut row = task.rows.start;
+        while row < task.rows.end {
+            // The last tile of a matrix reaches back over rows that are not its own, and does not store them.
+            let first_row = row.min(task.matrix.rows - LANES);
+            let tile = RowTile { first_row, first_lane: row - first_row, end_lane: LANES.min(task.rows.end - first_row), scales: scratch };
+            row = first_row + tile.end_lane;
+            // SAFETY: 16 rows from `first_row` exist, and the tokens do.
+            unsafe {
+                gather_scales::<F>(&task.matrix, first_row, scratch);
+                tile_tokens::<L, F>(&task, &tile, tokens.clone());
             }
+        }
+    }
+}
+
+/// 16 rows × some tokens, as many at a time as the registers hold.
+///
+/// # Safety
+/// As [`rows_body`]; the tokens exist and the tile's scales are gathered.
+#[inline(always)]
+unsafe fn tile_tokens<L: BlockDots, F: Format>(task: &QuantizedTask<'_>, tile: &RowTile, tokens: Range<usize>) {
+    let mut token = tokens.start;
+    while token < tokens.end {
+        // SAFETY: no more tokens are asked for than there are.
+        unsafe {
+            token += match tokens.end - token {
+                8.. => row_tile::<L, F, 8>(task, tile, token),
+                4.. => row_tile::<L, F, 4>(task, tile, token),
+                2.. => row_tile::<L, F, 2>(task, tile, token),
+                _ => row_tile::<L, F, 1>(task, tile, token),
+            };
         }
     }
 }
