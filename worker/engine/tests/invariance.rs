@@ -195,9 +195,8 @@ fn batch_chunks_preemption_and_cache_change_nothing() {
         for (kv_blocks, company) in [(2000, 0), (2000, 32), (26, 3)] {
             let options = EngineOptions { max_batch_size: 33, max_chunk_rows, ..EngineOptions::default() };
             let mut harness = Harness::new(info(4, kv_blocks, 64), options);
-            let mut receivers: Vec<_> = (0..company)
-                .map(|i| harness.submit(common::request(&prompt[..10 + i], greedy(40)), 1000).unwrap())
-                .collect();
+            let mut receivers: Vec<_> =
+                (0..company).map(|i| harness.submit(common::request(&prompt[..10 + i], greedy(40)), 1000).unwrap()).collect();
             for round in 0..2 {
                 let mut receiver = harness.submit(request.clone(), 1000).unwrap();
                 harness.run();
