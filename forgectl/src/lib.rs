@@ -19,6 +19,7 @@ mod progress;
 mod replica;
 mod runtime;
 mod spec_flags;
+mod support;
 mod time;
 
 use std::process::ExitCode;

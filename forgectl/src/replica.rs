@@ -49,6 +49,11 @@ impl Replica {
     /// A model that cannot be used, or that does not fit this machine ([`Exit::NotPlaceable`]).
     pub async fn start(service: &ModelService, model: ResolvedModel, names: Vec<String>, metrics: Metrics) -> Result<Self> {
         let spec = &service.spec;
+        if spec.replicas != 1 {
+            return Err(Failure::new(format!("spec.replicas is {}, and this process is one worker", spec.replicas))
+                .help("this would fit: --set replicas=1")
+                .exit(Exit::NotPlaceable));
+        }
         let prepared = prepare(service, &model).await?;
         let summary = prepared.model.summary();
         let facts = Facts {

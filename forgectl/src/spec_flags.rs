@@ -176,6 +176,32 @@ mod tests {
         assert_eq!(parse(&["--cors-origin", "a,b"]), Ok(vec![("gateway.corsOrigins", json!(["a", "b"]))]));
     }
 
+    /// A key's line in the manual.
+    fn manual_row(key: &Key) -> String {
+        let values = match key.kind {
+            Kind::Text => "text".to_owned(),
+            Kind::Whole { .. } => "whole number".to_owned(),
+            Kind::Switch => "true, false".to_owned(),
+            Kind::Size => "size".to_owned(),
+            Kind::Choice(words) => words.join(", "),
+            Kind::List => "list".to_owned(),
+        };
+        let flag = match (key.path, key.group) {
+            ("model", _) => "argument".to_owned(),
+            (_, Group::Cluster) => "`--set` only".to_owned(),
+            _ => format!("`--{}`", key.flag()),
+        };
+        let default = default_of(key).map_or("-".to_owned(), |default| format!("`{default}`"));
+        format!("| `{}` | {flag} | `{}` | {values} | {default} | {} |", key.path, key.variable(), key.help)
+    }
+
+    #[test]
+    fn the_manual_has_a_row_for_every_key() {
+        let manual = include_str!("../../docs/configuration.md");
+        let missing: Vec<String> = KEYS.iter().map(manual_row).filter(|row| !manual.contains(row.as_str())).collect();
+        assert!(missing.is_empty(), "docs/configuration.md lacks these rows:\n{}", missing.join("\n"));
+    }
+
     #[test]
     fn wrong_values_name_the_flag() {
         for (argument, expected) in [

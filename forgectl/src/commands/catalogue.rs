@@ -8,6 +8,7 @@ use crate::cli::ListArgs;
 use crate::context::Context;
 use crate::failure::Result;
 use crate::output::{column, print_list, short_count, wide};
+use crate::support;
 
 /// An entry as listed.
 #[derive(Debug, Serialize)]
@@ -15,6 +16,7 @@ use crate::output::{column, print_list, short_count, wide};
 struct Listed<'a> {
     name: &'a str,
     default: bool,
+    runs: bool,
     description: &'a str,
     parameters: u64,
     download_bytes: u64,
@@ -41,6 +43,7 @@ pub fn catalogue(args: &ListArgs) -> Result<()> {
         column("DOWNLOAD"),
         column("TYPE"),
         column("CONTEXT"),
+        column("RUNS"),
         column("LICENCE"),
         wide("ARCHITECTURE"),
         wide("ALIASES"),
@@ -54,6 +57,7 @@ pub fn catalogue(args: &ListArgs) -> Result<()> {
             HumanBytes(entry.download_bytes).to_string(),
             entry.quantization.to_owned(),
             entry.context_length.to_string(),
+            if entry.runs { "yes" } else { "not yet" }.to_owned(),
             entry.licence.to_owned(),
             entry.architecture.to_owned(),
             entry.aliases.join(","),
@@ -69,6 +73,7 @@ fn listed<'a>(name: &'a str, entry: &'a CatalogueEntry, default: bool) -> Listed
     Listed {
         name,
         default,
+        runs: support::runs(&entry.architecture),
         description: &entry.description,
         parameters: entry.parameters,
         download_bytes: first.map_or(0, |source| source.size_bytes),

@@ -16,6 +16,7 @@ use crate::failure::{Failure, Result};
 use crate::output::print_text;
 use crate::replica::{Replica, unless_stopped};
 use crate::runtime;
+use crate::support;
 
 /// Longest prompt read from a pipe.
 const MAX_PROMPT_BYTES: u64 = 8 << 20;
@@ -31,6 +32,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let context = Context::open()?;
     let (model, prompt) = model_and_prompt(args);
     let service = context.service(&args.sources, model, &args.keys.settings)?;
+    support::check(&context, &service.spec.model)?;
     let prompt = match prompt {
         Some(prompt) => Some(prompt),
         None if std::io::stdin().is_terminal() => None,

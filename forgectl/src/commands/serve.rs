@@ -19,6 +19,7 @@ use crate::failure::{Failure, Result};
 use crate::output::print_text;
 use crate::replica::{Replica, unless_stopped};
 use crate::runtime;
+use crate::support;
 
 /// Second name of the catalogue's default model.
 const DEFAULT_NAME: &str = "forge";
@@ -33,6 +34,7 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     let context = Context::open()?;
     let service = context.service(&args.sources, args.model.as_deref(), &args.keys.settings)?;
     let config = gateway_config(&service.spec.gateway)?;
+    support::check(&context, &service.spec.model)?;
     if args.dry_run {
         return print_text(&config::render(&service, format(args.output))?);
     }

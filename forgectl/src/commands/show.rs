@@ -13,6 +13,7 @@ use crate::failure::{Failure, Result};
 use crate::output::{print_facts, short_count};
 use crate::progress::pull_progress;
 use crate::runtime;
+use crate::support;
 
 /// What is known of a model; absent where it is not pulled yet.
 #[derive(Debug, Serialize)]
@@ -179,6 +180,9 @@ fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
     let mut facts = vec![("name", shown.name.clone())];
     facts.extend(shown.description.clone().map(|description| ("description", description)));
     facts.push(("architecture", shown.architecture.clone()));
+    if !support::runs(&shown.architecture) {
+        facts.push(("runs", "not yet: this version does not have its architecture".to_owned()));
+    }
     facts.push(("parameters", format!("{} ({})", short_count(shown.parameters), shown.parameters)));
     facts.push(("quantization", shown.quantization.clone()));
     facts.push(("context", format!("{} tokens", shown.context_length)));
