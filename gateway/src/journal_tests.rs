@@ -57,7 +57,7 @@ proptest! {
         let original = request(lengths.len() as u32);
         let mut journal = RequestJournal::admit(original.clone(), FAR);
         let mut seen: BTreeMap<u32, Vec<EngineEvent>> = BTreeMap::new();
-        let mut usage = None;
+        let usage;
         let mut current = original.clone();
         let mut deaths = deaths.into_iter();
         'engines: loop {
@@ -68,7 +68,7 @@ proptest! {
                 }
                 prop_assert_eq!(journal.record(&mut event), Ok(Recorded::Forward), "nothing is sent twice");
                 match &event {
-                    EngineEvent::Done(total) => { usage = Some(*total); break 'engines; }
+                    EngineEvent::Done(total) => { usage = *total; break 'engines; }
                     EngineEvent::Token(token) => seen.entry(token.choice).or_default().push(event),
                     EngineEvent::Finished { choice, .. } => seen.entry(*choice).or_default().push(event),
                     _ => {}
@@ -81,9 +81,9 @@ proptest! {
                         (original.seed, &original.params, &original.prompt_tokens));
                     current = *request;
                 }
-                Next::Complete(total) => { usage = Some(total); break; }
+                Next::Complete(total) => { usage = total; break; }
                 Next::GiveUp => { prop_assert!(journal.submissions() > MAX_FRUITLESS_TRIES); return Ok(()); }
-                Next::DeadlineOver => prop_assert!(false, "no time passed"),
+                Next::DeadlineOver => { prop_assert!(false, "no time passed"); unreachable!() }
             }
         }
         for choice in &original.choices {
@@ -95,7 +95,7 @@ proptest! {
                 .collect();
             prop_assert_eq!(seen.get(&choice.index), Some(&expected));
         }
-        prop_assert_eq!(usage.unwrap().completion_tokens, lengths.iter().sum::<u32>());
+        prop_assert_eq!(usage.completion_tokens, lengths.iter().sum::<u32>());
     }
 
     #[test]
