@@ -40,4 +40,14 @@ mod tests {
         assert!(runs(&default.architecture));
         assert!(runs("gpt2") && runs("qwen2") && !runs("abacus"));
     }
+
+    #[test]
+    fn the_manual_lists_the_catalogue() {
+        let manual = include_str!("../../docs/models.md");
+        for (alias, entry) in forge_store::Catalogue::built_in().expect("tested there").entries() {
+            let runs = if runs(&entry.architecture) { "yes" } else { "not yet" };
+            let row = format!("| `{alias}` | {} | {runs} |", entry.architecture);
+            assert!(manual.contains(&row), "docs/models.md lacks this row: {row}");
+        }
+    }
 }

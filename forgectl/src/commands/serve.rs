@@ -58,7 +58,7 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
     let drain_timeout = config.timeouts.drain();
     let mut replica = unless_stopped(async {
         let resolved = context::pull(&service.spec.model, false).await?;
-        let names = names(context, service, resolved.name());
+        let names = names(context, service, resolved.name())?;
         Replica::start(service, resolved, names, metrics.clone()).await
     })
     .await?;
@@ -135,9 +135,9 @@ fn listener_failure(broken: Result<Result<(), GatewayError>, JoinError>) -> Fail
 }
 
 /// Every name the model answers to; the first leads.
-fn names(context: &Context, service: &ModelService, canonical: &str) -> Vec<String> {
+fn names(context: &Context, service: &ModelService, canonical: &str) -> Result<Vec<String>> {
     let spec = &service.spec;
-    let own = short_name(canonical);
+    let own = short_name(&context.store.parse(&spec.model)?, canonical);
     let mut names = vec![spec.model_name.clone().unwrap_or(own.clone()), own, canonical.to_owned(), spec.model.clone()];
     let catalogue = context.store.catalogue();
     if catalogue.find(&spec.model).is_some_and(|(alias, _)| alias == catalogue.default_alias()) {
@@ -145,13 +145,12 @@ fn names(context: &Context, service: &ModelService, canonical: &str) -> Vec<Stri
     }
     let mut seen = std::collections::HashSet::new();
     names.retain(|name| seen.insert(name.clone()));
-    names
+    Ok(names)
 }
 
 /// A name for clients: a path's or address's last part without extension; other names as they are.
-fn short_name(canonical: &str) -> String {
-    let is_file = matches!(ModelSource::parse_remote(canonical), Ok(Some(ModelSource::Url(_)))) || canonical.starts_with(['/', '.']);
-    if !is_file {
+fn short_name(source: &ModelSource, canonical: &str) -> String {
+    if !matches!(source, ModelSource::Url(_) | ModelSource::Local(_)) {
         return canonical.to_owned();
     }
     let last = canonical.trim_end_matches('/').rsplit('/').next().unwrap_or(canonical);
@@ -188,15 +187,19 @@ mod tests {
 
     #[test]
     fn clients_get_a_short_name_of_files_and_addresses() {
-        for (canonical, short) in [
-            ("smollm2:135m", "smollm2:135m"),
-            ("org/name", "org/name"),
-            ("/models/tiny.Q4_1.gguf", "tiny.Q4_1"),
-            ("/models/folder/", "folder"),
-            ("https://example.org/a/b.gguf", "b"),
-            ("/", "/"),
+        let local = |path: &str| (ModelSource::Local(path.into()), path.to_owned());
+        let remote = |text: &str| {
+            let source = ModelSource::parse_remote(text).expect("well-formed").expect("has a prefix");
+            (source, text.to_owned())
+        };
+        for ((source, canonical), short) in [
+            (remote("hf:org/name"), "hf:org/name"),
+            (local("/models/tiny.Q4_1.gguf"), "tiny.Q4_1"),
+            (local("models/folder/"), "folder"),
+            (remote("https://example.org/a/b.gguf"), "b"),
+            (local("/"), "/"),
         ] {
-            assert_eq!(short_name(canonical), short);
+            assert_eq!(short_name(&source, &canonical), short);
         }
     }
 
