@@ -61,6 +61,7 @@ impl Active {
             scores: Vec::new(),
             request,
         };
+        active.send_empty_scores();
         for place in 0..active.request.choices.len() {
             active.replay(place, tokenizer)?;
         }
@@ -108,7 +109,6 @@ impl Active {
 
     /// Tokens of the answers to compute; `None` if every answer has ended already.
     pub(crate) fn unfinished(&mut self) -> Option<Vec<Vec<u32>>> {
-        self.send_empty_scores();
         let mut places: Vec<usize> = (0..self.answers.len()).filter(|&place| !self.answers[place].finished).collect();
         if self.rules.max_tokens() == 0 {
             // The prompt is only scored: once, for all answers.

@@ -9,7 +9,7 @@
 //!
 //! What it is not: it has no clock, no channel and no logits; it does not know why a sequence ends.
 //!
-//! Invariants: the first sequence in order always makes progress, so every admitted one finishes; at most
+//! Invariants: the first running sequence gets on in every step, so every admitted one finishes; at most
 //! `max_batch_size` sequences hold blocks; a step touches blocks of running sequences only; what a sequence
 //! computes is a function of its own tokens (which blocks hold them is not visible to it).
 

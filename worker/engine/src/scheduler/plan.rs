@@ -42,6 +42,15 @@ struct Budget {
     logits: usize,
 }
 
+/// Who comes after a sequence in this step.
+#[derive(Clone, Copy)]
+struct Behind {
+    /// Running sequences; each is sure of one row and one row of logits.
+    running: usize,
+    /// Whether one of them, or one that could start, wants more than one row.
+    contended: bool,
+}
+
 impl Scheduler {
     /// Makes the next step. Returns whether there is anything to compute; if so [`Self::complete`] must follow
     /// once the model has run it. `plan.epoch` and `plan.step` are left alone.
@@ -51,8 +60,8 @@ impl Scheduler {
         let mut budget = Budget { rows: self.limits.max_step_rows, logits: self.limits.max_logits_rows };
         let running: Vec<SequenceId> = self.running.iter().filter(|id| !self.is_stalled(id)).copied().collect();
         let mut next_running = running.iter().copied().peekable();
-        // Running sequences that are still to come; each is sure of one row.
         let mut behind = running.len();
+        let mut prefills = running.iter().filter(|id| self.sequences[id].pending() > 1).count();
         let mut may_start = true;
         loop {
             let waiting = if may_start { self.first_waiting() } else { None };
@@ -66,12 +75,15 @@ impl Scheduler {
             if let (true, Some(id)) = (visit_waiting, waiting) {
                 may_start = budget.rows > behind && budget.logits > behind && self.start(id);
                 if may_start {
-                    self.place(id, &mut budget, behind, plan);
+                    let contended = prefills > 0 || self.could_start();
+                    self.place(id, &mut budget, Behind { running: behind, contended }, plan);
                 }
             } else if let Some(id) = next_running.next() {
                 behind -= 1;
                 if self.running.contains(&id) {
-                    self.place(id, &mut budget, behind, plan);
+                    prefills -= usize::from(self.sequences[&id].pending() > 1);
+                    let contended = prefills > 0 || (may_start && self.could_start());
+                    self.place(id, &mut budget, Behind { running: behind, contended }, plan);
                 }
             }
             // Who was just preempted must not start again in the same step.
@@ -82,6 +94,10 @@ impl Scheduler {
 
     fn first_waiting(&self) -> Option<SequenceId> {
         self.waiting.iter().find(|id| !self.is_stalled(id)).copied()
+    }
+
+    fn could_start(&self) -> bool {
+        self.running.len() < self.limits.max_batch_size && self.first_waiting().is_some()
     }
 
     /// Gives a waiting sequence a seat and blocks for all its known tokens, taking over a cached prefix.
@@ -132,11 +148,16 @@ impl Scheduler {
         self.started.push(Started { arrival: id.arrival, cached_tokens });
     }
 
-    /// Gives a running sequence as many rows as it wants and the budget allows, and blocks for them.
-    fn place(&mut self, id: SequenceId, budget: &mut Budget, behind: usize, plan: &mut StepPlan) {
+    /// Gives a running sequence as many rows as it wants and the budget allows, and blocks for them. A quarter of
+    /// what is left stays for those behind who compute a prompt too, so that a short one overtakes a long one.
+    fn place(&mut self, id: SequenceId, budget: &mut Budget, behind: Behind, plan: &mut StepPlan) {
         let sequence = &self.sequences[&id];
-        let mut rows = sequence.pending().min(self.limits.max_chunk_rows).min(budget.rows - behind);
-        let logits = budget.logits - behind;
+        let share = |left: usize| {
+            let available = left - behind.running;
+            if behind.contended && available > 1 { available - (available / 4).max(1) } else { available }
+        };
+        let mut rows = sequence.pending().min(self.limits.max_chunk_rows).min(share(budget.rows));
+        let logits = share(budget.logits);
         while sequence.logits_for(rows) > logits {
             rows -= 1;
         }
