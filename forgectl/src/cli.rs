@@ -117,7 +117,6 @@ pub struct RunArgs {
     /// Model [default: the catalogue's default]
     pub model: Option<String>,
     /// Prompt; without one, and on a terminal, a chat begins
-    #[arg(trailing_var_arg = true)]
     pub prompt: Vec<String>,
     #[command(flatten)]
     pub sampling: SamplingFlags,

@@ -22,8 +22,8 @@ pub use keys::{Group, KEYS, Key, Kind};
 pub const DEFAULT_SERVICE_NAME: &str = "default";
 
 /// Variables that are no key of a service and belong to other parts of Forge.
-const OTHER_VARIABLES: [&str; 7] =
-    ["FORGE_HOME", "FORGE_OFFLINE", "FORGE_HF_REVISION", "FORGE_LOG", "FORGE_LOG_FORMAT", "FORGE_CPU_PATH", "FORGE_CONFIG"];
+const OTHER_VARIABLES: [&str; 8] =
+    ["FORGE_HOME", "FORGE_OFFLINE", "FORGE_HF_REVISION", "FORGE_LOG", "FORGE_LOG_FORMAT", "FORGE_CONFIG", "FORGE_CPU_PATH", "FORGE_FAULT"];
 /// Beginnings of variables that switch behaviour of tests and of emergency overrides.
 const OTHER_PREFIXES: [&str; 2] = ["FORGE_TEST_", "FORGE_ALLOW_"];
 
