@@ -307,14 +307,20 @@ impl MatrixRef {
     }
 }
 
-/// Stored [inputs, outputs] with `all_outputs` per row → [outputs, inputs] for the wanted ones.
+/// Stored [inputs, outputs] with `all_outputs` per row → [outputs, inputs] for the wanted ones. Walks in tiles, so that
+/// both sides stay in the cache.
 fn transpose(stored: &[u8], all_outputs: usize, outputs: Range<usize>, inputs: Range<usize>, element: usize) -> Vec<u8> {
+    const TILE: usize = 32;
     let mut owned = vec![0; outputs.len() * inputs.len() * element];
-    for (row, input) in inputs.clone().enumerate() {
-        for (column, output) in outputs.clone().enumerate() {
-            let from = (input * all_outputs + output) * element;
-            let to = (column * inputs.len() + row) * element;
-            owned[to..to + element].copy_from_slice(&stored[from..from + element]);
+    for input_tile in inputs.clone().step_by(TILE) {
+        for output_tile in outputs.clone().step_by(TILE) {
+            for output in output_tile..(output_tile + TILE).min(outputs.end) {
+                for input in input_tile..(input_tile + TILE).min(inputs.end) {
+                    let from = (input * all_outputs + output) * element;
+                    let to = ((output - outputs.start) * inputs.len() + input - inputs.start) * element;
+                    owned[to..to + element].copy_from_slice(&stored[from..from + element]);
+                }
+            }
         }
     }
     owned
@@ -355,5 +361,22 @@ fn dense_value(dtype: DType, bytes: &[u8], index: usize) -> f32 {
         DType::F16 => f16::from_le_bytes(two(index * 2)).to_f32(),
         DType::BF16 => bf16::from_le_bytes(two(index * 2)).to_f32(),
         _ => f32::from_le_bytes([bytes[index * 4], bytes[index * 4 + 1], bytes[index * 4 + 2], bytes[index * 4 + 3]]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transposes_any_part() {
+        // More than one tile each way, value = input · 256 + output in two bytes.
+        let (inputs, outputs) = (70, 50);
+        let stored: Vec<u8> = (0..inputs).flat_map(|input| (0..outputs).flat_map(move |output| [input as u8, output as u8])).collect();
+        let part = transpose(&stored, outputs, 3..47, 5..70, 2);
+        assert_eq!(part.len(), 44 * 65 * 2);
+        for (index, value) in part.chunks_exact(2).enumerate() {
+            assert_eq!(value, [(index % 65 + 5) as u8, (index / 65 + 3) as u8]);
+        }
     }
 }

@@ -67,6 +67,11 @@ fn llama_with_all_biases_tied_in_bf16() {
 }
 
 #[test]
+fn llama_of_odd_sizes() {
+    check(fixture("llama-odd"), "llama-odd/golden.safetensors", DENSE);
+}
+
+#[test]
 fn qwen2_with_sliding_windows_in_bf16() {
     check(fixture("qwen2"), "qwen2/golden.safetensors", DENSE);
 }

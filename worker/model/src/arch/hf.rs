@@ -26,7 +26,7 @@ pub fn from_config_json(config: &Value) -> Result<Architecture> {
     let head_dim = match json.optional_size("head_dim")? {
         Some(head_dim) => head_dim,
         None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
-        None => return Err(json.error(keys.heads, format!("hidden size {hidden_size} is not a multiple of {heads} heads"))),
+        None => return Err(json.error(keys.heads, format!("{} = {hidden_size} is not a multiple of {heads} heads", keys.hidden_size))),
     };
     let intermediate_size = match (json.optional_size(keys.intermediate_size)?, keys.default_intermediate_factor) {
         (Some(size), _) => size,

@@ -46,6 +46,19 @@ pub enum RopeScaling {
     Tensor,
 }
 
+impl RopeScaling {
+    /// Name of the scaling, for the numerics id and `show`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            RopeScaling::Default => "default",
+            RopeScaling::Linear { .. } => "linear",
+            RopeScaling::Llama3 { .. } => "llama3",
+            RopeScaling::Yarn { .. } => "yarn",
+            RopeScaling::Tensor => "stored",
+        }
+    }
+}
+
 impl RopeSpec {
     /// Refuses what cannot be computed with; the error is (key, reason).
     pub(crate) fn validate(&self, head_dim: usize) -> Result<(), (&'static str, String)> {

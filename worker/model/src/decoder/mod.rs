@@ -216,8 +216,8 @@ fn check_group<B: Backend>(options: &DecoderOptions, collective: &dyn Collective
 /// Equal ids promise equal bits: device path, KV type, rope choice and weights.
 fn numerics_id<B: Backend>(backend: &B, architecture: &Architecture, options: &DecoderOptions) -> String {
     let rope = match &architecture.position {
-        PositionSpec::Rope(rope) => format!("{:?}", rope.scaling).split(' ').next().unwrap_or_default().to_lowercase(),
-        PositionSpec::Learned => "learned".to_owned(),
+        PositionSpec::Rope(rope) => rope.scaling.name(),
+        PositionSpec::Learned => "learned",
     };
     let digest = if options.weights_digest.is_empty() { "unnamed" } else { &options.weights_digest };
     format!("{};kv={};rope={rope};weights={digest}", backend.numerics_id(), options.kv_dtype)
