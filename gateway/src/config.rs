@@ -52,7 +52,7 @@ impl Default for GatewayConfig {
 pub struct RequestLimits {
     /// Bytes of a request body.
     pub body_bytes: usize,
-    /// Bytes of all request bodies held at once.
+    /// Bytes of all request bodies held at once; at least `body_bytes`.
     pub total_body_bytes: usize,
     /// JSON values (objects, lists, strings, numbers …) in a body.
     pub json_values: usize,

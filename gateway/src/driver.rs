@@ -83,6 +83,11 @@ impl Driver {
         Err(refusal.into())
     }
 
+    /// Numerics of the engine that admitted it.
+    pub(crate) fn numerics_id(&self) -> &str {
+        &self.numerics_id
+    }
+
     /// Submits to one replica, bounded by the deadline and the gateway's end.
     async fn submit(&mut self, replica: usize, request: GenerateRequest) -> Result<Result<(), AdmitError>, ApiError> {
         let replica = &self.model.replicas[replica];

@@ -146,7 +146,7 @@ pub enum ApiError {
         seconds: u64,
     },
     /// The body is too large.
-    #[error("the request body is larger than the limit of {limit_bytes} bytes")]
+    #[error("the request body is larger than the limit of {limit_bytes} bytes (gateway.maxBody)")]
     BodyTooLarge {
         /// The bound.
         limit_bytes: usize,
@@ -298,6 +298,10 @@ impl IntoResponse for ApiError {
         let mut response = (self.status(), axum::Json(self.body())).into_response();
         if let Some(seconds) = self.retry_after_s() {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if matches!(self, ApiError::EngineFailed { .. } | ApiError::Deadline { .. }) {
+            // OpenAI's clients would send a request that was tried several times already twice more.
+            response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if matches!(self, ApiError::Unauthorized(_)) {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

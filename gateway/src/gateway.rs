@@ -107,7 +107,7 @@ impl Gateway {
             idempotency: Mutex::new(IdempotencyRecords::new(limits.idempotency_keys)),
             lifecycle: Lifecycle::default(),
             clock,
-            body_kib: Arc::new(Semaphore::new(limits.total_body_bytes.div_ceil(1024).min(Semaphore::MAX_PERMITS))),
+            body_kib: Arc::new(Semaphore::new(limits.total_body_bytes.max(limits.body_bytes).div_ceil(1024).min(Semaphore::MAX_PERMITS))),
             requests: Arc::new(Semaphore::new(limits.concurrent_requests.min(Semaphore::MAX_PERMITS))),
             preparing: Arc::new(Semaphore::new(threads)),
             last_probe: LastProbe::default(),

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use forge_shared::generate::{EngineEvent, FinishReason, GenerateRequest, Logprobs, TokenEvent, Usage};
-use forge_shared::telemetry::{FinishLabel, Metrics};
 use futures::StreamExt;
 use futures::stream::{SelectAll, Stream, unfold};
 use tokio::sync::OwnedSemaphorePermit;
@@ -18,6 +17,7 @@ use crate::driver::{Admission, Driver};
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
 use crate::keys::Tenant;
+use crate::meter::{Account, Meter};
 use crate::models::Model;
 
 /// A place among the requests being answered, held until the last byte of the answer.
@@ -92,6 +92,7 @@ pub(crate) struct Generation {
     usage: Usage,
     meter: Meter,
     ended: bool,
+    numerics_id: String,
     _seat: Seat,
 }
 
@@ -119,18 +120,21 @@ impl Generation {
         };
         let prompt_tokens: usize = requests.iter().map(|request| request.prompt_tokens.len()).sum();
         let wanted = requests.iter().map(tokens_of).sum();
-        let reserved = gateway.rates.lock().reserve(tenant.name(), tenant.limits, wanted, gateway.now())?;
+        let reserved_tokens = gateway.rates.lock().reserve(tenant.name(), tenant.limits, wanted, gateway.now())?;
         let answers_per_prompt = requests.first().map_or(0, |request| request.choices.len());
         let answers = answers_per_prompt * requests.len();
-        let mut meter = Meter::new(gateway.clone(), model.clone(), tenant, reserved, arrived, answers);
+        let account = Account { gateway: gateway.clone(), model: model.clone(), tenant, reserved_tokens };
+        let mut meter = Meter::new(account, arrived, answers);
         let deadline = tokio::time::Instant::from_std(arrived + gateway.config.timeouts.request());
         let mut events: SelectAll<Events> = SelectAll::new();
         let open_prompts = requests.len();
+        let mut numerics_id = String::new();
         for (prompt, request) in requests.into_iter().enumerate() {
             let admission = Admission { affinity, deadline };
             let driver = Driver::admit(gateway.clone(), model.clone(), request, admission).await.inspect_err(|error| {
                 meter.refused(error);
             })?;
+            numerics_id = driver.numerics_id().to_owned();
             events.push(Box::pin(unfold(driver, move |mut driver| async move {
                 let event = driver.next().await?;
                 Some(((prompt, event), driver))
@@ -138,7 +142,12 @@ impl Generation {
         }
         meter.accepted(prompt_tokens);
         let usage = Usage { prompt_tokens: prompt_tokens as u32, ..Usage::default() };
-        Ok(Generation { events, answers_per_prompt, open_prompts, usage, meter, ended: false, _seat: seat })
+        Ok(Generation { events, answers_per_prompt, open_prompts, usage, meter, ended: false, numerics_id, _seat: seat })
+    }
+
+    /// Of the engine that admitted the last prompt.
+    pub(crate) fn numerics_id(&self) -> &str {
+        &self.numerics_id
     }
 
     /// The next event; `Done` or an error is the last, then `None`.
@@ -181,13 +190,13 @@ impl Generation {
     fn fail(&mut self, error: ApiError) -> Result<Output, ApiError> {
         self.ended = true;
         self.events = SelectAll::new();
-        self.meter.failed = true;
+        self.meter.failed();
         Err(error)
     }
 
     /// Waits for everything.
     pub(crate) async fn collect(&mut self) -> Result<Collected, ApiError> {
-        let mut collected = Collected { answers: vec![CollectedAnswer::default(); self.meter.answers.len()], ..Collected::default() };
+        let mut collected = Collected { answers: vec![CollectedAnswer::default(); self.meter.answers()], ..Collected::default() };
         while let Some(output) = self.next().await {
             match output? {
                 Output::PromptLogprobs { prompt, logprobs } => drop(collected.prompt_logprobs.insert(prompt, logprobs)),
@@ -205,114 +214,5 @@ impl Generation {
             }
         }
         Ok(collected)
-    }
-}
-
-/// What the meter knows of an answer.
-#[derive(Debug, Clone, Default)]
-struct AnswerMeter {
-    tokens: u32,
-    last_token: Option<Instant>,
-    finished: bool,
-}
-
-/// Metrics and rate limits of one request.
-struct Meter {
-    gateway: Arc<GatewayState>,
-    model: Arc<Model>,
-    tenant: Tenant,
-    reserved: u64,
-    arrived: Instant,
-    prompt_tokens: usize,
-    answers: Vec<AnswerMeter>,
-    accepted: bool,
-    first_token_seen: bool,
-    failed: bool,
-}
-
-impl Meter {
-    fn new(gateway: Arc<GatewayState>, model: Arc<Model>, tenant: Tenant, reserved: u64, arrived: Instant, answers: usize) -> Self {
-        Meter {
-            gateway,
-            model,
-            tenant,
-            reserved,
-            arrived,
-            prompt_tokens: 0,
-            answers: vec![AnswerMeter::default(); answers],
-            accepted: false,
-            first_token_seen: false,
-            failed: false,
-        }
-    }
-
-    fn metrics(&self) -> &Metrics {
-        &self.gateway.metrics
-    }
-
-    fn refused(&mut self, error: &ApiError) {
-        if matches!(error, ApiError::Overloaded { .. }) {
-            self.metrics().requests_rejected.get_or_create(&self.model.label).inc();
-        }
-    }
-
-    fn accepted(&mut self, prompt_tokens: usize) {
-        self.accepted = true;
-        self.prompt_tokens = prompt_tokens;
-        let metrics = self.metrics();
-        metrics.requests_in_progress.get_or_create(&self.model.label).inc();
-        metrics.prompt_tokens.get_or_create(&self.model.label).inc_by(prompt_tokens as u64);
-        metrics.request_prompt_tokens.get_or_create(&self.model.label).observe(prompt_tokens as f64);
-    }
-
-    fn token(&mut self, index: usize) {
-        let now = Instant::now();
-        let label = &self.model.label;
-        let metrics = &self.gateway.metrics;
-        metrics.generation_tokens.get_or_create(label).inc();
-        if !std::mem::replace(&mut self.first_token_seen, true) {
-            let waited = now.duration_since(self.arrived).as_secs_f64();
-            metrics.time_to_first_token_s.get_or_create(label).observe(waited);
-        }
-        let answer = &mut self.answers[index];
-        answer.tokens += 1;
-        if let Some(last) = answer.last_token.replace(now) {
-            metrics.inter_token_latency_s.get_or_create(label).observe(now.duration_since(last).as_secs_f64());
-        }
-    }
-
-    fn finished(&mut self, index: usize, reason: &FinishReason) {
-        self.answers[index].finished = true;
-        let tokens = f64::from(self.answers[index].tokens);
-        self.metrics().request_generation_tokens.get_or_create(&self.model.label).observe(tokens);
-        self.count_end(if *reason == FinishReason::Length { "length" } else { "stop" });
-    }
-
-    fn done(&mut self, usage: Usage) {
-        let label = &self.model.label;
-        let metrics = self.metrics();
-        metrics.end_to_end_latency_s.get_or_create(label).observe(self.arrived.elapsed().as_secs_f64());
-        tracing::debug!(model = %label.model_name, ?usage, "request done");
-    }
-
-    fn count_end(&self, reason: &str) {
-        let label = FinishLabel { model_name: self.model.label.model_name.clone(), finished_reason: reason.to_owned() };
-        self.metrics().requests_finished.get_or_create(&label).inc();
-    }
-}
-
-impl Drop for Meter {
-    fn drop(&mut self) {
-        let generated: u64 = self.answers.iter().map(|answer| u64::from(answer.tokens)).sum();
-        let used = if self.accepted { self.prompt_tokens as u64 + generated } else { 0 };
-        self.gateway.rates.lock().settle(self.tenant.name(), self.reserved, used, self.gateway.now());
-        if !self.accepted {
-            return;
-        }
-        self.metrics().requests_in_progress.get_or_create(&self.model.label).dec();
-        let reason = if self.failed { "error" } else { "abort" };
-        for _ in self.answers.iter().filter(|answer| !answer.finished) {
-            self.count_end(reason);
-        }
     }
 }

@@ -30,6 +30,7 @@ pub mod journal;
 pub mod keys;
 mod lifecycle;
 pub mod limits;
+mod meter;
 mod middleware;
 mod models;
 mod prepare;

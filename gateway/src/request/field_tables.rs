@@ -44,7 +44,7 @@ static GENERATION: &[Field] = &[
         "{\"include_usage\": true}",
         "`include_usage`: a last chunk with the usage. `include_obfuscation`: only false. Needs `stream: true`.",
     ),
-    honoured("n", "2", "Answers per prompt, from 1; prompts × n at most `limits.choices` (128)."),
+    honoured("n", "2", "Answers per prompt, from 1; prompts × n at most `gateway.maxChoices` (128)."),
     honoured("seed", "7", "64-bit integer. Same request, same seed, same tokens. Left out: drawn at random."),
     honoured("temperature", "0.5", "0 to 2; 0 is greedy. Default: the model's own, else 1."),
     honoured("top_p", "0.9", "Above 0, to 1. Default: the model's own, else 1."),

@@ -51,7 +51,7 @@ pub(crate) async fn handle(
     };
     let generation = order.place(seat).await?;
     let writer = ChatWriter {
-        head: order.head(if common.stream { "chat.completion.chunk" } else { "chat.completion" }),
+        head: order.head(&generation, if common.stream { "chat.completion.chunk" } else { "chat.completion" }),
         answers: common.n as usize,
         logprobs: common.sampling.logprobs.is_some(),
         include_usage: common.include_usage,

@@ -54,7 +54,7 @@ pub(crate) async fn handle(
     let skip_special_tokens = common.sampling.skip_special_tokens;
     let written = prompts.iter().map(|prompt| written(&model, prompt, echo, skip_special_tokens));
     let writer = CompletionWriter {
-        head: order.head("text_completion"),
+        head: order.head(&generation, "text_completion"),
         prompts: written.collect::<Result<_, ApiError>>()?,
         answers_per_prompt: common.n as usize,
         echo,

@@ -125,13 +125,13 @@ impl Order<'_> {
     }
 
     /// The head of this order's answer.
-    pub(crate) fn head(&self, object: &'static str) -> Head {
+    pub(crate) fn head(&self, generation: &Generation, object: &'static str) -> Head {
         Head {
             id: self.id.to_owned(),
             object,
             created: self.gateway.clock.unix_s(),
             model: self.model.card.name.clone(),
-            system_fingerprint: crate::models::fingerprint(&self.model.card.numerics_id),
+            system_fingerprint: crate::models::fingerprint(generation.numerics_id()),
         }
     }
 }

@@ -1,0 +1,145 @@
+//! Metrics and rate limits of one request.
+//!
+//! Invariant: however the request ends, dropping its meter replaces its rate reservation by what it used and counts
+//! every answer that had not ended, as aborted or failed.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use forge_shared::generate::{FinishReason, Usage};
+use forge_shared::telemetry::{FinishLabel, Metrics};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::histogram::Histogram;
+
+use crate::error::ApiError;
+use crate::gateway::GatewayState;
+use crate::keys::Tenant;
+use crate::models::Model;
+
+/// What the meter knows of an answer.
+#[derive(Debug, Clone, Default)]
+struct AnswerMeter {
+    tokens: u32,
+    last_token: Option<Instant>,
+    finished: bool,
+}
+
+/// Whose request it is, and at which model.
+pub(crate) struct Account {
+    pub(crate) gateway: Arc<GatewayState>,
+    pub(crate) model: Arc<Model>,
+    pub(crate) tenant: Tenant,
+    /// Tokens set aside in the tenant's rate limit.
+    pub(crate) reserved_tokens: u64,
+}
+
+/// Metrics and rate limits of one request.
+pub(crate) struct Meter {
+    account: Account,
+    arrived: Instant,
+    prompt_tokens: usize,
+    answers: Vec<AnswerMeter>,
+    accepted: bool,
+    first_token_seen: bool,
+    failed: bool,
+    /// Handles of what is counted per token, looked up once.
+    tokens: Counter,
+    time_to_first_token_s: Histogram,
+    inter_token_latency_s: Histogram,
+}
+
+impl Meter {
+    pub(crate) fn new(account: Account, arrived: Instant, answers: usize) -> Self {
+        let (metrics, label) = (&account.gateway.metrics, &account.model.label);
+        Meter {
+            tokens: metrics.generation_tokens.get_or_create_owned(label),
+            time_to_first_token_s: metrics.time_to_first_token_s.get_or_create_owned(label),
+            inter_token_latency_s: metrics.inter_token_latency_s.get_or_create_owned(label),
+            account,
+            arrived,
+            prompt_tokens: 0,
+            answers: vec![AnswerMeter::default(); answers],
+            accepted: false,
+            first_token_seen: false,
+            failed: false,
+        }
+    }
+
+    /// Answers it counts.
+    pub(crate) fn answers(&self) -> usize {
+        self.answers.len()
+    }
+
+    /// The request ends with an error.
+    pub(crate) fn failed(&mut self) {
+        self.failed = true;
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.account.gateway.metrics
+    }
+
+    pub(crate) fn refused(&mut self, error: &ApiError) {
+        if matches!(error, ApiError::Overloaded { .. }) {
+            self.metrics().requests_rejected.get_or_create(&self.account.model.label).inc();
+        }
+    }
+
+    pub(crate) fn accepted(&mut self, prompt_tokens: usize) {
+        self.accepted = true;
+        self.prompt_tokens = prompt_tokens;
+        let metrics = self.metrics();
+        metrics.requests_in_progress.get_or_create(&self.account.model.label).inc();
+        metrics.prompt_tokens.get_or_create(&self.account.model.label).inc_by(prompt_tokens as u64);
+        metrics.request_prompt_tokens.get_or_create(&self.account.model.label).observe(prompt_tokens as f64);
+    }
+
+    pub(crate) fn token(&mut self, index: usize) {
+        let now = Instant::now();
+        self.tokens.inc();
+        if !std::mem::replace(&mut self.first_token_seen, true) {
+            self.time_to_first_token_s.observe(now.duration_since(self.arrived).as_secs_f64());
+        }
+        let answer = &mut self.answers[index];
+        answer.tokens += 1;
+        if let Some(last) = answer.last_token.replace(now) {
+            self.inter_token_latency_s.observe(now.duration_since(last).as_secs_f64());
+        }
+    }
+
+    pub(crate) fn finished(&mut self, index: usize, reason: &FinishReason) {
+        self.answers[index].finished = true;
+        let tokens = f64::from(self.answers[index].tokens);
+        self.metrics().request_generation_tokens.get_or_create(&self.account.model.label).observe(tokens);
+        self.count_end(if *reason == FinishReason::Length { "length" } else { "stop" });
+    }
+
+    pub(crate) fn done(&mut self, usage: Usage) {
+        let label = &self.account.model.label;
+        let metrics = self.metrics();
+        metrics.end_to_end_latency_s.get_or_create(label).observe(self.arrived.elapsed().as_secs_f64());
+        tracing::debug!(model = %label.model_name, ?usage, "request done");
+    }
+
+    fn count_end(&self, reason: &str) {
+        let label = FinishLabel { model_name: self.account.model.label.model_name.clone(), finished_reason: reason.to_owned() };
+        self.metrics().requests_finished.get_or_create(&label).inc();
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        let generated: u64 = self.answers.iter().map(|answer| u64::from(answer.tokens)).sum();
+        let used = if self.accepted { self.prompt_tokens as u64 + generated } else { 0 };
+        let Account { gateway, tenant, reserved_tokens, .. } = &self.account;
+        gateway.rates.lock().settle(tenant.name(), *reserved_tokens, used, gateway.now());
+        if !self.accepted {
+            return;
+        }
+        self.metrics().requests_in_progress.get_or_create(&self.account.model.label).dec();
+        let reason = if self.failed { "error" } else { "abort" };
+        for _ in self.answers.iter().filter(|answer| !answer.finished) {
+            self.count_end(reason);
+        }
+    }
+}
