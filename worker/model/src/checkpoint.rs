@@ -1,7 +1,7 @@
 //! The files of a model and the directory of their tensors.
 //!
 //! What it is: it tells by content what a path holds, opens the files and joins their tensor directories. What it
-//! is not: it interprets neither configuration nor names ([`crate::arch`], [`crate::weights`] do).
+//! is not: it interprets neither configuration nor names ([`crate::arch`], `weights` do).
 //!
 //! Invariant: every entry of the directory lies inside its file and has the bytes its type and shape need.
 

@@ -162,6 +162,7 @@ fn unknown_families_and_missing_keys_are_named() {
         ("llama.embedding_length", text("32"), "llama.embedding_length: is a string, an integer is needed"),
         ("llama.rope.freq_base", Entry::F32(f32::NAN), "rope_theta: is NaN"),
         ("llama.rope.dimension_count", number(17), "rotary_dim: is 17"),
+        ("split.count", number(3), "split into 3 files"),
         ("llama.expert_count", number(8), "llama.expert_count = 8"),
         ("llama.rope.scaling.type", text("longrope"), "llama.rope.scaling.type = \"longrope\""),
         ("llama.attention.sliding_window", number(9), "llama.attention.sliding_window = 9"),

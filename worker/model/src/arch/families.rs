@@ -1,7 +1,7 @@
 //! The table of model families: one row each, names and differences as data.
 //!
 //! Adding a family is adding a row and a golden test; the readers ([`super::hf`], [`super::gguf`]), the name check
-//! ([`crate::weights`]) and the decoder follow the row.
+//! (`weights`) and the decoder follow the row.
 
 use forge_kernels::{ActivationKind, NormKind, RopeStyle};
 

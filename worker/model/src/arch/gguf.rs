@@ -23,6 +23,14 @@ pub fn from_gguf(metadata: &Metadata, tensors: &BTreeMap<String, TensorEntry>) -
     let name = metadata.optional_string("general.architecture")?.ok_or_else(|| config_error("general.architecture", "is missing"))?;
     let family = families::by_gguf_architecture(name)?;
     let keys = Keys { metadata, name };
+    if let Some(parts) = metadata.optional_u32("split.count")?
+        && parts > 1
+    {
+        return Err(ModelError::Unsupported {
+            what: format!("a GGUF model split into {parts} files"),
+            remedy: "join them into one (llama-gguf-split --merge)".to_owned(),
+        });
+    }
     if let Some(experts) = metadata.optional_u32(&keys.key("expert_count"))?
         && experts > 0
     {
