@@ -180,6 +180,11 @@ impl EngineCore {
         &self.scheduler
     }
 
+    /// Sets the gauges to nothing: the engine has ended.
+    pub(crate) fn clear_gauges(&self) {
+        self.meter.clear();
+    }
+
     /// Adds a step's time to the metrics.
     pub(crate) fn count_time(&self, model: Duration, other: Duration) {
         self.meter.step_time(model, other);

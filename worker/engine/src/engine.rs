@@ -18,6 +18,7 @@ use crate::{EngineError, EngineHandle, EngineOptions, EngineSetup, EngineThread}
 #[derive(Debug)]
 pub struct Engine {
     handle: EngineHandle,
+    tokenizer: Tokenizer,
     requests: AtomicU64,
 }
 
@@ -63,9 +64,14 @@ impl Engine {
             created_s: 0,
             default_sampling: DefaultSampling::default(),
         });
-        let setup = EngineSetup { model, tokenizer, card, options, metrics: Metrics::new(), restarts: 0 };
+        let setup = EngineSetup { model, tokenizer: tokenizer.clone(), card, options, metrics: Metrics::new(), restarts: 0 };
         let (handle, _exit) = EngineThread::spawn(setup)?;
-        Ok(Engine { handle, requests: AtomicU64::new(0) })
+        Ok(Engine { handle, tokenizer, requests: AtomicU64::new(0) })
+    }
+
+    /// The tokenizer, to encode prompts and decode tokens.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
     }
 
     /// The handle, for asynchronous use and for counts.
@@ -94,6 +100,15 @@ impl Engine {
     pub fn generate(&self, prompt_tokens: &[u32], params: SamplingParams) -> Result<Completion, EngineError> {
         let mut generation = self.run(self.request(prompt_tokens, params))?;
         Ok(generation.completions.swap_remove(0))
+    }
+
+    /// Continues a text, with the special tokens around it that the model wants. Blocks; not for asynchronous
+    /// code.
+    ///
+    /// # Errors
+    /// As [`Self::generate`], and [`EngineError::Text`].
+    pub fn generate_text(&self, prompt: &str, params: SamplingParams) -> Result<Completion, EngineError> {
+        self.generate(&self.tokenizer.encode(prompt, true)?, params)
     }
 
     /// Generates all answers of a request. Blocks; not for asynchronous code.

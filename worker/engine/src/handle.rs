@@ -20,15 +20,17 @@ pub(crate) struct Shared {
     status: Mutex<EngineStatus>,
     model_ns: AtomicU64,
     other_ns: AtomicU64,
+    rounds: AtomicU64,
 }
 
 impl Shared {
     pub(crate) fn new(kv_blocks_total: usize, restarts: u32) -> Self {
         let status = EngineStatus { ready: true, kv_blocks_total, restarts, ..EngineStatus::default() };
-        Shared { status: Mutex::new(status), model_ns: AtomicU64::new(0), other_ns: AtomicU64::new(0) }
+        Shared { status: Mutex::new(status), model_ns: AtomicU64::new(0), other_ns: AtomicU64::new(0), rounds: AtomicU64::new(0) }
     }
 
     pub(crate) fn observe(&self, core: &EngineCore) {
+        self.rounds.fetch_add(1, Ordering::Relaxed);
         let scheduler = core.scheduler();
         let mut status = self.status.lock();
         status.running = scheduler.running();
@@ -40,6 +42,17 @@ impl Shared {
         let mut status = self.status.lock();
         status.ready = false;
         status.reason = reason.to_owned();
+    }
+
+    /// The engine is gone, and with it all it held.
+    pub(crate) fn set_ended(&self, reason: &str) {
+        let mut status = self.status.lock();
+        *status = EngineStatus {
+            reason: reason.to_owned(),
+            kv_blocks_total: status.kv_blocks_total,
+            restarts: status.restarts,
+            ..EngineStatus::default()
+        };
     }
 
     pub(crate) fn count_time(&self, model: Duration, other: Duration) {
@@ -55,6 +68,8 @@ pub struct EngineTimes {
     pub model_ns: u64,
     /// Nanoseconds of steps outside the model: scheduling, sampling, detokenizing, handing out.
     pub other_ns: u64,
+    /// Times the thread's loop went round; it stands still while the engine is idle.
+    pub rounds: u64,
 }
 
 /// The way to an engine. Cheap to clone. When the last handle is dropped, the engine finishes what it admitted
@@ -114,7 +129,11 @@ impl EngineHandle {
 
     /// Where the time went so far.
     pub fn times(&self) -> EngineTimes {
-        EngineTimes { model_ns: self.shared.model_ns.load(Ordering::Relaxed), other_ns: self.shared.other_ns.load(Ordering::Relaxed) }
+        EngineTimes {
+            model_ns: self.shared.model_ns.load(Ordering::Relaxed),
+            other_ns: self.shared.other_ns.load(Ordering::Relaxed),
+            rounds: self.shared.rounds.load(Ordering::Relaxed),
+        }
     }
 }
 

@@ -69,6 +69,13 @@ impl Meter {
         self.seen = counts;
     }
 
+    /// Sets the gauges to nothing.
+    pub(crate) fn clear(&self) {
+        self.running.set(0);
+        self.waiting.set(0);
+        self.kv_usage_ratio.set(0.0);
+    }
+
     /// Adds a step's time.
     pub(crate) fn step_time(&self, model: Duration, other: Duration) {
         self.model_ns.inc_by(model.as_nanos() as u64);

@@ -89,12 +89,13 @@ impl EngineThread {
                 Err(panic) => EngineExit::Died { reason: format!("panic: {}", panic_text(&*panic)) },
             };
             match &exit {
-                EngineExit::Stopped => worker.shared.set_unready("the engine has stopped"),
+                EngineExit::Stopped => worker.shared.set_ended("the engine has stopped"),
                 EngineExit::Died { reason } => {
                     tracing::error!(%reason, "the engine died");
-                    worker.shared.set_unready(reason);
+                    worker.shared.set_ended(reason);
                 }
             }
+            worker.core.clear_gauges();
             // Only now: a client that sees its stream end must not find the engine ready.
             drop(worker);
             // Nobody may be listening, which is fine.

@@ -211,3 +211,23 @@ fn batch_chunks_preemption_and_cache_change_nothing() {
         }
     }
 }
+
+/// Every place to cut one answer, text that is held back and a stop string included.
+#[test]
+fn a_replay_from_every_token_goes_on() {
+    let mut request =
+        request(&[5, 6, 7], SamplingParams { max_tokens: 40, ignore_eos: true, logprobs: Some(1), ..SamplingParams::default() });
+    let text = alone(&request).text(0);
+    let stop: String = text.chars().skip(text.chars().count() - 4).take(3).collect();
+    request.params.stop = vec![stop.clone()];
+    let whole = alone(&request);
+    assert_eq!(whole.finish_reason(0), FinishReason::StopString(stop));
+    let tokens = whole.tokens(0);
+    for cut in 0..=tokens.len() {
+        let mut resumed = request.clone();
+        resumed.choices[0].emitted_tokens = tokens[..cut].to_vec();
+        let record = alone(&resumed);
+        assert_eq!(record.answers[&0], whole.answers[&0][cut..], "cut at {cut}");
+        assert_eq!(record.done, whole.done);
+    }
+}

@@ -80,6 +80,7 @@ async fn death_ends_streams_and_a_replay_completes_them() {
         assert!(reason.contains(expected), "{reason}");
         let status = handle.status();
         assert!(!status.ready && status.reason.contains(expected));
+        assert_eq!((status.running, status.kv_blocks_used, status.restarts), (0, 0, 2));
         assert!(matches!(handle.submit(request.clone()).await, Err(AdmitError::Unavailable { .. })));
 
         let whole = alone(&request);
@@ -133,13 +134,23 @@ async fn a_dropped_stream_frees_its_blocks() {
     panic!("blocks are still held");
 }
 
-/// Two hundred milliseconds without work cost next to no processor time.
+/// Without work the loop does not go round; with a client that is behind it goes round now and then.
 #[test]
 fn an_idle_engine_sleeps() {
     let (handle, _exit) = spawn(|_| {});
-    let before = handle.times();
+    std::thread::sleep(Duration::from_millis(50));
+    let before = handle.times().rounds;
     std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(handle.times(), before);
+    assert_eq!(handle.times().rounds, before);
+
+    let engine = Engine::new(Box::new(FakeModel::new(roomy().0)), tokenizer(), EngineOptions { event_capacity: 1, ..roomy().1 }).unwrap();
+    let stalled = engine.events(request(&[1, 2], greedy(20))).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let before = engine.handle().times().rounds;
+    std::thread::sleep(Duration::from_millis(200));
+    let rounds = engine.handle().times().rounds - before;
+    assert!(rounds <= 41, "{rounds} rounds in 200 ms");
+    assert_eq!(stalled.count(), 22, "20 tokens, the end and `Done`");
 }
 
 #[test]
@@ -150,6 +161,9 @@ fn the_blocking_interface_generates_streams_and_reports_errors() {
     let expected = alone(&request(&[1, 2, 3], greedy(10)));
     assert_eq!((completion.tokens.clone(), completion.text.clone()), (expected.tokens(0), expected.text(0)));
     assert_eq!(completion.finish_reason, FinishReason::Length);
+
+    assert_eq!(engine.generate_text("bcd", greedy(10)).unwrap(), completion);
+    assert_eq!(engine.tokenizer().decode(&completion.tokens, true).unwrap(), completion.text);
 
     let pieces: Vec<_> = engine.stream(&[1, 2, 3], greedy(10)).unwrap().collect::<Result<_, _>>().unwrap();
     assert_eq!(pieces.len(), 11);

@@ -36,7 +36,8 @@ fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
     let mut sum = 0.0;
     let cut = order.iter().position(|&token| {
         sum += weight(token) / total;
-        sum >= f64::from(params.top_p)
+        // 1 is off: rounding must not let the sum reach it early.
+        params.top_p < 1.0 && sum >= f64::from(params.top_p)
     });
     order.truncate(cut.map_or(order.len(), |cut| cut + 1));
     order.retain(|&token| weight(token) >= f64::from(params.min_p));
