@@ -1,8 +1,8 @@
 //! Speed of the CPU kernels beside the machine's measured read bandwidth.
 //!
-//! `cargo run --release -p forge-kernels --example bench_kernels [threads]`. Prints GFLOP/s (2 · weights ·
+//! `cargo run --release -p forge-kernels --example bench_kernels [threads] [model]`. Prints GFLOP/s (2 · weights ·
 //! tokens / time) and GB/s of weights for every type, with the shapes of the default model and 4096²,
-//! then one decode step's products and one prefill's, and attention. Each matrix has enough copies that
+//! then one decode step's products and one prefill's, and attention (only these with `model`). Each matrix has enough copies that
 //! its weights come from memory, as they do when a model is decoded.
 
 use std::sync::Arc;
@@ -25,6 +25,10 @@ fn main() -> Result<(), KernelError> {
     let backend = CpuBackend::new(options)?;
     let bandwidth = measure_read_bandwidth(options.threads)?;
     println!("{} threads, {} path, read bandwidth {:.1} GB/s", options.threads, backend.path(), bandwidth / 1e9);
+    if std::env::args().nth(2).as_deref() == Some("model") {
+        bench_model(&backend, bandwidth)?;
+        return bench_attention(&backend);
+    }
     println!("{:>6} {:>12} {:>6} {:>10} {:>8} {:>6}", "type", "shape", "tokens", "GFLOP/s", "GB/s", "of bw");
     for (rows, columns) in [(960, 576), (3072, 576), (576, 1536), (4096, 4096)] {
         for dtype in TYPES {
