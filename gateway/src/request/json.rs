@@ -3,7 +3,7 @@
 //! `serde_json::Value` alone keeps the last of two equal keys in silence, and turns an 8 MiB body of `[],[],…` into
 //! hundreds of MiB; this reader refuses both.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Error, MapAccess, SeqAccess, Visitor};
@@ -23,15 +23,21 @@ pub(crate) fn read_object(body: &[u8], max_values: usize) -> Result<Map<String, 
         return Err(ApiError::malformed("the body is empty; send a JSON object"));
     }
     let left = Cell::new(max_values);
+    let broken = RefCell::new(None);
     let mut reader = serde_json::Deserializer::from_str(text);
-    let value = Bounded { left: &left }
-        .deserialize(&mut reader)
-        .and_then(|value| reader.end().map(|()| value))
-        .map_err(|error| ApiError::malformed(format!("the body is not valid JSON: {error}")))?;
+    let read = Bounded { left: &left, broken: Some(&broken) }.deserialize(&mut reader);
+    let value = read.and_then(|value| reader.end().map(|()| value)).map_err(|error| match broken.take() {
+        None => ApiError::malformed(format!("the body is not valid JSON: {error}")),
+        Some(field) => ApiError::invalid(&field, format!("the body is not valid JSON in the field {field:?}: {error}")),
+    })?;
     match value {
         Value::Object(map) => Ok(map),
         other => Err(ApiError::malformed(format!("the body must be a JSON object, got {}", type_name(&other)))),
     }
+}
+
+fn shortened(key: &str) -> String {
+    key.chars().take(64).collect()
 }
 
 /// What a value is, for messages.
@@ -50,6 +56,8 @@ pub(crate) fn type_name(value: &Value) -> &'static str {
 #[derive(Clone, Copy)]
 struct Bounded<'a> {
     left: &'a Cell<usize>,
+    /// Where the outermost object notes the field in which reading failed.
+    broken: Option<&'a RefCell<Option<String>>>,
 }
 
 impl Bounded<'_> {
@@ -106,7 +114,7 @@ impl<'de> Visitor<'de> for Bounded<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Value, A::Error> {
         let mut values = Vec::new();
-        while let Some(value) = sequence.next_element_seed(self)? {
+        while let Some(value) = sequence.next_element_seed(Bounded { broken: None, ..self })? {
             values.push(value);
         }
         Ok(Value::Array(values))
@@ -116,10 +124,13 @@ impl<'de> Visitor<'de> for Bounded<'_> {
         let mut map = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
             if map.contains_key(&key) {
-                let key: String = key.chars().take(64).collect();
-                return Err(A::Error::custom(format!("the key {key:?} stands twice in one object")));
+                return Err(A::Error::custom(format!("the key {:?} stands twice in one object", shortened(&key))));
             }
-            let value = entries.next_value_seed(self)?;
+            let value = entries.next_value_seed(Bounded { broken: None, ..self }).inspect_err(|_| {
+                if let Some(broken) = self.broken {
+                    broken.replace(Some(shortened(&key)));
+                }
+            })?;
             map.insert(key, value);
         }
         Ok(Value::Object(map))
@@ -143,7 +154,7 @@ mod tests {
         assert!(message(b"[1]").contains("got a list"));
         assert!(message(b"{\"a\":1,\"b\":{\"c\":1,\"c\":2}}").contains("\"c\" stands twice"));
         assert!(message(b"{\"a\":1} x").contains("trailing"));
-        assert!(message(b"{\"a\":NaN}").contains("JSON"));
+        assert!(message(b"{\"a\":NaN}").contains("in the field \"a\""));
         assert!(message(b"{\"a\":1e999}").contains("out of range"));
         assert!(message(format!("{{\"a\":{}}}", "[".repeat(100_000)).as_bytes()).contains("JSON"));
         assert!(message(format!("{{\"a\":[{}0]}}", "0,".repeat(200)).as_bytes()).contains("too many values"));

@@ -118,7 +118,7 @@ async fn tokens_are_reserved_and_what_is_not_used_comes_back() {
     assert_eq!(answer.status, 200);
     let used = answer.json()["usage"]["total_tokens"].as_u64().unwrap();
     let remaining: u64 = keyed.post_with(&key, &json!({})).await.header("x-ratelimit-remaining-tokens").unwrap().parse().unwrap();
-    assert!(remaining.abs_diff(400 - used) < 15, "{remaining} left after {used}");
+    assert!(remaining.abs_diff(400 - used) < 80, "{remaining} left after {used}");
     let refused = keyed.post_with(&key, &large).await;
     let error = refused.error(429);
     assert_eq!(error["type"], "tokens");

@@ -111,7 +111,7 @@ async fn the_deadline_ends_a_request_that_hangs_or_waits_for_an_engine() {
         let error = server.post_json(CHAT, &body(false)).await.error(504);
         assert_eq!((&error["type"], &error["code"]), (&json!("timeout_error"), &json!("deadline_exceeded")));
         let took = began.elapsed();
-        assert!(took > Duration::from_millis(900) && took < Duration::from_secs(3), "{took:?}");
+        assert!(took > Duration::from_millis(900) && took < Duration::from_secs(15), "{took:?}");
     }
     assert_eq!(server.gateway.in_flight(), 0);
 }

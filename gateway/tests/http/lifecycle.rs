@@ -55,7 +55,7 @@ async fn a_deep_probe_sees_an_engine_that_is_ready_and_says_nothing() {
     let began = Instant::now();
     let answer = server.probe("/healthz?deep=1").await;
     assert_eq!((answer.status.as_u16(), answer.json()["status"].as_str()), (503, Some("unavailable")));
-    assert!(began.elapsed() < Duration::from_secs(3));
+    assert!(began.elapsed() < Duration::from_secs(9));
     let probes = server.engine().seen.lock().len();
     server.probe("/healthz?deep=1").await;
     assert_eq!(server.engine().seen.lock().len(), probes, "the last result stands for a second");

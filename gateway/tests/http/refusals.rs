@@ -115,6 +115,8 @@ async fn values_out_of_range_are_refused_by_name() {
         ("temperature", "-0.1"),
         ("temperature", "2.1"),
         ("temperature", "1e300"),
+        ("temperature", "1e400"),
+        ("temperature", "NaN"),
         ("temperature", "\"hot\""),
         ("temperature", "true"),
         ("top_p", "0"),
@@ -251,7 +253,7 @@ async fn bodies_that_are_no_request_are_refused() {
     for body in cases {
         let start = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
         let error = server.post(CHAT, body).await.error(400);
-        assert_eq!((&error["type"], &error["param"]), (&json!("invalid_request_error"), &json!(null)), "{start}");
+        assert_eq!((&error["type"], &error["code"]), (&json!("invalid_request_error"), &json!(null)), "{start}");
     }
     let error = server.post(CHAT, vec![b' '; (8 << 20) + 1]).await.error(413);
     assert_eq!(error["code"], "body_too_large");
