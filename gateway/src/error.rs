@@ -32,7 +32,12 @@ pub enum GatewayError {
         host: IpAddr,
     },
     /// Another program has the port.
-    #[error("port {port} on {host} is in use: stop the program that has it, or choose another with {flag} {next}", host = address.ip(), port = address.port(), next = address.port().saturating_add(1).max(1024))]
+    #[error(
+        "port {port} on {host} is in use: stop the program that has it, or choose another with {flag} {next}",
+        host = address.ip(),
+        port = address.port(),
+        next = address.port().checked_add(1).unwrap_or(1024)
+    )]
     PortInUse {
         /// The address asked for.
         address: SocketAddr,

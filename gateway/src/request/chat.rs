@@ -113,7 +113,8 @@ fn variables(value: Value) -> Result<Map<String, Value>, ApiError> {
         _ => true,
     };
     if map.len() > 16 || !map.iter().all(|(key, value)| identifier(key) && scalar(value)) {
-        let message = "chat_template_kwargs must have at most 16 entries: names of letters, digits and _, values strings (1024 bytes), numbers or booleans";
+        let message = "chat_template_kwargs must have at most 16 entries: names of letters, digits and _, \
+                       values strings of at most 1024 bytes, numbers or booleans";
         return Err(ApiError::invalid(name, message));
     }
     Ok(map)
