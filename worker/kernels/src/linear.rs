@@ -2,7 +2,6 @@
 //!
 //! How the rows are cut never shows in the results: every output is computed whole by one task.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::dense::{DenseTask, dense_rows};
@@ -13,7 +12,7 @@ use crate::memory::SharedPointer;
 use crate::path::CpuPath;
 use crate::pool::ThreadPool;
 use crate::quantize::{Activations, BLOCK, QuantizedRow, quantize_row};
-use crate::quantized::{ActivationView, MatrixView, Q4_0, Q4_1, Q8_0, QuantizedTask, quantized_rows, scratch_elements};
+use crate::quantized::{ActivationView, MatrixView, Q4_0, Q4_1, Q8_0, QuantizedTask, quantized_rows};
 use crate::weight::CpuWeight;
 
 /// Tasks per thread: enough that the slowest does not keep the others waiting, few enough to stay cheap.
@@ -57,10 +56,6 @@ pub(crate) struct Engine<'a> {
 struct Task {
     product: usize,
     rows: Range<usize>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Computes all products.
@@ -184,16 +179,12 @@ unsafe fn run_quantized(
         out: out.get(),
         out_width: product.out_width,
     };
-    SCRATCH.with_borrow_mut(|scratch| {
-        scratch.resize(scratch.len().max(scratch_elements(activations.blocks)), 0);
-        let scratch = scratch.as_mut_ptr();
-        // SAFETY: the caller's contract; the scratch was just sized.
-        unsafe {
-            match weight.dtype {
-                DType::Q4_0 => quantized_rows::<Q4_0>(path, task, scratch),
-                DType::Q4_1 => quantized_rows::<Q4_1>(path, task, scratch),
-                _ => quantized_rows::<Q8_0>(path, task, scratch),
-            }
+    // SAFETY: the caller's contract.
+    unsafe {
+        match weight.dtype {
+            DType::Q4_0 => quantized_rows::<Q4_0>(path, task),
+            DType::Q4_1 => quantized_rows::<Q4_1>(path, task),
+            _ => quantized_rows::<Q8_0>(path, task),
         }
-    });
+    }
 }

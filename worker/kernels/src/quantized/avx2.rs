@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BlockDots, Format, TokenBlocks};
+use super::{BlockDots, Format, RowBlocks, RowPointers, TokenBlocks};
 use crate::lanes::{Avx2, Lanes};
 use crate::quantize::BLOCK;
 
@@ -63,7 +63,7 @@ unsafe fn sum_rows(rows: [__m256i; 8]) -> __m256i {
 /// Rows 0..8 from `weights`.
 ///
 /// # Safety
-/// As [`BlockDots::block_dots`], for eight rows.
+/// As [`BlockDots::dots`], for eight rows from `weights`.
 #[inline(always)]
 unsafe fn eight_rows<F: Format, const M: usize>(weights: *const u8, stride: usize, tokens: TokenBlocks) -> [__m256; M] {
     // SAFETY: the caller's contract.
@@ -91,12 +91,20 @@ unsafe fn eight_rows<F: Format, const M: usize>(weights: *const u8, stride: usiz
 }
 
 impl BlockDots for Avx2 {
+    type Values = RowPointers;
+
     #[inline(always)]
-    unsafe fn block_dots<F: Format, const M: usize>(weights: *const u8, stride: usize, tokens: TokenBlocks) -> [Self; M] {
+    unsafe fn load_rows<F: Format>(weights: *const u8, stride: usize) -> RowBlocks<Self> {
+        // SAFETY: the caller's contract.
+        unsafe { RowPointers::load::<Self, F>(weights, stride) }
+    }
+
+    #[inline(always)]
+    unsafe fn dots<F: Format, const M: usize>(rows: &RowPointers, tokens: TokenBlocks) -> [Self; M] {
         // SAFETY: the caller's contract.
         unsafe {
-            let low = eight_rows::<F, M>(weights, stride, tokens);
-            let high = eight_rows::<F, M>(weights.add(8 * stride), stride, tokens);
+            let low = eight_rows::<F, M>(rows.first, rows.stride, tokens);
+            let high = eight_rows::<F, M>(rows.first.add(8 * rows.stride), rows.stride, tokens);
             let mut dots = [Self::splat(0.0); M];
             for m in 0..M {
                 dots[m] = Avx2(low[m], high[m]);

@@ -79,13 +79,73 @@ pub(crate) struct TokenBlocks {
     pub(crate) blocks: usize,
 }
 
+/// One block of each of 16 rows: lanes are rows.
+#[derive(Clone, Copy)]
+pub(crate) struct RowBlocks<L: BlockDots> {
+    /// The integers, as the path likes them.
+    pub(crate) values: L::Values,
+    /// The scales.
+    pub(crate) scale: L,
+    /// The minima, for a format with one; else zero.
+    pub(crate) minimum: L,
+}
+
 /// The only part that each path writes for itself.
 pub(crate) trait BlockDots: Lanes {
-    /// Integer dot products of one block of 16 rows (lanes) with M tokens.
+    /// The integers of 16 rows' blocks.
+    type Values: Copy;
+
+    /// Reads one block of 16 rows.
     ///
     /// # Safety
     /// As [`Lanes`]. `weights` is the block in the first row; the next row is `stride` bytes on.
-    unsafe fn block_dots<F: Format, const M: usize>(weights: *const u8, stride: usize, tokens: TokenBlocks) -> [Self; M];
+    unsafe fn load_rows<F: Format>(weights: *const u8, stride: usize) -> RowBlocks<Self>;
+
+    /// Integer dot products of 16 rows' blocks with M tokens.
+    ///
+    /// # Safety
+    /// As [`Lanes`]; M tokens exist, and so do the rows that were loaded.
+    unsafe fn dots<F: Format, const M: usize>(values: &Self::Values, tokens: TokenBlocks) -> [Self; M];
+}
+
+/// Where 16 rows' blocks lie: for paths that read the integers when they need them.
+#[derive(Clone, Copy)]
+pub(crate) struct RowPointers {
+    pub(crate) first: *const u8,
+    pub(crate) stride: usize,
+}
+
+impl RowPointers {
+    /// [`BlockDots::load_rows`], leaving the integers where they are.
+    ///
+    /// # Safety
+    /// As [`BlockDots::load_rows`].
+    #[inline(always)]
+    unsafe fn load<L: BlockDots<Values = RowPointers>, F: Format>(weights: *const u8, stride: usize) -> RowBlocks<L> {
+        // SAFETY: the caller's contract.
+        unsafe {
+            RowBlocks {
+                values: RowPointers { first: weights, stride },
+                scale: load_halves(weights, stride),
+                minimum: if F::MINIMUM { load_halves(weights.add(2), stride) } else { L::splat(0.0) },
+            }
+        }
+    }
+}
+
+/// An f16 of each of 16 rows.
+///
+/// # Safety
+/// As [`BlockDots::load_rows`], for the f16 at `first`.
+#[inline(always)]
+unsafe fn load_halves<L: Lanes>(first: *const u8, stride: usize) -> L {
+    let mut halves = [0_u16; LANES];
+    for (row, half) in halves.iter_mut().enumerate() {
+        // SAFETY: the caller's contract.
+        *half = unsafe { first.add(row * stride).cast::<u16>().read_unaligned() };
+    }
+    // SAFETY: 16 values.
+    unsafe { L::load_f16(halves.as_ptr()) }
 }
 
 /// A matrix as the kernels see it: at least 16 rows of whole blocks.
@@ -132,20 +192,12 @@ struct RowTile {
     first_row: usize,
     first_lane: usize,
     end_lane: usize,
-    /// [blocks][16] f16 scales, then, for a format with one, [blocks][16] minima.
-    scales: *const u16,
-}
-
-/// u16 elements of scratch that a task needs.
-pub(crate) fn scratch_elements(blocks: usize) -> usize {
-    2 * blocks * LANES
 }
 
 /// # Safety
-/// All pointers hold what the task's numbers say; `scratch` holds [`scratch_elements`]; nobody else writes the
-/// task's rows of `out`.
+/// All pointers hold what the task's numbers say; nobody else writes the task's rows of `out`.
 #[inline(always)]
-unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>, scratch: *mut u16) {
+unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>) {
     let token_block = (TOKEN_BLOCK_BYTES / (task.matrix.blocks * BLOCK)).next_multiple_of(8);
     let mut first_token = 0;
     while first_token < task.tokens {
@@ -155,13 +207,10 @@ unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>, scratch: *
         while row < task.rows.end {
             // The last tile of a matrix reaches back over rows that are not its own, and does not store them.
             let first_row = row.min(task.matrix.rows - LANES);
-            let tile = RowTile { first_row, first_lane: row - first_row, end_lane: LANES.min(task.rows.end - first_row), scales: scratch };
+            let tile = RowTile { first_row, first_lane: row - first_row, end_lane: LANES.min(task.rows.end - first_row) };
             row = first_row + tile.end_lane;
             // SAFETY: 16 rows from `first_row` exist, and the tokens do.
-            unsafe {
-                gather_scales::<F>(&task.matrix, first_row, scratch);
-                tile_tokens::<L, F>(&task, &tile, tokens.clone());
-            }
+            unsafe { tile_tokens::<L, F>(&task, &tile, tokens.clone()) };
         }
     }
 }
@@ -169,7 +218,7 @@ unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>, scratch: *
 /// 16 rows × some tokens, as many at a time as the registers hold.
 ///
 /// # Safety
-/// As [`rows_body`]; the tokens exist and the tile's scales are gathered.
+/// As [`rows_body`]; the tokens exist.
 #[inline(always)]
 unsafe fn tile_tokens<L: BlockDots, F: Format>(task: &QuantizedTask<'_>, tile: &RowTile, tokens: Range<usize>) {
     let mut token = tokens.start;
@@ -182,27 +231,6 @@ unsafe fn tile_tokens<L: BlockDots, F: Format>(task: &QuantizedTask<'_>, tile: &
                 2.. => row_tile::<L, F, 2>(task, tile, token),
                 _ => row_tile::<L, F, 1>(task, tile, token),
             };
-        }
-    }
-}
-
-/// Brings the scales (and minima) of 16 rows into lane order, so that one load fetches a block's.
-///
-/// # Safety
-/// 16 rows from `first_row` exist; `scratch` holds [`scratch_elements`].
-#[inline(always)]
-unsafe fn gather_scales<F: Format>(matrix: &MatrixView<'_>, first_row: usize, scratch: *mut u16) {
-    for lane in 0..LANES {
-        // SAFETY: the caller's contract; a block begins with its scale, and a minimum follows it.
-        unsafe {
-            let row = matrix.base.add((first_row + lane) * matrix.stride);
-            for block in 0..matrix.blocks {
-                let scales = row.add(block * F::BYTES).cast::<u16>();
-                *scratch.add(block * LANES + lane) = scales.read_unaligned();
-                if F::MINIMUM {
-                    *scratch.add((matrix.blocks + block) * LANES + lane) = scales.add(1).read_unaligned();
-                }
-            }
         }
     }
 }
@@ -226,19 +254,18 @@ unsafe fn row_tile<L: BlockDots, F: Format, const M: usize>(task: &QuantizedTask
         for (&leaf_end, &merges) in leaf_ends.iter().zip(merges) {
             let mut accumulators = [L::splat(0.0); M];
             while block < leaf_end {
-                let at = weights.add(block * F::BYTES);
                 prefetch_next_rows::<F>(weights, stride, block, blocks);
+                let rows = L::load_rows::<F>(weights.add(block * F::BYTES), stride);
                 let tokens = TokenBlocks { values: values.add(block * BLOCK), sums: sums.add(block), blocks };
-                let dots = L::block_dots::<F, M>(at, stride, tokens);
-                let scale = L::load_f16(tile.scales.add(block * LANES));
+                let dots = L::dots::<F, M>(&rows.values, tokens);
                 for m in 0..M {
-                    let product = scale.mul(L::splat(*scales.add(m * blocks + block)));
-                    accumulators[m] = dots[m].mul_add(product, accumulators[m]);
+                    let scale = rows.scale.mul(L::splat(*scales.add(m * blocks + block)));
+                    accumulators[m] = dots[m].mul_add(scale, accumulators[m]);
                 }
                 if F::MINIMUM {
-                    let minimum = L::load_f16(tile.scales.add((blocks + block) * LANES));
                     for m in 0..M {
-                        accumulators[m] = minimum.mul_add(L::splat(*scaled_sums.add(m * blocks + block)), accumulators[m]);
+                        let sum = L::splat(*scaled_sums.add(m * blocks + block));
+                        accumulators[m] = rows.minimum.mul_add(sum, accumulators[m]);
                     }
                 }
                 block += 1;
@@ -300,7 +327,6 @@ kernel! {
     /// Computes a task with lanes = rows; `F` is the weight's format.
     ///
     /// # Safety
-    /// All pointers hold what the task's numbers say; `scratch` holds [`scratch_elements`]; nobody else writes
-    /// the task's rows of `out`.
-    pub(crate) unsafe fn quantized_rows<F: Format>(task: QuantizedTask<'_>, scratch: *mut u16) = rows_body
+    /// All pointers hold what the task's numbers say; nobody else writes the task's rows of `out`.
+    pub(crate) unsafe fn quantized_rows<F: Format>(task: QuantizedTask<'_>) = rows_body
 }

@@ -1,6 +1,6 @@
 //! Integer dot products in plain Rust.
 
-use super::{BlockDots, Format, TokenBlocks};
+use super::{BlockDots, Format, RowBlocks, RowPointers, TokenBlocks};
 use crate::lanes::{LANES, Lanes, Portable};
 use crate::quantize::BLOCK;
 
@@ -9,7 +9,7 @@ use crate::quantize::BLOCK;
 /// # Safety
 /// `block` is readable for `F::BYTES`.
 #[inline(always)]
-pub(crate) unsafe fn unpack<F: Format>(block: *const u8) -> [i8; BLOCK] {
+unsafe fn unpack<F: Format>(block: *const u8) -> [i8; BLOCK] {
     let mut values = [0; BLOCK];
     // SAFETY: the values lie within the block.
     unsafe {
@@ -28,13 +28,21 @@ pub(crate) unsafe fn unpack<F: Format>(block: *const u8) -> [i8; BLOCK] {
 }
 
 impl BlockDots for Portable {
+    type Values = RowPointers;
+
     #[inline(always)]
-    unsafe fn block_dots<F: Format, const M: usize>(weights: *const u8, stride: usize, tokens: TokenBlocks) -> [Self; M] {
+    unsafe fn load_rows<F: Format>(weights: *const u8, stride: usize) -> RowBlocks<Self> {
+        // SAFETY: the caller's contract.
+        unsafe { RowPointers::load::<Self, F>(weights, stride) }
+    }
+
+    #[inline(always)]
+    unsafe fn dots<F: Format, const M: usize>(rows: &RowPointers, tokens: TokenBlocks) -> [Self; M] {
         let mut dots = [[0_i32; LANES]; M];
         for lane in 0..LANES {
             // SAFETY: 16 rows and M tokens exist, by contract.
             unsafe {
-                let row = unpack::<F>(weights.add(lane * stride));
+                let row = unpack::<F>(rows.first.add(lane * rows.stride));
                 for (m, dots) in dots.iter_mut().enumerate() {
                     let values = tokens.values.add(m * tokens.blocks * BLOCK).cast::<[i8; BLOCK]>().read_unaligned();
                     dots[lane] = row.iter().zip(values).map(|(&w, a)| i32::from(w) * i32::from(a)).sum();
