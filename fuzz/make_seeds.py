@@ -101,7 +101,7 @@ def chat_seeds():
     parts = [{"type": "text", "text": "a\u00e9\U0001f600"}, {"type": "text", "text": ""}]
     yield "parts", {"messages": [{"role": "system", "content": "x"}, {"role": "user", "name": "n", "content": parts}]}
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "tool", "tool_call_id": "c", "content": "3"}]
-    yield "turns", {"messages": turns, "add_generation_prompt": False, "continue_final_message": True, "metadata": {"a": "b"}}
+    yield "turns", {"messages": turns, "add_generation_prompt": False, "continue_final_message": False, "metadata": {"a": "b"}}
     yield "refused", {"messages": user, "response_format": {"type": "json_schema"}, "tools": [{"type": "function"}]}
     yield "template", {"messages": user, "chat_template_kwargs": {"enable_thinking": False, "x": 1.5}, "cache_salt": "s"}
 

@@ -46,8 +46,10 @@ cleanup() {
 trap cleanup EXIT
 
 read -r port metrics_port < <("$venv/bin/python" -c 'import sys; sys.path.insert(0, sys.argv[1]); from server import free_ports; print(*free_ports(2))' "$here")
-# The default model by its alias, as the README does; a file given by hand is served as it is.
-"$program" serve "${FORGE_TEST_SMOLLM2:-smollm2:135m}" --port "$port" --metrics-port "$metrics_port" >"$log" 2>&1 &
+# The default model as the README serves it; a file given by hand needs the name that the clients use.
+named=(smollm2:135m)
+[ -z "${FORGE_TEST_SMOLLM2:-}" ] || named=("$FORGE_TEST_SMOLLM2" --model-name forge)
+"$program" serve "${named[@]}" --port "$port" --metrics-port "$metrics_port" >"$log" 2>&1 &
 server=$!
 for _ in $(seq 1 600); do
     if ! kill -0 "$server" 2>/dev/null; then

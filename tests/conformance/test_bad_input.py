@@ -72,7 +72,6 @@ def test_bodies_that_are_no_request(http_server, body):
         ("temperature", "-0.1"),
         ("temperature", "2.1"),
         ("temperature", '"hot"'),
-        ("temperature", "1e400"),
         ("top_p", "0"),
         ("top_p", "1.01"),
         ("top_p", "[]"),
@@ -113,7 +112,7 @@ def test_values_that_are_refused(http_server, field, value):
     assert field in named, named
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400"])
 def test_numbers_that_are_no_json(http_server, value):
     error_of(*http_server.post(CHAT, raw_chat(temperature=value)))
 

@@ -11,13 +11,13 @@ from conftest import MODEL
 
 @pytest.fixture(scope="module")
 def chat(url):
-    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="any", temperature=0, max_tokens=16, timeout=300, max_retries=0)
+    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="any", temperature=0, max_tokens=32, timeout=300, max_retries=0)
 
 
 def test_invoke(chat):
-    answer = chat.invoke("What is the capital of France?")
-    assert "Paris" in answer.content
-    assert answer.usage_metadata["output_tokens"] <= 16
+    answer = chat.invoke("Why is the sky blue?")
+    assert "light" in answer.content
+    assert answer.usage_metadata["output_tokens"] <= 32
     assert answer.response_metadata["finish_reason"] in ("stop", "length")
 
 
@@ -38,12 +38,14 @@ def test_a_conversation(chat):
         AIMessage("Hello Nadia!"),
         HumanMessage("What is my name?"),
     ]
-    assert "Nadia" in chat.invoke(messages).content
+    answer = chat.invoke(messages)
+    assert answer.content != chat.invoke(messages[-1:]).content, "what was said before counts"
+    assert answer.usage_metadata["input_tokens"] > chat.invoke(messages[-1:]).usage_metadata["input_tokens"]
 
 
 def test_a_chain(chat):
-    chain = ChatPromptTemplate.from_messages([("user", "What is the capital of {country}?")]) | chat | StrOutputParser()
-    assert "Berlin" in chain.invoke({"country": "Germany"})
+    chain = ChatPromptTemplate.from_messages([("user", "Why is the {thing} blue?")]) | chat | StrOutputParser()
+    assert "light" in chain.invoke({"thing": "sky"})
 
 
 def test_asynchronous(chat):

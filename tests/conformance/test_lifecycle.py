@@ -18,7 +18,7 @@ from server import Server, free_ports
 PROGRAM = os.environ.get("FORGE_TEST_PROGRAM")
 DEBUG_PROGRAM = os.environ.get("FORGE_TEST_DEBUG_PROGRAM")
 SERVED = os.environ.get("FORGE_TEST_MODEL")
-SMALL = ("--max-model-len", "2048", "--kv-memory", "256MiB", "--max-batch-size", "8")
+SMALL = ("--model-name", MODEL, "--max-model-len", "2048", "--kv-memory", "256MiB", "--max-batch-size", "8")
 
 pytestmark = pytest.mark.skipif(
     not (PROGRAM and DEBUG_PROGRAM and SERVED), reason="needs FORGE_TEST_PROGRAM, FORGE_TEST_DEBUG_PROGRAM and FORGE_TEST_MODEL"
@@ -98,7 +98,7 @@ def test_wrong_settings_are_refused_by_name():
         (("--max-model-len", "0"), "max"),
         (("--kv-cache-dtype", "int3"), "f16"),
         (("--set", "maxModelLne=5"), "maxModelLen"),
-        (("--kv-memory", "-5"), "kv-memory"),
+        (("--kv-memory=-5",), "kv-memory"),
         (("--max-model-len", "999999"), "2048"),
         (("--no-such-flag",), "no-such-flag"),
     ]:
@@ -191,7 +191,7 @@ def test_an_engine_that_cannot_come_back_ends_the_process():
 
 
 def test_overload_is_429_with_retry_after():
-    with serve("--max-waiting", "1", "--max-batch-size", "1") as server:
+    with serve("--max-waiting", "1", "--set", "maxBatchSize=1") as server:
         server.wait_ready()
         readers = [Reader(stream(server, 400))]
         assert readers[0].started.wait(60)

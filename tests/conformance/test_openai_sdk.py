@@ -10,18 +10,18 @@ import pytest
 
 from conftest import MODEL
 
-PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPT = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
 def test_chat(client):
-    answer = client.chat.completions.create(model=MODEL, messages=PROMPT, max_tokens=16, temperature=0)
+    answer = client.chat.completions.create(model=MODEL, messages=PROMPT, max_tokens=32, temperature=0)
     choice = answer.choices[0]
-    assert "Paris" in choice.message.content
+    assert "light" in choice.message.content
     assert choice.message.role == "assistant"
     assert choice.finish_reason in ("stop", "length")
     assert answer.object == "chat.completion"
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert 0 < answer.usage.completion_tokens <= 16
+    assert 0 < answer.usage.completion_tokens <= 32
     assert answer.system_fingerprint
 
 

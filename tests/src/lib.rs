@@ -3,9 +3,12 @@
 //!
 //! It is no part of the product. The suites are the files beside `src`.
 
+pub mod company;
 pub mod fuzzing;
 mod golden;
 mod rows;
+mod text;
 
 pub use golden::{Document, GreedyCase, LlamaGolden};
 pub use rows::{CpuDecoder, log_softmax, open_decoder, teacher_forced_logits, top_two};
+pub use text::open_text;
