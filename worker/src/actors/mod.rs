@@ -9,6 +9,8 @@
 
 mod node;
 mod replica;
+#[cfg(test)]
+mod tests;
 
 pub use node::{NodeActor, NodeArguments, NodeEvent, NodeMessage};
 pub use replica::{Launch, Launched, ReplicaActor, ReplicaArguments, ReplicaMessage, StopEngine};
