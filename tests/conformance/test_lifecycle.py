@@ -99,7 +99,7 @@ def test_wrong_settings_are_refused_by_name():
         (("--kv-cache-dtype", "int3"), "f16"),
         (("--set", "maxModelLne=5"), "maxModelLen"),
         (("--kv-memory=-5",), "kv-memory"),
-        (("--max-model-len", "999999"), "2048"),
+        (("--max-model-len", "999999"), "8192"),
         (("--no-such-flag",), "no-such-flag"),
     ]:
         with Server(PROGRAM, SERVED, *arguments) as server:

@@ -3,6 +3,10 @@
     cargo build --release -p forge-tests --example logits
     python tests/parity/llama_cpp.py MODEL.gguf target/release/examples/logits [--text FILE] [--prompts FILE.json]
 
+With a quantized file both engines round activations to 8 bits, and llama.cpp differs from itself between prefill and
+decode as much as from us (docs/testing.md): the bound of the divergence is then 1.3 times llama.cpp's own, or 1e-3.
+An f32 file (dequantize.py) has no such noise, and 1e-3 holds as it stands.
+
 Heavy and on demand; continuous integration checks the recorded answers instead (parity_real.rs). Other prompts and
 texts than ours: a JSON object of name and text, and any text file (the first 1,500 tokens count).
 """
@@ -21,6 +25,7 @@ from prompts import CASES, DOCUMENT
 
 UNDECIDED_GAP = 0.02
 MAX_MEAN_DIVERGENCE = 1e-3
+OWN_DIVERGENCE_FACTOR = 1.3
 MAX_PERPLEXITY_CHANGE = 5e-3
 TEXT_TOKENS = 1500
 
@@ -59,13 +64,14 @@ def main():
     parser.add_argument("program")
     parser.add_argument("--text", type=pathlib.Path)
     parser.add_argument("--prompts", type=pathlib.Path)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     cases = json.loads(options.prompts.read_text()) if options.prompts else CASES
     text = options.text.read_text() if options.text else DOCUMENT
-    llama = Llama(options.model)
+    llama = Llama(options.model, threads=options.threads)
     vocabulary = llama.vocab_size
 
-    failures, compared, all_divergences = [], 0, []
+    failures, compared, all_divergences, own_divergences = [], 0, [], []
     for name, prompt_text in cases.items():
         prompt = llama.tokenize(prompt_text)
         tokens, gaps, theirs = greedy(llama, prompt, STEPS)
@@ -74,12 +80,20 @@ def main():
         compared += count
         rows = divergences(np.stack(theirs), ours)
         all_divergences.append(rows)
+        llama.reset()
+        batch = llama.feed(prompt + tokens[:-1], all_logits=True)[len(prompt) - 1 :]
+        own_divergences.append(divergences(np.stack(theirs), batch))
         print(f"{name}: {count} tokens compared, divergence {rows.mean():.2e}, {difference or 'equal'}", flush=True)
         if difference:
             failures.append(difference)
     mean = float(np.concatenate(all_divergences).mean())
-    print(f"{len(cases)} prompts, {compared} tokens compared, {len(failures)} prompts differ, mean divergence {mean:.2e}")
-    if mean > MAX_MEAN_DIVERGENCE:
+    own = float(np.concatenate(own_divergences).mean())
+    bound = max(MAX_MEAN_DIVERGENCE, OWN_DIVERGENCE_FACTOR * own)
+    print(
+        f"{len(cases)} prompts, {compared} tokens compared, {len(failures)} prompts differ, "
+        f"mean divergence {mean:.2e}, llama.cpp's own {own:.2e}"
+    )
+    if mean > bound:
         failures.append(f"mean divergence {mean:.2e}")
 
     tokens = llama.tokenize(text)[:TEXT_TOKENS]
@@ -90,7 +104,7 @@ def main():
     chosen = np.arange(len(tokens) - 1), np.array(tokens[1:])
     perplexities = [float(np.exp(-log_softmax(logits)[chosen].mean())) for logits in (ours, theirs)]
     print(f"text: {len(tokens)} tokens, divergence {rows.mean():.2e}, largest {rows.max():.2e}, perplexity {perplexities[0]:.4f}, llama.cpp {perplexities[1]:.4f}")
-    if rows.mean() > MAX_MEAN_DIVERGENCE:
+    if rows.mean() > bound:
         failures.append(f"mean divergence {rows.mean():.2e} on the text")
     if abs(perplexities[0] / perplexities[1] - 1) > MAX_PERPLEXITY_CHANGE:
         failures.append(f"perplexity {perplexities[0]} instead of {perplexities[1]}")

@@ -154,6 +154,3 @@ CASES = {
     "long_chat": chat("Read this collection of notes.\n\n" + DOCUMENT + "\nWhich buoy was missing, and how was the crust?"),
     "long_half": DOCUMENT[: len(DOCUMENT) // 2],
 }
-
-# A few cases whose leading alternatives are kept in the golden file as well.
-DETAILED = ["chat_sky", "chat_python", "raw_once", "code_rust", "lang_german", "lang_chinese", "long_chat"]

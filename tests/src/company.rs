@@ -86,10 +86,13 @@ pub fn request(prompt: &[u32], answers: u32, seed: u64, params: SamplingParams) 
 pub fn word_tokenizer(vocab_size: usize) -> Result<Tokenizer> {
     let letter = |number: usize| char::from(b'a' + (number % 26) as u8);
     let word = |id: usize| [id / 17_576, id / 676, id / 26, id].map(letter).iter().collect();
+    // The format wants at least one merge, and the parts of it.
+    let parts = ["x", "y", "xy"].map(String::from);
     let metadata = GgufTokenizer {
         model: "gpt2".into(),
         pre: "gpt-2".into(),
-        tokens: (0..vocab_size).map(word).collect(),
+        tokens: parts.into_iter().chain((3..vocab_size).map(word)).collect(),
+        merges: vec!["x y".into()],
         ..GgufTokenizer::default()
     };
     Ok(Tokenizer::from_gguf(&metadata)?)

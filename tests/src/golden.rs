@@ -30,10 +30,14 @@ pub struct GreedyCase {
     pub tokens: Vec<u32>,
     /// Distance of the two largest logits at each token of the answer.
     pub gaps: Vec<f32>,
-    /// At some positions of the answer, the most likely ids with their log-probabilities.
-    #[serde(default)]
-    pub leading: BTreeMap<usize, Vec<(u32, f64)>>,
+    /// At some positions of the answer, the most likely ids.
+    pub leading: BTreeMap<usize, Vec<Leading>>,
 }
+
+/// A likely token and its log-probability: computed token by token, and again in one batch. llama.cpp rounds
+/// activations to 8 bits, which lets the least difference in a sum's order grow: the two show how far.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct Leading(pub u32, pub f64, pub f64);
 
 /// A text and the log-probability of each of its tokens but the first.
 #[derive(Debug, Deserialize)]
