@@ -14,8 +14,8 @@ use parking_lot::RwLock;
 
 /// See the module documentation.
 pub struct ReplicaLink {
-    /// As known before the model is loaded.
-    card: Arc<ModelCard>,
+    /// As known before the model is loaded, then of the last engine: a request admitted by an engine that has just died still needs its numerics id.
+    card: RwLock<Arc<ModelCard>>,
     current: RwLock<Current>,
     restarts: AtomicU32,
 }
@@ -30,7 +30,7 @@ impl ReplicaLink {
     /// A link without an engine yet. The card's numerics id is the engine's to know.
     pub fn new(card: ModelCard) -> Self {
         ReplicaLink {
-            card: Arc::new(card),
+            card: RwLock::new(Arc::new(card)),
             current: RwLock::new(Current::Absent { reason: "the model is loading".into() }),
             restarts: AtomicU32::new(0),
         }
@@ -38,6 +38,7 @@ impl ReplicaLink {
 
     /// Puts a running engine in.
     pub fn attach(&self, engine: Arc<dyn EngineLink>) {
+        *self.card.write() = engine.card();
         *self.current.write() = Current::Running(engine);
     }
 
@@ -66,10 +67,7 @@ impl EngineLink for ReplicaLink {
     }
 
     fn card(&self) -> Arc<ModelCard> {
-        match &*self.current.read() {
-            Current::Running(engine) => engine.card(),
-            Current::Absent { .. } => self.card.clone(),
-        }
+        self.card.read().clone()
     }
 
     fn status(&self) -> EngineStatus {
