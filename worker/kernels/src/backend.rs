@@ -193,10 +193,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Waits for the enqueued operations and copies rows [rows.len(), width] to the host.
     fn read_rows(&self, buffer: &Self::Buffer, rows: Range<usize>, values: &mut [f32]) -> Result<()>;
 
-    /// out[i] = table[ids[i]] · scale; an id outside `vocabulary` gives a row of −0.0 (another rank holds it).
+    /// `out[i] = table[ids[i]] · scale`; an id outside `vocabulary` gives a row of −0.0 (another rank holds it).
     /// `vocabulary` is the range of ids whose rows the table holds.
     fn embed(&self, table: &Self::Weight, vocabulary: Range<u32>, ids: &[u32], scale: f32, out: &mut Self::Buffer) -> Result<()>;
-    /// x[i] += table[ids[i]] (learned positions; the caller has added the offset).
+    /// `x[i] += table[ids[i]]` (learned positions; the caller has added the offset).
     fn embed_add(&self, table: &Self::Weight, ids: &[u32], x: &mut Self::Buffer) -> Result<()>;
     /// out = norm(x). Rows of x and out have equal width.
     fn norm(
@@ -231,7 +231,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn activate(&self, gate: &mut Self::Buffer, rows: usize, up: Option<&Self::Buffer>, kind: ActivationKind) -> Result<()>;
     /// x += y · scale.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, rows: usize, scale: f32) -> Result<()>;
-    /// out[i] = x[rows[i]].
+    /// `out[i] = x[rows[i]]`.
     fn gather_rows(&self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer) -> Result<()>;
 
     /// Host view of the first `rows` rows for a collective that moves host memory, where the device has one.

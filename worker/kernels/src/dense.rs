@@ -106,7 +106,7 @@ unsafe fn pointers<T, const N: usize>(base: *const u8, first: usize, stride_byte
     rows
 }
 
-/// One leaf's sums, [token][row].
+/// One leaf's sums, `[token][row]`.
 ///
 /// # Safety
 /// Every pointer holds `columns.end` elements.

@@ -1,7 +1,7 @@
 //! The paged KV pool in memory, and writing to it.
 //!
-//! Keys lie transposed in a block, [layer][block][kv_head][head_dim][block_size], so that keys are lanes when
-//! scores are computed; values lie [layer][block][kv_head][block_size][head_dim], so that dimensions are.
+//! Keys lie transposed in a block, `[layer][block][kv_head][head_dim][block_size]`, so that keys are lanes when
+//! scores are computed; values lie `[layer][block][kv_head][block_size][head_dim]`, so that dimensions are.
 //!
 //! Invariant: what is read back is what was written, rounded once to the pool's type.
 
@@ -59,7 +59,7 @@ pub(crate) struct KvWriteTask<'a> {
     /// The layer's keys and values.
     pub(crate) keys: *mut u8,
     pub(crate) values: *mut u8,
-    /// [rows][width] of new keys and values; the head's part begins at head · head_dim.
+    /// `[rows][width]` of new keys and values; the head's part begins at head · head_dim.
     pub(crate) new_keys: *const f32,
     pub(crate) new_values: *const f32,
     pub(crate) width: usize,

@@ -27,7 +27,7 @@ pub(crate) struct CheckedProduct<'a> {
     pub(crate) weight: &'a CpuWeight,
     /// `weight.rows` values, readable for 16 more than the last whole tile needs (see [`bias_elements`]).
     pub(crate) bias: Option<&'a [f32]>,
-    /// [tokens][width]
+    /// `[tokens][width]`
     pub(crate) out: &'a mut [f32],
     pub(crate) out_width: usize,
 }
@@ -37,7 +37,7 @@ pub(crate) fn bias_elements(rows: usize) -> usize {
     rows.max(LANES)
 }
 
-/// The input of a call: [tokens][width].
+/// The input of a call: `[tokens][width]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Input<'a> {
     pub(crate) x: &'a [f32],

@@ -49,6 +49,15 @@ impl CpuPath {
         CpuPath::ALL.into_iter().rev().find(|path| path.is_supported()).unwrap_or(CpuPath::Portable)
     }
 
+    /// The path of that name.
+    fn named(name: &str) -> Result<CpuPath> {
+        CpuPath::ALL.into_iter().find(|path| path.to_string() == name).ok_or_else(|| KernelError::Unsupported {
+            backend: "cpu",
+            what: format!("{PATH_VARIABLE}={name}"),
+            remedy: "use portable, avx2 or avx512, or unset it".into(),
+        })
+    }
+
     /// The path asked for, else the one named by [`PATH_VARIABLE`], else the fastest.
     ///
     /// # Errors
@@ -56,11 +65,7 @@ impl CpuPath {
     pub fn choose(asked: Option<CpuPath>) -> Result<CpuPath> {
         let chosen = match (asked, std::env::var(PATH_VARIABLE)) {
             (Some(path), _) => path,
-            (None, Ok(name)) => CpuPath::ALL.into_iter().find(|path| path.to_string() == name).ok_or_else(|| KernelError::Unsupported {
-                backend: "cpu",
-                what: format!("{PATH_VARIABLE}={name}"),
-                remedy: "use portable, avx2 or avx512, or unset it".into(),
-            })?,
+            (None, Ok(name)) => CpuPath::named(&name)?,
             (None, Err(_)) => CpuPath::fastest(),
         };
         if chosen.is_supported() {
@@ -81,5 +86,27 @@ impl fmt::Display for CpuPath {
             CpuPath::Avx2 => "avx2",
             CpuPath::Avx512 => "avx512",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_paths() {
+        for path in CpuPath::ALL {
+            assert_eq!(CpuPath::named(&path.to_string()).unwrap(), path);
+        }
+        let refusal = CpuPath::named("sse9").unwrap_err().to_string();
+        assert!(refusal.contains("FORGE_CPU_PATH=sse9") && refusal.contains("portable, avx2 or avx512"), "{refusal}");
+    }
+
+    #[test]
+    fn unsupported_paths_are_refused() {
+        for path in CpuPath::ALL {
+            assert_eq!(CpuPath::choose(Some(path)).is_ok(), path.is_supported(), "{path}");
+        }
+        assert!(CpuPath::fastest().is_supported());
     }
 }

@@ -15,13 +15,13 @@ pub(crate) const BLOCK: usize = 32;
 pub(crate) struct Activations {
     /// Blocks per token.
     pub(crate) blocks: usize,
-    /// [tokens][blocks · 32]
+    /// `[tokens][blocks · 32]`
     pub(crate) values: AlignedBuffer<i8>,
-    /// [tokens][blocks]: the f16-rounded scale d.
+    /// `[tokens][blocks]`: the f16-rounded scale d.
     pub(crate) scales: AlignedBuffer<f32>,
-    /// [tokens][blocks]: the f16-rounded d · Σ values.
+    /// `[tokens][blocks]`: the f16-rounded d · Σ values.
     pub(crate) scaled_sums: AlignedBuffer<f32>,
-    /// [tokens][blocks]: Σ values.
+    /// `[tokens][blocks]`: Σ values.
     pub(crate) sums: AlignedBuffer<i32>,
 }
 

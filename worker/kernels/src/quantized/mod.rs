@@ -164,9 +164,9 @@ pub(crate) struct MatrixView<'a> {
 /// Quantized activations of the tokens of one task.
 #[derive(Clone, Copy)]
 pub(crate) struct ActivationView {
-    /// [tokens][blocks · 32]
+    /// `[tokens][blocks · 32]`
     pub(crate) values: *const i8,
-    /// [tokens][blocks], each.
+    /// `[tokens][blocks]`, each.
     pub(crate) scales: *const f32,
     pub(crate) scaled_sums: *const f32,
     pub(crate) sums: *const i32,

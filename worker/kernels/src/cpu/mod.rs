@@ -2,13 +2,15 @@
 //!
 //! Operations complete before they return. All kernels behind this file trust the checks made here.
 
-use std::cell::RefCell;
+mod attention;
+
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use crate::attention::{AttentionTask, attend};
+use attention::AttentionOperands;
+
 use crate::backend::*;
-use crate::batch::{AttentionBatch, SequenceSlice};
+use crate::batch::AttentionBatch;
 use crate::elementwise::{activate, add_scaled};
 use crate::error::{KernelError, Result};
 use crate::kv::{CpuKvPool, KvWriteTask, write_head};
@@ -23,8 +25,6 @@ use crate::weight::CpuWeight;
 
 /// Elements below which an operation is not worth a parallel region.
 const PARALLEL_ELEMENTS: usize = 1 << 15;
-/// Query rows × heads that an attention task aims at: they share the loads of keys and values.
-const ATTENTION_TILE: usize = 16;
 
 /// How a [`CpuBackend`] is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,10 +77,6 @@ impl CpuBuffer {
     fn row_mut(&mut self, row: usize) -> &mut [f32] {
         &mut self.values[row * self.width..(row + 1) * self.width]
     }
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// An error unless `actual` is `expected`.
@@ -362,44 +358,7 @@ impl Backend for CpuBackend {
         params: AttentionParams,
         out: &mut CpuBuffer,
     ) -> Result<()> {
-        check_attention(q, pool, layer, batch, params, out)?;
-        let shape = pool.shape;
-        let group = params.heads / params.kv_heads;
-        let tasks = attention_tiles(batch.sequences, rows_per_tile(group));
-        let head_bytes = shape.head_dim * shape.block_size * shape.dtype.bytes();
-        let out_width = out.width;
-        let target = SharedPointer::new(&mut out.values);
-        self.pool.run(tasks.len() * shape.kv_heads, |index| {
-            let (tile, head) = (&tasks[index / shape.kv_heads], index % shape.kv_heads);
-            let sequence = tile.sequence;
-            let table_start = sequence.table_start as usize;
-            let at = pool.layer_offset(layer) + head * head_bytes;
-            let column = head * group * shape.head_dim;
-            let task = AttentionTask {
-                dtype: shape.dtype,
-                q: q.row(tile.row)[column..].as_ptr(),
-                q_width: q.width,
-                out: target.get().wrapping_add(tile.row * out_width + column),
-                out_width,
-                keys: pool.keys[at..].as_ptr(),
-                values: pool.values[at..].as_ptr(),
-                block_stride: shape.kv_heads * shape.head_dim * shape.block_size,
-                block_table: &batch.block_tables[table_start..table_start + sequence.table_len as usize],
-                block_size: shape.block_size,
-                head_dim: shape.head_dim,
-                group,
-                rows: tile.rows,
-                first_position: sequence.first_position as usize + tile.row - sequence.row_start as usize,
-                scale: params.scale,
-                window: params.window,
-            };
-            SCRATCH.with_borrow_mut(|scratch| {
-                scratch.resize(scratch.len().max(task.scratch_elements()), 0.0);
-                // SAFETY: `check_attention` made sure of all sizes; each (tile, head) has one task.
-                unsafe { attend(self.path, &task, scratch.as_mut_ptr()) };
-            });
-        });
-        Ok(())
+        attention::attention(self, AttentionOperands { q, pool, layer, batch, params }, out)
     }
 
     fn activate(&self, gate: &mut CpuBuffer, rows: usize, up: Option<&CpuBuffer>, kind: ActivationKind) -> Result<()> {
@@ -450,76 +409,4 @@ impl Backend for CpuBackend {
         let length = rows.checked_mul(buffer.width)?;
         buffer.values.get_mut(..length)
     }
-}
-
-/// A few consecutive rows of one sequence.
-struct AttentionTile<'a> {
-    sequence: &'a SequenceSlice,
-    /// First row of the step.
-    row: usize,
-    rows: usize,
-}
-
-/// Rows per tile, so that rows × group is near [`ATTENTION_TILE`] and a multiple of 4 where that is possible.
-fn rows_per_tile(group: usize) -> usize {
-    let most = (ATTENTION_TILE / group).max(1);
-    (1..=most).rev().find(|rows| (rows * group).is_multiple_of(4)).unwrap_or(most)
-}
-
-/// All tiles, those with the most keys first, so that the last to run are short.
-fn attention_tiles(sequences: &[SequenceSlice], rows_per_tile: usize) -> Vec<AttentionTile<'_>> {
-    let mut tiles = Vec::new();
-    for sequence in sequences {
-        let mut row = 0;
-        while row < sequence.row_count as usize {
-            let rows = rows_per_tile.min(sequence.row_count as usize - row);
-            tiles.push(AttentionTile { sequence, row: sequence.row_start as usize + row, rows });
-            row += rows;
-        }
-    }
-    tiles.sort_by_key(|tile| {
-        let last = tile.sequence.first_position as usize + tile.row - tile.sequence.row_start as usize;
-        std::cmp::Reverse(last)
-    });
-    tiles
-}
-
-/// Everything the attention kernels rely on.
-fn check_attention(
-    q: &CpuBuffer,
-    pool: &CpuKvPool,
-    layer: usize,
-    batch: AttentionBatch<'_>,
-    params: AttentionParams,
-    out: &CpuBuffer,
-) -> Result<()> {
-    const NAME: &str = "attention";
-    let shape = pool.shape;
-    expect_at_least(NAME, "layers", shape.layers, layer.saturating_add(1))?;
-    expect_equal(NAME, "kv_heads", params.kv_heads, shape.kv_heads)?;
-    expect_equal(NAME, "head_dim", params.head_dim, shape.head_dim)?;
-    expect_equal(NAME, "block_size", batch.block_size, shape.block_size)?;
-    expect_at_least(NAME, "kv_heads", shape.kv_heads.min(shape.head_dim).min(shape.block_size), 1)?;
-    expect_at_least(NAME, "heads", params.heads, params.kv_heads)?;
-    expect_equal(NAME, "heads beyond whole groups", params.heads % params.kv_heads, 0)?;
-    expect_equal(NAME, "q row", q.width, params.heads.saturating_mul(params.head_dim))?;
-    expect_equal(NAME, "out row", out.width, q.width)?;
-    if params.window == Some(0) {
-        return Err(KernelError::Shape { operation: NAME, operand: "window", actual: 0, expected: 1 });
-    }
-    let mut next_row = 0;
-    for sequence in batch.sequences {
-        expect_equal(NAME, "row_start", sequence.row_start as usize, next_row)?;
-        expect_at_least(NAME, "row_count", sequence.row_count as usize, 1)?;
-        next_row += sequence.row_count as usize;
-        let positions = sequence.first_position as usize + sequence.row_count as usize;
-        let needed = positions.div_ceil(shape.block_size);
-        expect_at_least(NAME, "block table of a sequence", sequence.table_len as usize, needed)?;
-        let start = sequence.table_start as usize;
-        expect_at_least(NAME, "block_tables", batch.block_tables.len(), start + sequence.table_len as usize)?;
-        let greatest = batch.block_tables[start..start + needed].iter().max().map_or(0, |&block| block as usize + 1);
-        expect_at_least(NAME, "pool blocks", shape.blocks, greatest)?;
-    }
-    expect_at_least(NAME, "q", q.rows, next_row)?;
-    expect_at_least(NAME, "out", out.rows, next_row)
 }
