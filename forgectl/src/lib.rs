@@ -20,6 +20,7 @@ mod replica;
 mod runtime;
 mod spec_flags;
 mod support;
+mod system;
 mod time;
 
 use std::process::ExitCode;

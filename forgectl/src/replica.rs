@@ -16,6 +16,7 @@ use forge_worker::WorkerError;
 use forge_worker::local::{LocalCluster, LocalOptions, Served};
 use forge_worker::machine;
 use forge_worker::prepare::PreparedModel;
+use ractor::ActorCell;
 
 use crate::failure::{Exit, Failure, Result};
 use crate::runtime;
@@ -44,10 +45,17 @@ pub struct Facts {
 
 impl Replica {
     /// Opens and places a model and starts its engine, which loads in the background: see [`Replica::ready`].
+    /// With a `supervisor`, the node's actor is linked to it.
     ///
     /// # Errors
     /// A model that cannot be used, or that does not fit this machine ([`Exit::NotPlaceable`]).
-    pub async fn start(service: &ModelService, model: ResolvedModel, names: Vec<String>, metrics: Metrics) -> Result<Self> {
+    pub async fn start(
+        service: &ModelService,
+        model: ResolvedModel,
+        names: Vec<String>,
+        metrics: Metrics,
+        supervisor: Option<ActorCell>,
+    ) -> Result<Self> {
         let spec = &service.spec;
         if spec.replicas != 1 {
             return Err(Failure::new(format!("spec.replicas is {}, and this process is one worker", spec.replicas))
@@ -73,7 +81,7 @@ impl Replica {
             prefix_cache: spec.prefix_cache,
             metrics,
         };
-        let cluster = LocalCluster::start(options, None).await.map_err(failed)?;
+        let cluster = LocalCluster::start(options, supervisor).await.map_err(failed)?;
         Ok(Replica { cluster, plan, facts, _model: model })
     }
 

@@ -48,7 +48,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         let resolved = context::pull(&service.spec.model, false).await?;
         let name = service.spec.model_name.clone().unwrap_or(resolved.name().to_owned());
         let loading = spinner(&format!("loading {name}"));
-        let mut replica = Replica::start(&service, resolved, vec![name], Metrics::new()).await?;
+        let mut replica = Replica::start(&service, resolved, vec![name], Metrics::new(), None).await?;
         replica.ready().await?;
         loading.finish_and_clear();
         Ok(replica)

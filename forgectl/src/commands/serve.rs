@@ -3,13 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use forge_gateway::{Gateway, GatewayConfig, GatewayError, KeyRing, Listeners, RequestLimits, Timeouts};
+use forge_gateway::{Gateway, GatewayConfig, KeyRing, Listeners, RequestLimits, Timeouts};
 use forge_shared::config::{self, Format};
 use forge_shared::spec::{GatewaySpec, ModelService};
 use forge_shared::telemetry::Metrics;
 use forge_store::ModelSource;
-use tokio::sync::oneshot;
-use tokio::task::JoinError;
 
 use super::run::spinner;
 use crate::banner;
@@ -20,6 +18,7 @@ use crate::output::print_text;
 use crate::replica::{Replica, unless_stopped};
 use crate::runtime;
 use crate::support;
+use crate::system::System;
 
 /// Second name of the catalogue's default model.
 const DEFAULT_NAME: &str = "forge";
@@ -56,50 +55,40 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
     let listeners = Listeners::bind(&config).await?;
     let metrics = Metrics::new();
     let drain_timeout = config.timeouts.drain();
+    let mut system = System::start().await?;
+    let root = system.cell();
     let mut replica = unless_stopped(async {
         let resolved = context::pull(&service.spec.model, false).await?;
         let names = names(context, service, resolved.name())?;
-        Replica::start(service, resolved, names, metrics.clone()).await
+        Replica::start(service, resolved, names, metrics.clone(), Some(root)).await
     })
     .await?;
-    let gateway = Gateway::new(config, vec![replica.served_model()], metrics, keys.clone())?;
+    let gateway = Gateway::new(config.clone(), vec![replica.served_model()], metrics, keys.clone())?;
     let addresses = banner::Addresses { api: listeners.api(), metrics: listeners.metrics(), keys: keys.required() };
-    let (stop, stopped) = oneshot::channel::<()>();
     // From here on probes answer; readiness follows when the model is loaded.
-    let mut serving = tokio::spawn({
-        let gateway = gateway.clone();
-        async move {
-            gateway
-                .serve(listeners, async {
-                    // A sender that is gone means the same as one that sent.
-                    let _ = stopped.await;
-                })
-                .await
-        }
-    });
+    system.serve(gateway.clone(), &config, listeners)?;
     let ended = tokio::select! {
         ended = run_replica(&mut replica, &addresses) => ended,
-        broken = &mut serving => Err(listener_failure(broken)),
+        gateway_ended = system.ended() => return gateway_ended,
     };
-    if !serving.is_finished() {
-        match &ended {
-            Ok(()) => {
-                tracing::info!(
-                    in_flight = gateway.in_flight(),
-                    timeout_s = drain_timeout.as_secs(),
-                    "draining; a second signal stops at once"
-                );
-                stop_at_second_signal();
-                drop(stop);
+    match &ended {
+        Ok(()) => {
+            tracing::info!(in_flight = gateway.in_flight(), timeout_s = drain_timeout.as_secs(), "draining; a second signal stops at once");
+            stop_at_second_signal();
+            system.drain();
+            // The gateway keeps its own deadline.
+            if let Err(error) = system.ended().await {
+                tracing::warn!(%error, "the gateway did not end cleanly");
             }
-            Err(_) => gateway.drain(FATAL_DRAIN).await,
         }
-        // The gateway keeps its own deadline.
-        if let Ok(Err(error)) = serving.await {
-            tracing::warn!(%error, "the gateway did not end cleanly");
+        Err(_) => {
+            // Told first, so that its end is not taken for a death; the shorter deadline wins.
+            system.drain();
+            gateway.drain(FATAL_DRAIN).await;
         }
     }
     replica.shutdown(FATAL_DRAIN).await;
+    system.stop();
     ended
 }
 
@@ -124,14 +113,6 @@ fn stop_at_second_signal() {
         eprintln!("stopped");
         std::process::exit(1);
     });
-}
-
-fn listener_failure(broken: Result<Result<(), GatewayError>, JoinError>) -> Failure {
-    match broken {
-        Ok(Ok(())) => Failure::new("the gateway ended by itself"),
-        Ok(Err(error)) => error.into(),
-        Err(error) => Failure::of(&error).while_doing("the gateway died"),
-    }
 }
 
 /// Every name the model answers to; the first leads.
