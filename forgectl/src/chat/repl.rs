@@ -2,27 +2,21 @@
 //!
 //! While a line is edited Ctrl-C is a key; while an answer streams it is a signal that ends the answer.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use forge_worker::local::Served;
 use rustyline::error::ReadlineError;
-use rustyline::history::FileHistory;
-use rustyline::{Config, Editor};
 use tokio::runtime::Runtime;
 
 use super::answer::{Answer, Ending, Question, ask};
 use super::command::{self, Command};
 use super::conversation::Conversation;
-use super::editing::EditHelper;
-use super::{input, settings};
+use super::editing::LineInput;
+use super::{input as messages, settings};
 use crate::cli::SamplingFlags;
 use crate::failure::{Failure, Result};
 use crate::output::print_text;
 use crate::time::Utc;
-
-/// Messages remembered between chats.
-const HISTORY_ENTRIES: usize = 1000;
 
 /// A chat with one model.
 pub struct Chat {
@@ -81,16 +75,10 @@ impl Chat {
     /// If the terminal cannot be used.
     pub fn run(mut self, runtime: &Runtime) -> Result<()> {
         let terminal = |error: ReadlineError| Failure::of(&error).while_doing("cannot use this terminal");
-        let config = Config::builder().auto_add_history(false).max_history_size(HISTORY_ENTRIES).map_err(terminal)?.build();
-        let history_file = FileHistory::with_config(&config);
-        let mut editor: Editor<EditHelper, FileHistory> = Editor::with_history(config, history_file).map_err(terminal)?;
-        editor.set_helper(Some(EditHelper));
-        let history = self.home.join("history");
-        // The first chat has no history yet.
-        let _ = editor.load_history(&history);
+        let mut input = LineInput::new(self.home.join("history")).map_err(terminal)?;
         self.greet()?;
         loop {
-            let typed = match editor.readline(">>> ") {
+            let typed = match input.read() {
                 Ok(typed) => typed,
                 Err(ReadlineError::Interrupted) => {
                     eprintln!("Ctrl-D or /exit leaves.");
@@ -99,11 +87,11 @@ impl Chat {
                 Err(ReadlineError::Eof) => return Ok(()),
                 Err(error) => return Err(terminal(error)),
             };
-            let message = input::message(&typed);
+            let message = messages::message(&typed);
             if message.is_empty() {
                 continue;
             }
-            remember(&mut editor, &typed, &history);
+            input.remember(&typed);
             match command::parse(&message) {
                 Some(Ok(Command::Exit)) => return Ok(()),
                 Some(Ok(command)) => self.obey(command)?,
@@ -210,15 +198,4 @@ fn load(path: &Path) -> Result<Conversation> {
     let failed = |error: &dyn std::error::Error| Failure::of(error).while_doing(&format!("cannot read {}", path.display()));
     let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
     serde_json::from_str(&text).map_err(|error| failed(&error))
-}
-
-/// Keeps a message for the arrow keys, now and in later chats.
-fn remember(editor: &mut Editor<EditHelper, FileHistory>, typed: &str, history: &Path) {
-    let added = editor.add_history_entry(typed.trim_end()).unwrap_or(false);
-    // A history that cannot be written is no reason not to chat, but worth a word.
-    if added && let Err(error) = editor.save_history(history) {
-        tracing::warn!(path = %history.display(), %error, "the history of messages is not kept");
-    }
-    // What follows may be long: let the line appear first.
-    let _ = std::io::stdout().flush();
 }
