@@ -91,7 +91,7 @@ fn check_effects(setting: &Setting, effects: &Effects) {
     let name = setting.name;
     assert_eq!(effects.preemptions > 0, name.starts_with("preempted"), "{name}: {effects:?}");
     assert_eq!(effects.prefix_hits > 0, setting.prefix_cache, "{name}: {effects:?}");
-    assert!(effects.most_sequences > 4, "{name}: {effects:?}");
+    assert!(effects.most_sequences > 2, "{name}: {effects:?}");
     if setting.chunk == 1 {
         assert!(effects.most_rows <= setting.batch, "{name}: {effects:?}");
     }
@@ -115,5 +115,5 @@ fn the_default_model() {
         }
         None => panic!("CI must set FORGE_TEST_SMOLLM2 to the default model's GGUF file"),
     };
-    compare(&path, &Sizes { prompt: 90, answer: 12, companions: 32, vocabulary: 17_000, blocks: (400, 24) });
+    compare(&path, &Sizes { prompt: 90, answer: 20, companions: 32, vocabulary: 17_000, blocks: (400, 16) });
 }
