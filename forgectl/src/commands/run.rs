@@ -105,7 +105,7 @@ async fn answer_once(mut chat: Chat, prompt: &str) -> Result<()> {
 }
 
 /// Turns on a terminal, and is silent in a pipe.
-pub fn spinner(text: &str) -> ProgressBar {
+fn spinner(text: &str) -> ProgressBar {
     let spinner = ProgressBar::new_spinner().with_message(text.to_owned());
     spinner.enable_steady_tick(Duration::from_millis(100));
     spinner

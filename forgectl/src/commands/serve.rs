@@ -9,7 +9,6 @@ use forge_shared::spec::{GatewaySpec, ModelService};
 use forge_shared::telemetry::Metrics;
 use forge_store::ModelSource;
 
-use super::run::spinner;
 use crate::banner;
 use crate::cli::{DocumentFormat, ServeArgs};
 use crate::context::{self, Context};
@@ -94,12 +93,11 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
 
 /// Loads, shows the banner, and waits for a signal (`Ok`) or for the end of the engine.
 async fn run_replica(replica: &mut Replica, addresses: &banner::Addresses) -> Result<()> {
-    let loading = spinner("loading");
+    tracing::info!("loading");
     tokio::select! {
         ready = replica.ready() => ready?,
         () = runtime::stop_signal() => return Ok(()),
     }
-    loading.finish_and_clear();
     print_text(&banner::banner(replica, addresses))?;
     tokio::select! {
         failure = replica.failed() => Err(failure),
