@@ -94,14 +94,17 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
 /// Loads, shows the banner, and waits for a signal (`Ok`) or for the end of the engine.
 async fn run_replica(replica: &mut Replica, addresses: &banner::Addresses) -> Result<()> {
     tracing::info!("loading");
+    // One listener for both waits: a signal between them must not be lost.
+    let stop = runtime::stop_signal();
+    tokio::pin!(stop);
     tokio::select! {
         ready = replica.ready() => ready?,
-        () = runtime::stop_signal() => return Ok(()),
+        () = &mut stop => return Ok(()),
     }
     print_text(&banner::banner(replica, addresses))?;
     tokio::select! {
         failure = replica.failed() => Err(failure),
-        () = runtime::stop_signal() => Ok(()),
+        () = &mut stop => Ok(()),
     }
 }
 
