@@ -20,9 +20,16 @@ impl Zeroable for i8 {}
 impl Zeroable for i32 {}
 
 /// A fixed number of elements, zeroed at first.
+///
+/// The alignment is made here, inside a slightly larger allocation of ordinary alignment: for those the allocator
+/// takes fresh zero pages from the system and touches none, where it would clear an over-aligned one by hand. A KV
+/// pool of gigabytes then costs memory only as it fills.
 pub(crate) struct AlignedBuffer<T: Zeroable> {
+    /// First element, aligned; inside the allocation that `base` begins.
     pointer: NonNull<T>,
     length: usize,
+    base: *mut u8,
+    layout: Layout,
 }
 
 // SAFETY: the buffer owns its memory exclusively, and T is Send and Sync.
@@ -33,23 +40,30 @@ unsafe impl<T: Zeroable> Sync for AlignedBuffer<T> {}
 impl<T: Zeroable> AlignedBuffer<T> {
     /// `length` zeros; `what` names them in the error.
     pub(crate) fn zeroed(length: usize, what: &'static str) -> Result<Self> {
-        let bytes = length.checked_mul(size_of::<T>());
-        let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, ALIGNMENT).ok());
+        if length == 0 || size_of::<T>() == 0 {
+            return Ok(Self::empty());
+        }
+        let bytes = length.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(ALIGNMENT));
+        let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, align_of::<T>()).ok());
         let Some(layout) = layout else {
             return Err(KernelError::OutOfMemory { bytes: bytes.unwrap_or(usize::MAX), what });
         };
-        if layout.size() == 0 {
-            return Ok(AlignedBuffer { pointer: NonNull::dangling(), length: 0 });
-        }
         // SAFETY: the layout has a size above zero.
-        let memory = unsafe { alloc_zeroed(layout) };
-        let pointer = NonNull::new(memory.cast::<T>()).ok_or(KernelError::OutOfMemory { bytes: layout.size(), what })?;
-        Ok(AlignedBuffer { pointer, length })
+        let base = unsafe { alloc_zeroed(layout) };
+        if base.is_null() {
+            return Err(KernelError::OutOfMemory { bytes: layout.size(), what });
+        }
+        let padding = base.align_offset(ALIGNMENT);
+        debug_assert!(padding < ALIGNMENT);
+        // SAFETY: the padding is below ALIGNMENT, which the allocation holds beside the elements, so the sum stays
+        // inside it and is not null.
+        let pointer = unsafe { NonNull::new_unchecked(base.add(padding).cast::<T>()) };
+        Ok(AlignedBuffer { pointer, length, base, layout })
     }
 
     /// An empty buffer.
     pub(crate) fn empty() -> Self {
-        AlignedBuffer { pointer: NonNull::dangling(), length: 0 }
+        AlignedBuffer { pointer: NonNull::dangling(), length: 0, base: std::ptr::null_mut(), layout: Layout::new::<()>() }
     }
 
     /// Grows to at least `length` elements; the contents are then undefined (but initialized).
@@ -63,12 +77,9 @@ impl<T: Zeroable> AlignedBuffer<T> {
 
 impl<T: Zeroable> Drop for AlignedBuffer<T> {
     fn drop(&mut self) {
-        if self.length > 0 {
-            // SAFETY: allocated in `zeroed` with this same layout, whose size was valid there.
-            unsafe {
-                let layout = Layout::from_size_align_unchecked(self.length * size_of::<T>(), ALIGNMENT);
-                dealloc(self.pointer.as_ptr().cast(), layout);
-            }
+        if !self.base.is_null() {
+            // SAFETY: allocated in `zeroed` with this very layout and freed only here.
+            unsafe { dealloc(self.base, self.layout) };
         }
     }
 }
