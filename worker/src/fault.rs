@@ -19,10 +19,8 @@ enum Fault {
 }
 
 fn parse(text: &str) -> Result<Fault, WorkerError> {
-    let wrong = || WorkerError::Setting {
-        field: "FORGE_FAULT",
-        reason: format!("{text:?} is not engine-panic-at-step:N or engine-panic-every:N"),
-    };
+    let wrong =
+        || WorkerError::Setting { field: "FORGE_FAULT", reason: format!("{text:?} is not engine-panic-at-step:N or engine-panic-every:N") };
     let (name, count) = text.split_once(':').ok_or_else(wrong)?;
     let count: u64 = count.parse().ok().filter(|count| *count > 0).ok_or_else(wrong)?;
     match name {

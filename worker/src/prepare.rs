@@ -37,8 +37,7 @@ impl PreparedModel {
         let text = open_text(&model, path)?;
         let text = match &spec.chat_template {
             Some(file) => {
-                let source =
-                    std::fs::read_to_string(file).map_err(|source| WorkerError::Read { path: file.clone(), source })?;
+                let source = std::fs::read_to_string(file).map_err(|source| WorkerError::Read { path: file.clone(), source })?;
                 text.with_chat_template(&source)?
             }
             None => text,

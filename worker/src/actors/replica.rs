@@ -132,9 +132,9 @@ impl Actor for ReplicaActor {
 async fn launch(myself: &ActorRef<ReplicaMessage>, state: &mut ReplicaState) -> Result<(), WorkerError> {
     let launcher = state.arguments.launcher.clone();
     let plan = state.arguments.plan.clone();
-    let launched = tokio::task::spawn_blocking(move || launcher.launch(&plan)).await.map_err(|failure| WorkerError::EngineDied {
-        reason: format!("while loading: {failure}"),
-    })??;
+    let launched = tokio::task::spawn_blocking(move || launcher.launch(&plan))
+        .await
+        .map_err(|failure| WorkerError::EngineDied { reason: format!("while loading: {failure}") })??;
     state.stop = Some(launched.stop);
     state.arguments.link.attach(launched.engine);
     let replica = myself.clone();
