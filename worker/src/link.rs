@@ -14,7 +14,8 @@ use parking_lot::RwLock;
 
 /// See the module documentation.
 pub struct ReplicaLink {
-    /// As known before the model is loaded, then of the last engine: a request admitted by an engine that has just died still needs its numerics id.
+    /// As known before the model is loaded, then the last engine's: a request admitted by an engine that has just
+    /// died still needs its numerics id.
     card: RwLock<Arc<ModelCard>>,
     current: RwLock<Current>,
     restarts: AtomicU32,

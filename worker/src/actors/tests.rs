@@ -73,6 +73,7 @@ impl Launch for ScriptedLauncher {
     }
 }
 
+/// What the engine says of itself.
 fn card() -> ModelCard {
     ModelCard {
         name: "m".into(),
@@ -108,7 +109,7 @@ struct World {
 
 impl World {
     async fn new(script: Vec<Script>) -> World {
-        let link = Arc::new(ReplicaLink::new(card()));
+        let link = Arc::new(ReplicaLink::new(ModelCard { numerics_id: String::new(), ..card() }));
         let launcher = Arc::new(ScriptedLauncher { script, launches: AtomicUsize::new(0), alive: Arc::default() });
         let (sender, events) = mpsc::unbounded_channel();
         let arguments = NodeArguments {
@@ -144,6 +145,8 @@ async fn a_dying_engine_is_restarted_behind_the_same_link() {
     let end = world.launcher.alive.lock().pop().expect("one engine lives");
     end.send(Some("killed".into())).expect("watched");
     assert!(matches!(world.event().await, NodeEvent::Died(_, reason) if reason.contains("killed")));
+    // A request that the dead engine had just admitted still needs to know which numerics it was promised.
+    assert_eq!(world.link.card().numerics_id, "scripted");
     assert_eq!(world.event().await, NodeEvent::Ready("m/0".into()));
     let status = world.link.status();
     assert!(status.ready && status.restarts == 1, "{status:?}");
