@@ -3,8 +3,8 @@
     python tests/parity/make_golden.py MODEL.gguf [THREADS]
 
 Per case: the prompt's token ids, 64 greedy tokens, and at each of them the gap between llama.cpp's two largest
-logits; at some positions the leading alternatives with their log-probabilities, twice: computed token by token, and
-computed in one batch. The two differ, because activations are rounded to 8 bits: how much is llama.cpp's own
+logits; at some positions the leading alternatives with their log-probabilities, twice: after a prompt computed at once, and
+after one computed token by token (and the most likely token at each position of the latter). The two differ, because activations are rounded to 8 bits: how much is llama.cpp's own
 uncertainty, and the measure for ours. For the document the log-probability of each token. `parity_real.rs` checks
 Forge against the file without llama.cpp at hand.
 """
@@ -45,6 +45,13 @@ def greedy(llama, prompt, steps):
     return tokens, gaps, rows
 
 
+def token_by_token(llama, prompt, tokens):
+    """Logit rows at the positions that choose `tokens`, the prompt being computed one token at a time as well."""
+    llama.reset()
+    rows = [llama.feed([token])[0] for token in prompt + tokens[:-1]]
+    return rows[len(prompt) - 1 :]
+
+
 def leading(row, again):
     logprobs, again = log_softmax(row), log_softmax(again)
     ids = np.argsort(-logprobs, kind="stable")[:TOP]
@@ -59,9 +66,9 @@ def main():
         prompt = llama.tokenize(text)
         tokens, gaps, rows = greedy(llama, prompt, STEPS)
         case = {"name": name, "prompt": prompt, "tokens": tokens, "gaps": [round(gap, 4) for gap in gaps]}
-        llama.reset()
-        batch = llama.feed(prompt + tokens[:-1], all_logits=True)[len(prompt) - 1 :]
-        case["leading"] = {str(i): leading(rows[i], batch[i]) for i in POSITIONS}
+        again = token_by_token(llama, prompt, tokens)
+        case["again"] = [int(row.argmax()) for row in again]
+        case["leading"] = {str(i): leading(rows[i], again[i]) for i in POSITIONS}
         cases.append(case)
         print(f"{name}: {len(prompt)} prompt tokens, smallest gap {min(gaps):.4f}")
     llama.reset()

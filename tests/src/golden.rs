@@ -30,11 +30,13 @@ pub struct GreedyCase {
     pub tokens: Vec<u32>,
     /// Distance of the two largest logits at each token of the answer.
     pub gaps: Vec<f32>,
+    /// Most likely id at each position of the same answer, after a prompt computed token by token.
+    pub again: Vec<u32>,
     /// At some positions of the answer, the most likely ids.
     pub leading: BTreeMap<usize, Vec<Leading>>,
 }
 
-/// A likely token and its log-probability: computed token by token, and again in one batch. llama.cpp rounds
+/// A likely token and its log-probability: after a prompt computed at once, and after one computed token by token. llama.cpp rounds
 /// activations to 8 bits, which lets the least difference in a sum's order grow: the two show how far.
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub struct Leading(pub u32, pub f64, pub f64);
@@ -58,7 +60,11 @@ impl LlamaGolden {
         let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let golden: LlamaGolden = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
         for case in &golden.cases {
-            ensure!(!case.prompt.is_empty() && case.tokens.len() == case.gaps.len(), "case {} does not fit itself", case.name);
+            ensure!(
+                !case.prompt.is_empty() && case.tokens.len() == case.gaps.len() && case.tokens.len() == case.again.len(),
+                "case {} does not fit itself",
+                case.name
+            );
         }
         ensure!(golden.document.tokens.len() == golden.document.logprobs.len() + 1, "the document does not fit itself");
         Ok(golden)
