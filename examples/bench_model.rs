@@ -44,7 +44,7 @@ fn plan(sequences: usize, first: usize, rows: usize, blocks_each: usize, block_s
         let row_start = plan.tokens.len() as u32;
         for position in first..first + rows {
             // Any ids do: the work is the same. They differ, so that no row is another's copy.
-            plan.tokens.push(((sequence * 31 + position * 7) % 1000 + 20) as u32);
+            plan.tokens.push(((sequence * 31 + position * 7) % 90) as u32);
             plan.positions.push(position as u32);
             plan.slots.push((sequence * blocks_each * block_size + position) as u32);
         }
