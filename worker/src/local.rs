@@ -82,6 +82,7 @@ impl LocalCluster {
             node: plan.ranks.first().map_or_else(|| NodeId::from("local"), |rank| rank.node.clone()),
             incarnation: Incarnation(now_s()),
             limits: RestartLimits::default(),
+            metrics: metrics.clone(),
             launcher: Arc::new(ModelLauncher { model, card, max_waiting, prefix_cache, metrics }),
             links: HashMap::from([(plan.replica.to_string(), link)]),
             events: event_sender,

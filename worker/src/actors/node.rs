@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forge_shared::ids::{Epoch, Incarnation, NodeId};
+use forge_shared::link::EngineLink;
 use forge_shared::plan::Plan;
+use forge_shared::telemetry::{Metrics, model_label};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use tokio::sync::mpsc;
 
@@ -57,6 +59,8 @@ pub struct NodeArguments {
     pub launcher: Arc<dyn Launch>,
     /// Where each replica's engine is offered.
     pub links: HashMap<ReplicaKey, Arc<ReplicaLink>>,
+    /// Where restarts are counted.
+    pub metrics: Metrics,
     /// Receives events; few per replica, read by the process's owner.
     pub events: mpsc::UnboundedSender<NodeEvent>,
 }
@@ -70,6 +74,7 @@ pub struct NodeState {
     started: Instant,
     launcher: Arc<dyn Launch>,
     links: HashMap<ReplicaKey, Arc<ReplicaLink>>,
+    metrics: Metrics,
     children: HashMap<ActorId, Child>,
     events: mpsc::UnboundedSender<NodeEvent>,
     drain_timeout: Duration,
@@ -103,6 +108,7 @@ impl Actor for NodeActor {
             started: Instant::now(),
             launcher: arguments.launcher,
             links: arguments.links,
+            metrics: arguments.metrics,
             children: HashMap::new(),
             events: arguments.events,
             drain_timeout: Duration::ZERO,
@@ -203,6 +209,7 @@ async fn start(myself: &ActorRef<NodeMessage>, state: &mut NodeState, plan: Plan
     };
     if restarting {
         link.count_restart();
+        state.metrics.engine_restarts.get_or_create(&model_label(&link.card().name)).inc();
     }
     let arguments = ReplicaArguments { plan, launcher: state.launcher.clone(), link, node: myself.clone() };
     let (actor, _) = Actor::spawn_linked(None, ReplicaActor, arguments, myself.get_cell()).await?;

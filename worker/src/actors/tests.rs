@@ -10,6 +10,7 @@ use forge_shared::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
 use forge_shared::link::{EngineLink, EngineStatus, EventStream, ModelCard};
 use forge_shared::plan::Plan;
 use forge_shared::spec::KvCacheDtype;
+use forge_shared::telemetry::Metrics;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use ractor::{Actor, ActorRef, call};
@@ -105,6 +106,7 @@ struct World {
     events: mpsc::UnboundedReceiver<NodeEvent>,
     link: Arc<ReplicaLink>,
     launcher: Arc<ScriptedLauncher>,
+    metrics: Metrics,
 }
 
 impl World {
@@ -112,16 +114,18 @@ impl World {
         let link = Arc::new(ReplicaLink::new(ModelCard { numerics_id: String::new(), ..card() }));
         let launcher = Arc::new(ScriptedLauncher { script, launches: AtomicUsize::new(0), alive: Arc::default() });
         let (sender, events) = mpsc::unbounded_channel();
+        let metrics = Metrics::new();
         let arguments = NodeArguments {
             node: NodeId::from("n"),
             incarnation: Incarnation(1),
             limits: RestartLimits { deaths_max: 2, window_ms: 60_000, backoff_ms: 1 },
             launcher: launcher.clone(),
+            metrics: metrics.clone(),
             links: HashMap::from([("m/0".to_owned(), link.clone())]),
             events: sender,
         };
         let (node, _) = Actor::spawn(None, NodeActor, arguments).await.expect("an actor starts");
-        World { node, events, link, launcher }
+        World { node, events, link, launcher, metrics }
     }
 
     async fn assign(&self, epoch: u64) -> Result<(), String> {
@@ -150,6 +154,7 @@ async fn a_dying_engine_is_restarted_behind_the_same_link() {
     assert_eq!(world.event().await, NodeEvent::Ready("m/0".into()));
     let status = world.link.status();
     assert!(status.ready && status.restarts == 1, "{status:?}");
+    assert!(world.metrics.encode().contains("forge_engine_restarts_total{model_name=\"m\"} 1"));
 }
 
 #[tokio::test]
