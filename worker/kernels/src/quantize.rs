@@ -2,7 +2,8 @@
 //!
 //! For a block with greatest magnitude a: scale d = a/127, values round(x · (127/a)) to nearest even, d kept
 //! rounded to f16; for types with a minimum also s = f16(d · Σ values). This is what llama.cpp's x86 code
-//! computes (`quantize_row_q8_0`, `quantize_row_q8_1`), so that results can be compared closely.
+//! computes (`quantize_row_q8_0`, `quantize_row_q8_1`), so that results can be compared closely. Only a block with
+//! a below [`LEAST_MAGNITUDE`] counts as zeros: its 127/a could overflow, and its d is 0 in f16 anyway.
 
 use crate::error::Result;
 use crate::lanes::{LANES, Lanes, kernel};
@@ -10,6 +11,9 @@ use crate::memory::AlignedBuffer;
 
 /// Values per block.
 pub(crate) const BLOCK: usize = 32;
+
+/// Blocks whose greatest magnitude is below this quantize to zeros. From here on 127/a and a/127 are normal numbers.
+const LEAST_MAGNITUDE: f32 = 127.0 * f32::MIN_POSITIVE;
 
 /// Quantized activations of one product call, token by token. Reused between calls.
 pub(crate) struct Activations {
@@ -104,8 +108,8 @@ unsafe fn quantize_body<L: Lanes>(x: *const f32, row: QuantizedRow) {
             let low = L::load(x.add(block * BLOCK));
             let high = L::load(x.add(block * BLOCK + LANES));
             let greatest = low.abs().max(high.abs()).greatest();
-            let scale = greatest / 127.0;
-            let inverse = L::splat(if greatest == 0.0 { 0.0 } else { 127.0 / greatest });
+            let (scale, inverse) = if greatest < LEAST_MAGNITUDE { (0.0, 0.0) } else { (greatest / 127.0, 127.0 / greatest) };
+            let inverse = L::splat(inverse);
             let low = low.mul(inverse).round_ties_even();
             let high = high.mul(inverse).round_ties_even();
             low.store_i8(row.values.add(block * BLOCK));

@@ -17,8 +17,9 @@ struct QuantizedBlock {
 
 fn quantize_block(x: &[f32]) -> QuantizedBlock {
     let greatest = x.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
-    let scale = greatest / 127.0;
-    let inverse = if greatest == 0.0 { 0.0 } else { 127.0 / greatest };
+    let tiny = greatest < 127.0 * f32::MIN_POSITIVE;
+    let scale = if tiny { 0.0 } else { greatest / 127.0 };
+    let inverse = if tiny { 0.0 } else { 127.0 / greatest };
     let values: Vec<i32> = x.iter().map(|x| (x * inverse).round_ties_even() as i32).collect();
     let sum: i32 = values.iter().sum();
     QuantizedBlock { scale: f16::from_f32(scale).to_f32(), scaled_sum: f16::from_f32(scale * sum as f32).to_f32(), values }
@@ -133,6 +134,49 @@ fn every_path_equals_the_formulas_bit_for_bit() {
                     let expected = reference(dtype, &bytes, &x, rows, columns, &bounds, bias);
                     assert_eq!(bits(&actual), bits(&expected), "{} {dtype} {rows}×{columns}×{tokens}", backend.path());
                 }
+            }
+        }
+    }
+}
+
+/// One token of such a row is more than the activations that a core keeps at hand.
+#[test]
+fn rows_wider_than_the_cache_end() {
+    let (rows, columns, tokens) = (3, 8193 * 32, 2);
+    let mut random = Random(2);
+    for path in CpuPath::ALL.into_iter().filter(|path| path.is_supported()) {
+        let backend = backend(path, 2);
+        for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+            let bytes = random_matrix(&mut random, dtype, rows, columns);
+            let x = random.normals(tokens * columns);
+            let bounds = bounds(dtype, columns, true);
+            let segments = Segments::from_bounds(bounds.clone()).unwrap();
+            let weight = backend.weight(source(bytes.clone(), dtype, rows, columns, segments)).unwrap();
+            let expected = reference(dtype, &bytes, &x, rows, columns, &bounds, None);
+            assert_eq!(bits(&product(&backend, &weight, &x, tokens, rows, None)), bits(&expected), "{path} {dtype}");
+        }
+    }
+}
+
+/// From subnormal to small: 127 over the greatest must not overflow, and zeros beside it must stay zeros.
+#[test]
+fn tiny_activations_make_no_infinity_and_no_nan() {
+    let (rows, columns) = (17, 64);
+    let mut random = Random(3);
+    for magnitude in [f32::from_bits(1), 1e-40, f32::MIN_POSITIVE, 3.6e-37, 1.49e-36, 1.5e-36, 1e-30, 1e-6] {
+        let mut x = vec![0.0; columns];
+        x[3] = -magnitude;
+        x[40] = magnitude;
+        x[41] = magnitude / 2.0;
+        for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+            let bytes = random_matrix(&mut random, dtype, rows, columns);
+            let expected = reference(dtype, &bytes, &x, rows, columns, &[0, columns], None);
+            assert!(expected.iter().all(|value| value.is_finite()));
+            for backend in backends() {
+                let segments = Segments::from_bounds(vec![0, columns]).unwrap();
+                let weight = backend.weight(source(bytes.clone(), dtype, rows, columns, segments)).unwrap();
+                let actual = product(&backend, &weight, &x, 1, rows, None);
+                assert_eq!(bits(&actual), bits(&expected), "{} {dtype} {magnitude:e}", backend.path());
             }
         }
     }

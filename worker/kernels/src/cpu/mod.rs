@@ -114,12 +114,6 @@ impl CpuBackend {
         self.pool.threads()
     }
 
-    /// Calls `function(0..tasks)`, each index once, on the backend's threads, and waits: for other work of a
-    /// step, such as sampling.
-    pub fn parallel<F: Fn(usize) + Sync>(&self, tasks: usize, function: F) {
-        self.pool.run(tasks, function);
-    }
-
     /// Calls `function` on ranges that cover `0..rows`, in parallel where rows × width is worth it.
     fn over_rows<F: Fn(Range<usize>) + Sync>(&self, rows: usize, width: usize, function: F) {
         if rows.saturating_mul(width) < PARALLEL_ELEMENTS {

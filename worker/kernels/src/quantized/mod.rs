@@ -198,7 +198,8 @@ struct RowTile {
 /// All pointers hold what the task's numbers say; nobody else writes the task's rows of `out`.
 #[inline(always)]
 unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>) {
-    let token_block = (TOKEN_BLOCK_BYTES / (task.matrix.blocks * BLOCK)).next_multiple_of(8);
+    // At least one token tile, for rows so wide that the cache does not hold one token.
+    let token_block = (TOKEN_BLOCK_BYTES / (task.matrix.blocks * BLOCK)).next_multiple_of(8).max(8);
     let mut first_token = 0;
     while first_token < task.tokens {
         let tokens = first_token..task.tokens.min(first_token + token_block);
