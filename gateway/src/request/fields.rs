@@ -1,6 +1,6 @@
 //! Every field of every request body: what it means here, or why it is refused.
 //!
-//! The table drives the code ([`Fields::open`] refuses by it) and the documentation (docs/api.md is rendered from it;
+//! The table drives the code (`Fields::open` refuses by it) and the documentation (docs/api.md is rendered from it;
 //! a test keeps them equal). Invariant: a field that is in no table is refused by name, and a field that is
 //! [`Rule::Honoured`] is read by the parser of its route (a test tries each).
 
