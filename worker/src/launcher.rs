@@ -58,7 +58,6 @@ impl Launch for ModelLauncher {
                 ..EngineOptions::default()
             },
             metrics: self.metrics.clone(),
-            restarts: 0,
         };
         let (handle, exit) = EngineThread::spawn(setup)?;
         let load_s = started.elapsed().as_secs_f64();

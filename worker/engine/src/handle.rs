@@ -24,8 +24,8 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(kv_blocks_total: usize, restarts: u32) -> Self {
-        let status = EngineStatus { ready: true, kv_blocks_total, restarts, ..EngineStatus::default() };
+    pub(crate) fn new(kv_blocks_total: usize) -> Self {
+        let status = EngineStatus { ready: true, kv_blocks_total, ..EngineStatus::default() };
         Shared { status: Mutex::new(status), model_ns: AtomicU64::new(0), other_ns: AtomicU64::new(0), rounds: AtomicU64::new(0) }
     }
 
@@ -47,12 +47,7 @@ impl Shared {
     /// The engine is gone, and with it all it held.
     pub(crate) fn set_ended(&self, reason: &str) {
         let mut status = self.status.lock();
-        *status = EngineStatus {
-            reason: reason.to_owned(),
-            kv_blocks_total: status.kv_blocks_total,
-            restarts: status.restarts,
-            ..EngineStatus::default()
-        };
+        *status = EngineStatus { reason: reason.to_owned(), kv_blocks_total: status.kv_blocks_total, ..EngineStatus::default() };
     }
 
     pub(crate) fn count_time(&self, model: Duration, other: Duration) {

@@ -36,8 +36,6 @@ pub struct EngineSetup {
     pub options: EngineOptions,
     /// Where to count.
     pub metrics: Metrics,
-    /// Times the supervisor restarted this engine, for its status.
-    pub restarts: u32,
 }
 
 /// How an engine's thread ended.
@@ -73,12 +71,12 @@ impl EngineThread {
     /// # Errors
     /// [`EngineError::Option`], or [`EngineError::Thread`] if the system gives no thread.
     pub fn spawn(setup: EngineSetup) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), EngineError> {
-        let EngineSetup { model, tokenizer, card, options, metrics, restarts } = setup;
+        let EngineSetup { model, tokenizer, card, options, metrics } = setup;
         let event_capacity = options.event_capacity;
         let core = EngineCore::new(model.info().clone(), tokenizer, options, &metrics, &card.name)?;
         let (commands, inbox) = sync_channel(COMMAND_CAPACITY);
         let (exit_sender, exit) = oneshot::channel();
-        let shared = Arc::new(Shared::new(core.scheduler().blocks().total(), restarts));
+        let shared = Arc::new(Shared::new(core.scheduler().blocks().total()));
         let handle = EngineHandle::new(commands, shared.clone(), card, event_capacity);
         let mut worker = Worker { core, model, inbox, shared, start: Instant::now(), deadline: None, abandoned: false, logits: Vec::new() };
         std::thread::Builder::new().name("forge-engine".into()).spawn(move || {

@@ -25,7 +25,7 @@ fn spawn(change: impl FnOnce(&mut FakeModel)) -> (EngineHandle, oneshot::Receive
         created_s: 0,
         default_sampling: DefaultSampling::default(),
     });
-    let setup = EngineSetup { model: Box::new(model), tokenizer: tokenizer(), card, options, metrics: Metrics::new(), restarts: 2 };
+    let setup = EngineSetup { model: Box::new(model), tokenizer: tokenizer(), card, options, metrics: Metrics::new() };
     EngineThread::spawn(setup).unwrap()
 }
 
@@ -58,7 +58,7 @@ async fn many_clients_at_once_get_their_own_answers() {
         client.await.unwrap();
     }
     let status = handle.status();
-    assert!(status.ready && status.running == 0 && status.kv_blocks_used == 0 && status.restarts == 2);
+    assert!(status.ready && status.running == 0 && status.kv_blocks_used == 0);
     let times = handle.times();
     assert!(times.model_ns > 0 && times.other_ns > 0);
     drop(handle);
@@ -80,7 +80,7 @@ async fn death_ends_streams_and_a_replay_completes_them() {
         assert!(reason.contains(expected), "{reason}");
         let status = handle.status();
         assert!(!status.ready && status.reason.contains(expected));
-        assert_eq!((status.running, status.kv_blocks_used, status.restarts), (0, 0, 2));
+        assert_eq!((status.running, status.kv_blocks_used), (0, 0));
         assert!(matches!(handle.submit(request.clone()).await, Err(AdmitError::Unavailable { .. })));
 
         let whole = alone(&request);

@@ -9,8 +9,8 @@
 //!
 //! What it is not: it has no clock, no channel and no logits; it does not know why a sequence ends.
 //!
-//! Invariants: the first running sequence gets on in every step, so every admitted one finishes; at most
-//! `max_batch_size` sequences hold blocks; a step touches blocks of running sequences only; what a sequence
+//! Invariants: the first running sequence gets on in every step, so among equals in priority every admitted one
+//! finishes (a lower priority waits for as long as higher ones keep coming); at most `max_batch_size` sequences hold blocks; a step touches blocks of running sequences only; what a sequence
 //! computes is a function of its own tokens (which blocks hold them is not visible to it).
 
 mod plan;
@@ -135,11 +135,6 @@ impl Scheduler {
             self.sequences.insert(id, sequence);
         }
         ids
-    }
-
-    /// Blocks that one answer of `len` tokens needs when it is alone: its last token is never computed.
-    pub fn blocks_needed(&self, len: usize) -> usize {
-        self.blocks.blocks_for(len.saturating_sub(1).max(1))
     }
 
     /// Adds a sampled token.
