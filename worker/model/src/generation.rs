@@ -1,25 +1,21 @@
-//! Defaults a model brings for generating text: special token ids and sampling parameters, from
-//! `generation_config.json`, `config.json` or GGUF metadata.
+//! Sampling a model's makers recommend, from `generation_config.json`. (GGUF metadata holds none.)
+//!
+//! What it is not: the ids that end or begin a text. Those are the tokenizer's; here they are only held against
+//! the vocabulary.
+//!
+//! Invariant: a request that gives none of these parameters is valid under them.
 
+use forge_shared::generate::SamplingParams;
 use serde_json::Value;
 
 use crate::error::Result;
-use crate::gguf::Metadata;
-use crate::gguf::metadata::config_error;
 use crate::json::Json;
 
 /// What the model's makers recommend. A request overrides any of it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GenerationDefaults {
-    /// Ids that end an answer.
-    pub eos_token_ids: Vec<u32>,
-    /// Id that begins a text, where the model has one.
-    pub bos_token_id: Option<u32>,
-    /// Padding id.
-    pub pad_token_id: Option<u32>,
-    /// Whether sampling is recommended (else greedy).
-    pub do_sample: Option<bool>,
-    /// Temperature.
+    /// Temperature. 0, greedy, where `do_sample` is false: only if it is written so, for its absence (which also
+    /// means greedy to its makers' library) says nothing on what clients of this API expect.
     pub temperature: Option<f32>,
     /// Nucleus mass.
     pub top_p: Option<f32>,
@@ -32,54 +28,94 @@ pub struct GenerationDefaults {
 }
 
 impl GenerationDefaults {
-    /// From a folder's JSON files; generation_config.json wins over config.json.
+    /// From a folder's JSON files. Ranges are a request's own: [`SamplingParams::check`].
     ///
     /// # Errors
-    /// A key of another type, or a number out of range.
-    pub fn from_json(config: &Value, generation: Option<&Value>) -> Result<Self> {
+    /// A key of another type, a number out of range, or an id that ends or begins a text but is no token of the
+    /// vocabulary, by file and key.
+    pub(crate) fn from_json(config: &Value, generation: Option<&Value>, vocab_size: usize) -> Result<Self> {
         let config = Json { file: "config.json", value: config };
         let generation = Json { file: "generation_config.json", value: generation.unwrap_or(&Value::Null) };
-        let id = |key: &str| match generation.optional_id(key)? {
-            Some(id) => Ok(Some(id)),
-            None => config.optional_id(key),
-        };
-        let mut eos_token_ids = generation.ids("eos_token_id")?;
-        if eos_token_ids.is_empty() {
-            eos_token_ids = config.ids("eos_token_id")?;
+        for file in [config, generation] {
+            // Padding is never computed with.
+            for key in ["eos_token_id", "bos_token_id"] {
+                if let Some(id) = file.ids(key)?.into_iter().find(|&id| id as usize >= vocab_size) {
+                    return Err(file.error(key, format!("is {id}, outside the vocabulary of {vocab_size}")));
+                }
+            }
         }
-        let float = |key: &str, allowed: std::ops::RangeInclusive<f64>| match generation.optional_float(key)? {
-            Some(value) if !allowed.contains(&value) => Err(generation.error(key, format!("is {value}, must be within {allowed:?}"))),
-            value => Ok(value.map(|value| value as f32)),
-        };
-        Ok(GenerationDefaults {
-            eos_token_ids,
-            bos_token_id: id("bos_token_id")?,
-            pad_token_id: id("pad_token_id")?,
-            do_sample: generation.optional_bool("do_sample")?,
-            temperature: float("temperature", 0.0..=100.0)?,
-            top_p: float("top_p", 0.0..=1.0)?,
+        let float = |key: &str| -> Result<_> { Ok(generation.optional_float(key)?.map(|value| value as f32)) };
+        let mut defaults = GenerationDefaults {
+            temperature: float("temperature")?,
+            top_p: float("top_p")?,
             top_k: generation.optional_id("top_k")?,
-            min_p: float("min_p", 0.0..=1.0)?,
-            repetition_penalty: float("repetition_penalty", 1e-3..=1e3)?,
-        })
-    }
-
-    /// From GGUF metadata, which holds token ids only.
-    ///
-    /// # Errors
-    /// A key of another type.
-    pub fn from_gguf(metadata: &Metadata) -> Result<Self> {
-        let id = |name: &str| metadata.optional_u32(&format!("tokenizer.ggml.{name}_token_id"));
-        let mut eos_token_ids: Vec<u32> = [id("eos")?, id("eot")?, id("eom")?].into_iter().flatten().collect();
-        eos_token_ids.dedup();
-        Ok(GenerationDefaults { eos_token_ids, bos_token_id: id("bos")?, pad_token_id: id("padding")?, ..Self::default() })
-    }
-
-    /// Refuses ids that end or begin a text but are no tokens. (Padding is never computed with.)
-    pub(crate) fn check(&self, vocab_size: usize) -> Result<()> {
-        match self.eos_token_ids.iter().chain(&self.bos_token_id).find(|&&id| id as usize >= vocab_size) {
-            Some(id) => Err(config_error("eos_token_id or bos_token_id", format!("is {id}, outside the vocabulary of {vocab_size}"))),
-            None => Ok(()),
+            min_p: float("min_p")?,
+            repetition_penalty: float("repetition_penalty")?,
+        };
+        // API fields and keys of the file have the same names.
+        let invalid = defaults.as_params().check().err();
+        if let Some(invalid) = invalid {
+            return Err(generation.error(invalid.field, format!("is {}, must be {}", invalid.actual, invalid.expected)));
         }
+        if generation.optional_bool("do_sample")? == Some(false) {
+            defaults.temperature = Some(0.0);
+        }
+        Ok(defaults)
+    }
+
+    /// The parameters of a request that gives none.
+    fn as_params(&self) -> SamplingParams {
+        let default = SamplingParams::default();
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(default.temperature),
+            top_p: self.top_p.unwrap_or(default.top_p),
+            top_k: self.top_k.unwrap_or(default.top_k),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
+            ..default
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(generation: Value) -> Result<GenerationDefaults> {
+        GenerationDefaults::from_json(&json!({}), Some(&generation), 10)
+    }
+
+    #[test]
+    fn what_no_request_may_ask_for_is_refused_by_file_and_key() {
+        for (key, value) in [
+            ("temperature", json!(2.5)),
+            ("temperature", json!(-1)),
+            ("temperature", json!(1e300)),
+            ("top_p", json!(0)),
+            ("top_p", json!(1.01)),
+            ("min_p", json!(-0.1)),
+            ("repetition_penalty", json!(0.001)),
+            ("repetition_penalty", json!("1")),
+            ("eos_token_id", json!([2, 10])),
+            ("bos_token_id", json!(10)),
+        ] {
+            let message = read(json!({ key: value })).unwrap_err().to_string();
+            assert!(message.contains("generation_config.json") && message.contains(key), "{message}");
+        }
+        let bounds = json!({"temperature": 2, "top_p": 1, "min_p": 1, "repetition_penalty": 0.01, "top_k": 0});
+        assert_eq!(read(bounds).unwrap().repetition_penalty, Some(0.01));
+    }
+
+    #[test]
+    fn only_an_explicit_do_sample_of_false_is_greedy() {
+        let temperature = |generation| read(generation).unwrap().temperature;
+        assert_eq!(temperature(json!({"do_sample": false, "temperature": 0.6})), Some(0.0));
+        assert_eq!(temperature(json!({"do_sample": false})), Some(0.0));
+        assert_eq!(temperature(json!({"do_sample": true, "temperature": 0.6})), Some(0.6));
+        assert_eq!(temperature(json!({"temperature": 0.6})), Some(0.6));
+        assert_eq!(temperature(json!({"do_sample": null})), None);
+        assert_eq!(GenerationDefaults::from_json(&json!({}), None, 10).unwrap(), GenerationDefaults::default());
     }
 }

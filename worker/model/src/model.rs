@@ -80,16 +80,16 @@ impl Model {
         let (architecture, generation) = match checkpoint.config() {
             RawConfig::Gguf(metadata) => {
                 let architecture = crate::arch::gguf::from_gguf(metadata, checkpoint.tensors())?;
-                (architecture, GenerationDefaults::from_gguf(metadata)?)
+                (architecture, GenerationDefaults::default())
             }
             RawConfig::HuggingFace { config, generation } => {
                 let architecture = crate::arch::hf::from_config_json(config)?;
-                (architecture, GenerationDefaults::from_json(config, generation.as_ref())?)
+                let generation = GenerationDefaults::from_json(config, generation.as_ref(), architecture.vocab_size)?;
+                (architecture, generation)
             }
         };
         let family = families::by_name(architecture.family).expect("an architecture's family is a row of the table");
         let refs = DecoderRefs::resolve(&architecture, family, &checkpoint)?;
-        generation.check(architecture.vocab_size)?;
         Ok(Model { checkpoint: Arc::new(checkpoint), architecture, refs: Arc::new(refs), generation })
     }
 
@@ -103,7 +103,7 @@ impl Model {
         &self.checkpoint
     }
 
-    /// Special token ids and recommended sampling.
+    /// Recommended sampling.
     pub fn generation(&self) -> &GenerationDefaults {
         &self.generation
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::build::{self, Entry, Gguf, Shape};
 use common::{backend, fixture, options};
-use forge_model::{LoadMode, Model, ModelError};
+use forge_model::{GenerationDefaults, LoadMode, Model, ModelError};
 
 const SHAPE: Shape = Shape { family: "llama", hidden: 32, layers: 1, heads: 2, kv_heads: 1, head_dim: 16, inner: 32, vocabulary: 40 };
 
@@ -167,7 +167,6 @@ fn unknown_families_and_missing_keys_are_named() {
         ("llama.rope.scaling.type", text("longrope"), "llama.rope.scaling.type = \"longrope\""),
         ("llama.attention.sliding_window", number(9), "llama.attention.sliding_window = 9"),
         ("llama.attention.value_length", number(8), "keys of 16 and values of 8"),
-        ("tokenizer.ggml.eos_token_id", number(40), "is 40, outside the vocabulary of 40"),
     ] {
         let found = set(key, Some(value));
         assert!(found.contains(expected), "{key}: {found}");
@@ -324,12 +323,11 @@ fn sessions_refuse_what_does_not_fit() {
 fn generation_defaults_and_summary_come_from_the_files() {
     let model = Model::open(fixture("llama"), LoadMode::Mmap).unwrap();
     let generation = model.generation();
-    assert_eq!((generation.eos_token_ids.as_slice(), generation.bos_token_id), (&[2, 5][..], Some(1)));
-    assert_eq!((generation.temperature, generation.top_p, generation.do_sample), (Some(0.7), Some(0.9), Some(true)));
+    assert_eq!((generation.temperature, generation.top_p, generation.top_k), (Some(0.7), Some(0.9), None));
     let gguf = Model::open(fixture("gguf/llama-q4_1.gguf"), LoadMode::Mmap).unwrap();
     let summary = gguf.summary();
     assert_eq!((summary.family, summary.license.as_deref()), ("llama", Some("apache-2.0")));
     assert_eq!(summary.quantization.main_type(), "Q4_1");
     assert_eq!(summary.parameters, model.summary().parameters);
-    assert_eq!(gguf.generation().eos_token_ids, [2]);
+    assert_eq!(*gguf.generation(), GenerationDefaults::default());
 }
