@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Result, StoreError};
 use crate::resolved::{ContentDigest, ResolvedModel};
+use crate::verify::Stamp;
 
 const SAMPLE_BYTES: u64 = 1 << 20;
 /// A model folder has tens of files; a home folder given by mistake has many more.
@@ -59,16 +60,18 @@ fn model_in_folder(folder: PathBuf) -> Result<(PathBuf, Vec<PathBuf>)> {
     }
 }
 
-/// Digest over names, sizes, and the first and last MiB of each file, and the whole size.
+/// Digest over name, size, modification time, inode and the first and last MiB of each file, and the whole size.
+/// Time and inode tell files apart that differ only between the two samples, such as two fine-tunes of one model;
+/// so a copy of a file has a digest of its own.
 fn sample(files: &[PathBuf]) -> Result<(Digest, u64)> {
     let mut hasher = Hasher::default();
     let mut total = 0;
     for path in files {
         let io = |error| StoreError::Io { action: "read", path: path.clone(), error };
         let mut file = File::open(path).map_err(io)?;
-        let size = file.metadata().map_err(io)?.len();
+        let Stamp { size_bytes: size, modified_ns, inode } = Stamp::of(&file.metadata().map_err(io)?);
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        hasher.update(format!("{}:{name}:{size}\n", name.len()).as_bytes());
+        hasher.update(format!("{}:{name}:{size}:{modified_ns}:{inode}\n", name.len()).as_bytes());
         let mut part = Vec::new();
         (&mut file).take(SAMPLE_BYTES).read_to_end(&mut part).map_err(io)?;
         hasher.update(&part);
@@ -85,6 +88,8 @@ fn sample(files: &[PathBuf]) -> Result<(Digest, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use super::*;
 
     fn write(folder: &Path, name: &str, content: &[u8]) {
@@ -122,13 +127,16 @@ mod tests {
     }
 
     #[test]
-    fn the_sampled_digest_sees_names_sizes_and_both_ends() {
+    fn the_sampled_digest_sees_names_sizes_both_ends_times_and_inodes() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("m.gguf");
-        let digest = |content: &[u8]| {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        let digest_at = |content: &[u8], time: SystemTime| {
             fs::write(&path, content).unwrap();
+            File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
             resolve("m".into(), &path).unwrap().digest()
         };
+        let digest = |content: &[u8]| digest_at(content, time);
         let mut content = vec![0u8; 3 << 20];
         let base = digest(&content);
         assert_eq!(base, digest(&content));
@@ -139,5 +147,13 @@ mod tests {
         }
         assert_ne!(base, digest(&content[1..]));
         assert_ne!(digest(b"ab"), digest(b"ba"));
+
+        assert_ne!(digest(b"ab"), digest_at(b"ab", time + Duration::from_nanos(1)));
+        let before = digest(b"ab");
+        let other = home.path().join("other");
+        fs::write(&other, b"ab").unwrap();
+        File::options().write(true).open(&other).unwrap().set_modified(time).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert_ne!(before, resolve("m".into(), &path).unwrap().digest());
     }
 }

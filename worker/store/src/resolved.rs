@@ -13,8 +13,9 @@ use crate::manifest::Manifest;
 pub enum ContentDigest {
     /// Over the digests of all files: [`Manifest::digest`].
     Full(Digest),
-    /// Over names, sizes and the first and last MiB of every file: what a local path gets without
-    /// being read whole. It tells edited files apart, but is no proof against a forger.
+    /// Over name, size, modification time, inode and the first and last MiB of every file: what a local
+    /// path gets without being read whole. It tells edited files apart, but is no proof against a forger;
+    /// and a copy, on another machine say, has another one.
     Sampled(Digest),
 }
 
@@ -46,7 +47,7 @@ impl ResolvedModel {
         &self.name
     }
 
-    /// A folder in Hugging Face layout, or a single GGUF or safetensors file.
+    /// A folder in Hugging Face layout, or a single GGUF file.
     pub fn path(&self) -> &Path {
         &self.path
     }

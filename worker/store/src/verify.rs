@@ -14,16 +14,16 @@ use crate::layout::{Layout, write_atomically};
 use crate::manifest::{Manifest, ManifestFile};
 use crate::progress::{PullEvent, PullProgress};
 
-/// Which state of a file was verified.
+/// Tells one state of a file from another without reading it: which one was verified, or sampled.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
-    size_bytes: u64,
-    modified_ns: u64,
-    inode: u64,
+pub(crate) struct Stamp {
+    pub(crate) size_bytes: u64,
+    pub(crate) modified_ns: u64,
+    pub(crate) inode: u64,
 }
 
 impl Stamp {
-    fn of(metadata: &Metadata) -> Self {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
         let since = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         Self { size_bytes: metadata.len(), modified_ns: since.map_or(0, |since| since.as_nanos() as u64), inode: inode(metadata) }
     }
