@@ -12,8 +12,10 @@ use std::time::Duration;
 use forge_shared::generate::{Choice, EngineEvent, GenerateRequest, Usage};
 use forge_shared::ids::RequestId;
 
-/// Engine deaths in a row, without a token between, after which the request itself is held to be the cause.
-pub const MAX_FRUITLESS_TRIES: u32 = 4;
+/// Engine deaths in a row, without a token between, at which the request itself is held to be the cause. Two tell it
+/// from an accident. It must stay below `worker::agent::RestartLimits::deaths_max` (3 within 60 s): past that the agent
+/// gives the replica up, and the request would have taken the server with it.
+pub const MAX_FRUITLESS_DEATHS: u32 = 2;
 
 /// How far an answer is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -106,19 +108,9 @@ impl RequestJournal {
         }
     }
 
-    /// When the client is told that it took too long.
-    pub fn deadline(&self) -> Duration {
-        self.deadline
-    }
-
     /// Times the request was submitted.
     pub fn submissions(&self) -> u32 {
         self.submissions
-    }
-
-    /// The request as it was admitted.
-    pub fn request(&self) -> &GenerateRequest {
-        &self.request
     }
 
     /// Notes an event before it is sent on. A forwarded `Done` carries the usage of the whole request.
@@ -181,7 +173,7 @@ impl RequestJournal {
             return Next::DeadlineOver;
         }
         self.fruitless += 1;
-        if self.fruitless > MAX_FRUITLESS_TRIES {
+        if self.fruitless >= MAX_FRUITLESS_DEATHS {
             return Next::GiveUp;
         }
         let wait = Duration::from_millis(10 << (2 * (self.fruitless - 1)).min(6));
