@@ -120,7 +120,8 @@ impl KeyRing {
             .ok_or(ApiError::Unauthorized("the API key is wrong or revoked; ask the operator for one (forgectl keys create NAME)"))
     }
 
-    /// Reads the file again if it changed. A file that cannot be read leaves the keys as they were.
+    /// Reads the file again if it changed. A file that cannot be read leaves the keys as they were, and is read again
+    /// at the next look: what was missed may be a revocation.
     fn refresh(&self, view: &mut View) {
         let Some(store) = self.store.as_ref().filter(|_| view.checked.elapsed() >= CHECK_EVERY) else {
             return;
@@ -134,11 +135,11 @@ impl KeyRing {
             Ok(keys) => {
                 view.keys = by_id(keys);
                 view.closed |= !view.keys.is_empty();
+                view.stamp = stamp;
                 tracing::info!(keys = view.keys.len(), "key file read again");
             }
             Err(error) => tracing::error!(%error, "key file not read; the keys stay as they were"),
         }
-        view.stamp = stamp;
     }
 }
 
@@ -183,5 +184,29 @@ mod tests {
         std::fs::remove_file(store.path()).unwrap();
         std::thread::sleep(Duration::from_millis(600));
         assert!(ring.authenticate(None).is_err(), "a vanished file opens nothing");
+    }
+
+    #[test]
+    fn a_revocation_that_could_not_be_read_at_first_is_read_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = KeyStore::new(folder.path().join("keys.json"));
+        let created = store.create("a", KeyLimits::default(), 0).unwrap();
+        let ring = KeyRing::open(store.path()).unwrap();
+        let good = format!("Bearer {}", created.plaintext);
+        store.revoke("a", 1).unwrap();
+        let revoked = std::fs::read_to_string(store.path()).unwrap();
+        // As if reading failed for a moment: the file's size, inode and time stay the same throughout.
+        let written = SystemTime::now();
+        let write = |text: &str| {
+            std::fs::write(store.path(), text).unwrap();
+            std::fs::File::options().append(true).open(store.path()).unwrap().set_modified(written).unwrap();
+            Stamp::of(store.path())
+        };
+        let unreadable = write(&"?".repeat(revoked.len()));
+        std::thread::sleep(Duration::from_millis(600));
+        assert!(ring.authenticate(Some(&good)).is_ok(), "the keys stay as they were");
+        assert_eq!(write(&revoked), unreadable);
+        std::thread::sleep(Duration::from_millis(600));
+        assert!(ring.authenticate(Some(&good)).is_err());
     }
 }
