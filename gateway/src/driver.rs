@@ -91,8 +91,10 @@ impl Driver {
     /// Submits to one replica, bounded by the deadline and the gateway's end.
     async fn submit(&mut self, replica: usize, request: GenerateRequest) -> Result<Result<(), AdmitError>, ApiError> {
         let replica = &self.model.replicas[replica];
+        // Counted from now on, so that prompts submitted at the same time spread over the replicas.
+        let guard = replica.occupy();
         let submitted = bounded(&self.gateway, &mut self.deadline, replica.link.submit(request)).await?;
-        Ok(submitted.map(|stream| self.engine = Some((stream, replica.occupy()))))
+        Ok(submitted.map(|stream| self.engine = Some((stream, guard))))
     }
 
     /// The next event for the client; `Done` or an error is the last, then `None`.
@@ -163,13 +165,14 @@ impl Driver {
     }
 }
 
-/// Awaits `future`, at most until the deadline or until the gateway breaks off.
+/// Awaits `future`, at most until the deadline or until the gateway breaks off. These come first: an engine ahead of a
+/// slow reader always has a value ready, and the request would never end.
 async fn bounded<T>(gateway: &GatewayState, deadline: &mut Pin<Box<Sleep>>, future: impl Future<Output = T>) -> Result<T, ApiError> {
     tokio::select! {
         biased;
-        value = future => Ok(value),
         () = deadline.as_mut() => Err(ApiError::Deadline { seconds: gateway.config.timeouts.request_s }),
         () = gateway.lifecycle.broken_off().cancelled() => Err(shutting_down()),
+        value = future => Ok(value),
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use forge_shared::generate::{EngineEvent, FinishReason, GenerateRequest, Logprobs, TokenEvent, Usage};
 use futures::StreamExt;
+use futures::future::try_join_all;
 use futures::stream::{SelectAll, Stream, unfold};
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -22,8 +23,24 @@ use crate::models::Model;
 
 /// A place among the requests being answered, held until the last byte of the answer.
 pub(crate) struct Seat {
-    gateway: Arc<GatewayState>,
     _permit: OwnedSemaphorePermit,
+    _counted: Counted,
+}
+
+/// Counts a request in, until dropped.
+struct Counted(Arc<GatewayState>);
+
+impl Counted {
+    fn new(gateway: &Arc<GatewayState>) -> Self {
+        gateway.lifecycle.enter();
+        Counted(gateway.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.lifecycle.leave();
+    }
 }
 
 impl Seat {
@@ -32,6 +49,8 @@ impl Seat {
     /// # Errors
     /// [`ApiError::Unavailable`] while draining, [`ApiError::Overloaded`] when all are taken.
     pub(crate) fn take(gateway: &Arc<GatewayState>) -> Result<Seat, ApiError> {
+        // Counted before the look: a drain that begins in between waits for this request, or this request sees it.
+        let counted = Counted::new(gateway);
         if gateway.lifecycle.is_draining() {
             let message = "the server is shutting down; send the request again".into();
             return Err(ApiError::Unavailable { message, retry_after_s: 5 });
@@ -40,14 +59,7 @@ impl Seat {
             message: format!("{} requests are being answered already", gateway.config.limits.concurrent_requests),
             retry_after_s: 1,
         })?;
-        gateway.lifecycle.enter();
-        Ok(Seat { gateway: gateway.clone(), _permit: permit })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.gateway.lifecycle.leave();
+        Ok(Seat { _permit: permit, _counted: counted })
     }
 }
 
@@ -109,10 +121,11 @@ pub(crate) struct Work {
 }
 
 impl Generation {
-    /// Reserves the tenant's tokens and submits every prompt. `Ok` means accepted.
+    /// Reserves the tenant's tokens and submits every prompt, all at once: an engine admits between its steps, and one
+    /// after the other would cost a step each. `Ok` means accepted.
     ///
     /// # Errors
-    /// The first prompt that is not admitted; those before it are cancelled.
+    /// The first refusal of a prompt; the others are cancelled.
     pub(crate) async fn start(work: Work) -> Result<Generation, ApiError> {
         let Work { gateway, model, tenant, requests, affinity, arrived, seat } = work;
         let tokens_of = |request: &GenerateRequest| {
@@ -126,20 +139,18 @@ impl Generation {
         let account = Account { gateway: gateway.clone(), model: model.clone(), tenant, reserved_tokens };
         let mut meter = Meter::new(account, arrived, answers);
         let deadline = tokio::time::Instant::from_std(arrived + gateway.config.timeouts.request());
-        let mut events: SelectAll<Events> = SelectAll::new();
         let open_prompts = requests.len();
-        let mut numerics_id = String::new();
-        for (prompt, request) in requests.into_iter().enumerate() {
-            let admission = Admission { affinity, deadline };
-            let driver = Driver::admit(gateway.clone(), model.clone(), request, admission).await.inspect_err(|error| {
-                meter.refused(error);
-            })?;
-            numerics_id = driver.numerics_id().to_owned();
-            events.push(Box::pin(unfold(driver, move |mut driver| async move {
+        let admissions =
+            requests.into_iter().map(|request| Driver::admit(gateway.clone(), model.clone(), request, Admission { affinity, deadline }));
+        let drivers = try_join_all(admissions).await.inspect_err(|error| meter.refused(error))?;
+        let numerics_id = drivers.last().map(|driver| driver.numerics_id().to_owned()).unwrap_or_default();
+        let events_of = |(prompt, driver): (usize, Driver)| -> Events {
+            Box::pin(unfold(driver, move |mut driver| async move {
                 let event = driver.next().await?;
                 Some(((prompt, event), driver))
-            })));
-        }
+            }))
+        };
+        let events = drivers.into_iter().enumerate().map(events_of).collect();
         meter.accepted(prompt_tokens);
         let usage = Usage { prompt_tokens: prompt_tokens as u32, ..Usage::default() };
         Ok(Generation { events, answers_per_prompt, open_prompts, usage, meter, ended: false, numerics_id, _seat: seat })

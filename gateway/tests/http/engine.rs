@@ -38,6 +38,8 @@ pub(crate) struct Script {
     pub(crate) fates: VecDeque<Fate>,
     pub(crate) refusal: Option<AdmitError>,
     pub(crate) pace: Duration,
+    /// How long admission takes, as a step of a real engine does.
+    pub(crate) admits_after: Duration,
     pub(crate) end: FinishReason,
 }
 
@@ -75,6 +77,7 @@ impl ScriptedEngine {
                 fates: VecDeque::new(),
                 refusal: None,
                 pace: Duration::ZERO,
+                admits_after: Duration::ZERO,
                 end: FinishReason::Length,
             })),
             seen: Mutex::default(),
@@ -195,6 +198,10 @@ impl Plan {
 impl EngineLink for ScriptedEngine {
     fn submit(&self, request: GenerateRequest) -> BoxFuture<'_, Result<EventStream, AdmitError>> {
         async move {
+            let admits_after = self.script.lock().admits_after;
+            if !admits_after.is_zero() {
+                tokio::time::sleep(admits_after).await;
+            }
             let (fate, pace, end) = {
                 let mut script = self.script.lock();
                 if let Some(refusal) = &script.refusal {
