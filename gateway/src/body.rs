@@ -67,8 +67,9 @@ fn take_memory(gateway: &GatewayState, kib: usize) -> Result<OwnedSemaphorePermi
     })
 }
 
-/// JSON must be called JSON: a browser page of another origin cannot send this type without asking first (CORS), so it
-/// cannot use a keyless server behind its user's back.
+/// JSON must be called JSON: a browser page of another origin cannot send this type without asking first (CORS). That
+/// alone does not protect a keyless server: a page whose name was pointed here (DNS rebinding) is of the same origin to
+/// the browser. Its `Host` header gives it away, which `middleware::authorize` checks.
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     let value = headers.get(header::CONTENT_TYPE);
     let text = value.map_or("no Content-Type", |value| value.to_str().unwrap_or("an unreadable one"));

@@ -120,6 +120,16 @@ pub enum ApiError {
     /// No key, or a wrong one.
     #[error("{0}")]
     Unauthorized(&'static str),
+    /// A name that may be an attacker's, at a server that lets everybody in.
+    #[error(
+        "this server has no API keys and answers only as localhost or a loopback address, not as {host:?}, which a web page \
+         could have pointed here: call it by http://127.0.0.1, create a key with `forgectl keys create NAME`, or start it with \
+         --insecure if the network is yours"
+    )]
+    ForeignHost {
+        /// The `Host` header.
+        host: String,
+    },
     /// No such model.
     #[error("the model {model:?} is not served here; served: {}", served.join(", "))]
     UnknownModel {
@@ -221,6 +231,7 @@ impl ApiError {
         match self {
             ApiError::Invalid { .. } => StatusCode::BAD_REQUEST,
             ApiError::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            ApiError::ForeignHost { .. } => StatusCode::FORBIDDEN,
             ApiError::UnknownModel { .. } | ApiError::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             ApiError::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             ApiError::BodyTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
@@ -252,6 +263,7 @@ impl ApiError {
         match self {
             ApiError::Invalid { code, .. } => *code,
             ApiError::Unauthorized(_) => Some("invalid_api_key"),
+            ApiError::ForeignHost { .. } => Some("host_not_allowed"),
             ApiError::UnknownModel { .. } => Some("model_not_found"),
             ApiError::UnknownRoute { .. } => Some("unknown_url"),
             ApiError::MethodNotAllowed { .. } => Some("method_not_allowed"),

@@ -1,11 +1,13 @@
 //! The layers every API request passes: observed (request id, time, metrics) and authorized (key, requests per minute).
 
 use std::any::Any;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -65,7 +67,7 @@ fn request_id(headers: &HeaderMap) -> String {
 }
 
 /// Lets a request through if its key is good and has requests left. Denies by default: what is not in [`OPEN_ROUTES`]
-/// needs a key where keys are configured, unknown routes included.
+/// needs a key where keys are configured, unknown routes included. Where none are, it must be meant for this machine.
 pub(crate) async fn authorize(State(gateway): State<Arc<GatewayState>>, mut request: Request, next: Next) -> Response {
     let open = OPEN_ROUTES.contains(&request.uri().path());
     let tenant = match gateway.keys.authenticate(authorization(&request)) {
@@ -73,6 +75,12 @@ pub(crate) async fn authorize(State(gateway): State<Arc<GatewayState>>, mut requ
         Err(_) if open => return next.run(request).await,
         Err(error) => return error.into_response(),
     };
+    if tenant.key_id.is_none()
+        && !gateway.config.insecure
+        && let Err(error) = check_host(request.headers())
+    {
+        return error.into_response();
+    }
     let limited = tenant.limits.rpm.is_some() || tenant.limits.tpm.is_some();
     if request.method() == Method::POST && limited {
         let taken = gateway.rates.lock().take_request(tenant.name(), tenant.limits, gateway.now());
@@ -90,6 +98,25 @@ pub(crate) async fn authorize(State(gateway): State<Arc<GatewayState>>, mut requ
 
 fn authorization(request: &Request) -> Option<&str> {
     request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok())
+}
+
+/// Refuses a host that is neither localhost nor a loopback address: the browser of a page whose name resolves to this
+/// machine (DNS rebinding) sends that name. No header at all comes from no browser.
+fn check_host(headers: &HeaderMap) -> Result<(), ApiError> {
+    let foreign = headers.get_all(header::HOST).iter().find(|host| !host.to_str().is_ok_and(is_loopback));
+    foreign.map_or(Ok(()), |host| {
+        let host = String::from_utf8_lossy(host.as_bytes()).chars().take(128).collect();
+        Err(ApiError::ForeignHost { host })
+    })
+}
+
+fn is_loopback(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else {
+        return false;
+    };
+    let name = authority.host();
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    name.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 fn with_rates(gateway: &GatewayState, tenant: &Tenant, mut response: Response) -> Response {
@@ -134,6 +161,16 @@ mod tests {
     fn durations_read_as_openai_writes_them() {
         for (ms, text) in [(0, "0ms"), (120, "120ms"), (6000, "6s"), (6001, "7s"), (90_000, "1m30s")] {
             assert_eq!(duration_text(Duration::from_millis(ms)), text);
+        }
+    }
+
+    #[test]
+    fn only_hosts_that_are_this_machine_pass() {
+        for host in ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:8000", "127.8.8.8", "[::1]", "[::1]:8000"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in ["", "evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8000", "10.0.0.1", "0.0.0.0", "[::]", "a b"] {
+            assert!(!is_loopback(host), "{host}");
         }
     }
 

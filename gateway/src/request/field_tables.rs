@@ -59,7 +59,11 @@ static GENERATION: &[Field] = &[
     honoured("min_tokens", "1", "Stop conditions are ignored before this many tokens."),
     honoured("ignore_eos", "true", "Do not stop at the model's end tokens."),
     honoured("skip_special_tokens", "false", "Keep special tokens out of the text. Default true."),
-    honoured("priority", "-1", "-1000 to 1000; as in vLLM, lower is served earlier. Default 0."),
+    honoured(
+        "priority",
+        "-1",
+        "-1000 to 1000; as in vLLM, lower is served earlier. Default 0. Where keys are configured only 0: no key goes before another.",
+    ),
     honoured("cache_salt", "\"room-4\"", "Shares cached prefixes only with requests of the same key and salt; 1 to 256 bytes."),
     honoured("return_token_ids", "true", "Adds `prompt_token_ids`, and `token_ids` to every answer (vLLM's shape)."),
     honoured("user", "\"u-17\"", "Written to the request's log line; at most 512 bytes."),

@@ -47,6 +47,7 @@ impl Order<'_> {
     /// # Errors
     /// A parameter the model cannot have, the tenant's limit, or the engine's refusal.
     pub(crate) async fn place(&self, seat: Seat) -> Result<Generation, ApiError> {
+        self.check_priority()?;
         let requests = (0..self.prompts.len()).map(|prompt| self.request(prompt)).collect::<Result<Vec<_>, _>>()?;
         tracing::info!(
             request = %self.context.request_id, id = self.id, model = %self.model.card.name, tenant = self.context.tenant.name(),
@@ -62,6 +63,15 @@ impl Order<'_> {
             seat,
         })
         .await
+    }
+
+    /// Where there are keys, their tenants share the engine, and none may go before the others.
+    fn check_priority(&self) -> Result<(), ApiError> {
+        if self.common.priority == 0 || self.context.tenant.key_id.is_none() {
+            return Ok(());
+        }
+        let message = "priority: this key may not set it, since it would go before the requests of other keys; leave it out or send 0";
+        Err(ApiError::Invalid { param: Some("priority".into()), message: message.into(), code: Some("unsupported_value") })
     }
 
     fn request(&self, prompt: usize) -> Result<GenerateRequest, ApiError> {

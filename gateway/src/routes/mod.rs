@@ -77,7 +77,18 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
         // Checked by `GatewayConfig::check`: every origin is a header value.
         AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok()))
     };
-    let exposed = ["x-request-id", "retry-after", "openai-processing-ms"].map(HeaderName::from_static);
+    let exposed = [
+        "x-request-id",
+        "retry-after",
+        "openai-processing-ms",
+        "x-ratelimit-limit-requests",
+        "x-ratelimit-remaining-requests",
+        "x-ratelimit-reset-requests",
+        "x-ratelimit-limit-tokens",
+        "x-ratelimit-remaining-tokens",
+        "x-ratelimit-reset-tokens",
+    ]
+    .map(HeaderName::from_static);
     Some(
         CorsLayer::new()
             .allow_origin(allowed)

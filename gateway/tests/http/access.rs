@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use forge_gateway::{KeyLimits, KeyRing, KeyStore};
+use forge_gateway::{GatewayConfig, KeyLimits, KeyRing, KeyStore};
 use hyper::Method;
 use serde_json::{Value, json};
 
@@ -89,6 +89,53 @@ async fn without_keys_any_key_is_accepted() {
 }
 
 #[tokio::test]
+async fn a_key_may_not_go_before_the_others() {
+    let (keyed, key) = Keyed::start(KeyLimits::default()).await;
+    let mut urgent = body();
+    for (priority, status) in [(-1, 400), (1, 400), (0, 200)] {
+        urgent["priority"] = json!(priority);
+        let answer = keyed.post_with(&key, &urgent).await;
+        assert_eq!(answer.status, status, "{priority}");
+        if status == 400 {
+            let error = answer.error(400);
+            assert_eq!((&error["param"], &error["code"]), (&json!("priority"), &json!("unsupported_value")));
+        }
+    }
+    let alone = Server::start().await;
+    urgent["priority"] = json!(-7);
+    assert_eq!(alone.post_json(CHAT, &urgent).await.status, 200);
+    assert_eq!(alone.engine().last().priority, 7);
+}
+
+#[tokio::test]
+async fn a_keyless_server_answers_only_as_this_machine() {
+    let as_host = |host: &str| {
+        let mut request = post(CHAT, body().to_string());
+        request.headers_mut().insert("host", host.parse().unwrap());
+        request
+    };
+    let server = Server::start().await;
+    for path in [CHAT, "/health", "/metrics", "/nothing"] {
+        let mut request = as_host("rebound.example:8000");
+        *request.uri_mut() = path.parse().unwrap();
+        let error = Answer::read(server.send(request).await).await.error(403);
+        let message = error["message"].as_str().unwrap();
+        assert_eq!(error["code"], "host_not_allowed");
+        assert!(message.contains("rebound.example:8000") && message.contains("forgectl keys create"), "{message}");
+    }
+    assert_eq!(server.send(as_host("127.0.0.1:8000")).await.status(), 200);
+    assert!(server.engine().seen.lock().len() == 1, "nothing reached the engine before");
+
+    let open = Server::with(GatewayConfig { insecure: true, ..loopback() }, KeyRing::none(), vec![ScriptedEngine::new("model", "n")]).await;
+    assert_eq!(open.send(as_host("inference.internal")).await.status(), 200);
+
+    let (keyed, key) = Keyed::start(KeyLimits::default()).await;
+    let mut request = as_host("inference.internal");
+    request.headers_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+    assert_eq!(keyed.server.send(request).await.status(), 200, "a key says who it is");
+}
+
+#[tokio::test]
 async fn requests_per_minute_are_counted_per_key_with_headers() {
     let (keyed, key) = Keyed::start(KeyLimits { rpm: Some(2), tpm: None }).await;
     let first = keyed.post_with(&key, &body()).await;
@@ -145,6 +192,10 @@ async fn origins_are_those_that_were_allowed() {
     assert_eq!(allowed.status, 200);
     assert_eq!(allowed.header("access-control-allow-origin"), Some("https://app.example"));
     assert!(allowed.header("access-control-allow-headers").unwrap().contains("x-stainless-os"));
+    let mut asked = get("/health");
+    asked.headers_mut().insert("origin", "https://app.example".parse().unwrap());
+    let answered = Answer::read(server.send(asked).await).await;
+    assert!(answered.header("access-control-expose-headers").unwrap().contains("x-ratelimit-remaining-tokens"));
     let other = Answer::read(server.send(preflight("https://evil.example")).await).await;
     assert!(other.header("access-control-allow-origin").is_none());
 

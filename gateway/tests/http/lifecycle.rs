@@ -115,7 +115,7 @@ async fn slow_heads_and_bodies_are_cut_off() {
     config.timeouts.head_s = 1;
     config.timeouts.body_s = 1;
     let server = Server::with(config, KeyRing::none(), vec![ScriptedEngine::new("model", "n")]).await;
-    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{";
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{";
     for (sent, status) in [("POST /v1", ""), (head, "HTTP/1.1 408")] {
         let mut stream = tokio::net::TcpStream::connect(server.api).await.unwrap();
         stream.write_all(sent.as_bytes()).await.unwrap();
