@@ -9,11 +9,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use forge_engine::{Engine, EngineOptions};
+use forge_engine::{Engine, EngineOptions, open_text};
 use forge_kernels::{CpuBackend, CpuOptions, KvDType};
 use forge_model::{DecoderOptions, LoadMode, Model};
 use forge_shared::generate::SamplingParams;
-use forge_tests::open_text;
 use forge_text::ChatRender;
 use serde_json::json;
 

@@ -9,11 +9,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use forge_engine::{Engine, EngineOptions};
+use forge_engine::{Engine, EngineOptions, open_text};
 use forge_kernels::{CpuBackend, CpuOptions, KvDType};
 use forge_model::{DecoderOptions, LoadMode, Model, Session};
 use forge_shared::generate::SamplingParams;
-use forge_tests::open_text;
 
 const MAX_MODEL_LEN: usize = 2048;
 

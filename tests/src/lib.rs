@@ -7,8 +7,6 @@ pub mod company;
 pub mod fuzzing;
 mod golden;
 mod rows;
-mod text;
 
 pub use golden::{Document, GreedyCase, Leading, LlamaGolden};
 pub use rows::{CpuDecoder, log_softmax, open_decoder, teacher_forced_logits, top_two};
-pub use text::open_text;

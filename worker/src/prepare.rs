@@ -8,7 +8,7 @@ use forge_shared::ids::Epoch;
 use forge_shared::link::DefaultSampling;
 use forge_shared::plan::ModelFacts;
 use forge_shared::spec::{self, KvCacheDtype, ModelServiceSpec};
-use forge_text::{GgufTokenizer, ModelText};
+use forge_text::ModelText;
 
 use crate::WorkerError;
 
@@ -34,7 +34,7 @@ impl PreparedModel {
     /// What is wrong with the checkpoint, its tokenizer, its template, or a setting.
     pub fn open(path: &Path, digest: &str, spec: &ModelServiceSpec) -> Result<Self, WorkerError> {
         let model = Model::open(path, load_mode(spec.load))?;
-        let text = open_text(&model, path)?;
+        let text = forge_engine::open_text(&model, path)?;
         let text = match &spec.chat_template {
             Some(file) => {
                 let source = std::fs::read_to_string(file).map_err(|source| WorkerError::Read { path: file.clone(), source })?;
@@ -131,28 +131,4 @@ fn load_mode(mode: spec::LoadMode) -> LoadMode {
         spec::LoadMode::Mmap => LoadMode::Mmap,
         spec::LoadMode::Eager => LoadMode::Eager,
     }
-}
-
-fn open_text(model: &Model, path: &Path) -> Result<ModelText, WorkerError> {
-    let Some(data) = model.gguf_tokenizer()? else {
-        return Ok(ModelText::from_hugging_face_folder(path)?);
-    };
-    // Two plain structs of the same metadata: the reader knows no text crate, and the text crate no file format.
-    Ok(ModelText::from_gguf(&GgufTokenizer {
-        model: data.model,
-        pre: data.pre,
-        tokens: data.tokens,
-        token_types: data.token_types,
-        scores: data.scores,
-        merges: data.merges,
-        bos_id: data.bos_id,
-        eos_id: data.eos_id,
-        eot_id: data.eot_id,
-        unknown_id: data.unknown_id,
-        padding_id: data.padding_id,
-        add_bos_token: data.add_bos_token,
-        add_eos_token: data.add_eos_token,
-        add_space_prefix: data.add_space_prefix,
-        chat_template: data.chat_template,
-    })?)
 }

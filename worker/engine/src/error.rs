@@ -21,8 +21,8 @@ pub enum EngineError {
     /// The request was not admitted.
     #[error(transparent)]
     Admit(#[from] AdmitError),
-    /// The model failed in a step; the engine cannot go on.
-    #[error("the model failed in a step: {0}")]
+    /// The model failed, in a step or while its metadata was read; the engine cannot go on.
+    #[error("the model failed: {0}")]
     Model(#[from] ModelError),
     /// The model gave another number of logits than the step asked for; the engine cannot go on.
     #[error("the model gave {actual} logits for {expected}")]

@@ -91,6 +91,7 @@ mod meter;
 mod options;
 mod outlet;
 mod retry;
+mod text;
 mod thread;
 
 pub use core::EngineCore;
@@ -98,4 +99,5 @@ pub use engine::{Completion, Engine, Events, Generation, Piece, TokenStream};
 pub use error::EngineError;
 pub use handle::{EngineHandle, EngineTimes};
 pub use options::EngineOptions;
+pub use text::open_text;
 pub use thread::{EngineExit, EngineSetup, EngineThread};

@@ -1,20 +1,24 @@
 //! The tokenizer and chat template of an opened model, whichever format it has.
+//!
+//! The model crate knows no text and the text crate no model file: this crate knows both, and hands the one's
+//! metadata to the other.
 
 use std::path::Path;
 
-use anyhow::Result;
 use forge_model::Model;
 use forge_text::{GgufTokenizer, ModelText};
 
-/// Reads the text side of a model: from the GGUF metadata, or from the files of the Hugging Face folder at `path`.
+use crate::EngineError;
+
+/// Reads the text side of a model opened at `path`: from a GGUF file's own metadata, or from the files of a Hugging
+/// Face folder.
 ///
 /// # Errors
 /// A tokenizer that is missing, malformed or of a kind that is not supported.
-pub fn open_text(model: &Model, path: &Path) -> Result<ModelText> {
+pub fn open_text(model: &Model, path: &Path) -> Result<ModelText, EngineError> {
     let Some(data) = model.gguf_tokenizer()? else {
         return Ok(ModelText::from_hugging_face_folder(path)?);
     };
-    // The model crate knows no text and the text crate no files, so the fields are handed over here.
     Ok(ModelText::from_gguf(&GgufTokenizer {
         model: data.model,
         pre: data.pre,
