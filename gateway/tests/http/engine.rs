@@ -40,6 +40,8 @@ pub(crate) struct Script {
     pub(crate) pace: Duration,
     /// How long admission takes, as a step of a real engine does.
     pub(crate) admits_after: Duration,
+    /// Events it may be ahead of its reader.
+    pub(crate) ahead: usize,
     pub(crate) end: FinishReason,
 }
 
@@ -78,6 +80,7 @@ impl ScriptedEngine {
                 refusal: None,
                 pace: Duration::ZERO,
                 admits_after: Duration::ZERO,
+                ahead: 8,
                 end: FinishReason::Length,
             })),
             seen: Mutex::default(),
@@ -202,7 +205,7 @@ impl EngineLink for ScriptedEngine {
             if !admits_after.is_zero() {
                 tokio::time::sleep(admits_after).await;
             }
-            let (fate, pace, end) = {
+            let (fate, pace, ahead, end) = {
                 let mut script = self.script.lock();
                 if let Some(refusal) = &script.refusal {
                     return Err(refusal.clone());
@@ -210,12 +213,12 @@ impl EngineLink for ScriptedEngine {
                 if !script.ready {
                     return Err(AdmitError::Unavailable { reason: "restarting".into() });
                 }
-                (script.fates.pop_front(), script.pace, script.end.clone())
+                (script.fates.pop_front(), script.pace, script.ahead, script.end.clone())
             };
             let plan = Plan::new(self.events(&request, &end), pace, fate.as_ref());
             self.seen.lock().push(request);
             self.active.fetch_add(1, Ordering::SeqCst);
-            let (sender, receiver) = mpsc::channel(8);
+            let (sender, receiver) = mpsc::channel(ahead);
             let script = self.script.clone();
             let active = Active(self.active.clone());
             tokio::spawn(async move {

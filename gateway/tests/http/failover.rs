@@ -121,7 +121,8 @@ async fn the_deadline_ends_a_request_whose_reader_is_slow() {
     let mut config: GatewayConfig = loopback();
     config.timeouts.request_s = 1;
     let server = Server::with(config, KeyRing::none(), vec![ScriptedEngine::new("model", "n")]).await;
-    // More than the sockets' buffers hold, so the engine is ahead of the reader and always has a value ready.
+    // More than the sockets' buffers hold, and the engine is so far ahead of the reader that it always has a value ready.
+    server.engine().script.lock().ahead = 1 << 16;
     let long = json!({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400, "n": 64, "stream": true,
         "logprobs": true, "top_logprobs": 20});
     let response = server.send(post(CHAT, long.to_string())).await;
