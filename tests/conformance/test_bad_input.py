@@ -151,7 +151,7 @@ def test_token_ids_outside_the_vocabulary(http_server):
 def test_a_body_over_the_limit(http_server):
     connection = socket.create_connection(http_server.address, timeout=60)
     try:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n")
         connection.sendall(b"content-length: 99999999999\r\n\r\n{")
         answer = connection.recv(65536)
     finally:
@@ -178,7 +178,7 @@ def test_a_client_that_leaves_in_the_middle(http_server):
         {"model": "forge", "messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": 1500,
          "temperature": 0, "ignore_eos": True, "stream": True}
     ).encode()  # fmt: skip
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     connections = []
     for _ in range(4):
         connection = socket.create_connection(http_server.address, timeout=60)
@@ -199,7 +199,7 @@ def test_a_client_that_leaves_in_the_middle(http_server):
 
 def test_a_client_that_leaves_while_waiting_for_a_whole_answer(http_server, chat_body):
     body = json.dumps(chat_body("Tell a story.", max_tokens=1500, ignore_eos=True)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     connection = socket.create_connection(http_server.address, timeout=60)
     connection.sendall(head.encode() + body)
     http_server.wait_for_metric("forge_requests_running", 1)
@@ -210,5 +210,5 @@ def test_a_client_that_leaves_while_waiting_for_a_whole_answer(http_server, chat
 
 def test_a_client_that_sends_half_a_request(http_server):
     connection = socket.create_connection(http_server.address, timeout=60)
-    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
     connection.close()
