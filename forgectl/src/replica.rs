@@ -3,6 +3,7 @@
 //! It only puts the worker's and the coordinator's parts in order. Invariant: while a [`Replica`] lives, the store
 //! keeps its model.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use forge_coordinator::Wish;
@@ -19,7 +20,6 @@ use forge_worker::prepare::PreparedModel;
 use ractor::ActorCell;
 
 use crate::failure::{Exit, Failure, Result};
-use crate::runtime;
 
 /// What runs, and the facts of it that are worth showing.
 pub struct Replica {
@@ -142,14 +142,27 @@ fn not_placeable(refusal: Refusal) -> Failure {
     failure.help(format!("this would fit: {}", nearest.join(" ")))
 }
 
-/// Waits for `work`, or for Ctrl-C or SIGTERM.
+/// Waits for `work` as long as the replica can still do it.
+///
+/// # Errors
+/// The replica is dead for good.
+pub async fn unless_failed<T>(replica: &mut Replica, work: impl Future<Output = T>) -> Result<T> {
+    tokio::select! {
+        biased;
+        done = work => Ok(done),
+        failure = replica.failed() => Err(failure),
+    }
+}
+
+/// Waits for `work`, or for `stop`, which can be waited for again if the work ends first.
 ///
 /// # Errors
 /// The work's own, or that it was stopped.
-pub async fn unless_stopped<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+pub async fn unless_stopped<T>(stop: Pin<&mut impl Future<Output = ()>>, work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::select! {
+        biased;
         result = work => result,
-        () = runtime::stop_signal() => Err(Failure::new("stopped before the model was ready")),
+        () = stop => Err(Failure::new("stopped before the model was ready")),
     }
 }
 

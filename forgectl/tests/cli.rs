@@ -1,9 +1,10 @@
 //! The built program from outside: what goes to which stream, and how it exits.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -262,6 +263,68 @@ fn a_port_in_use_is_named_before_anything_is_pulled() {
     home.run(&["serve", "--port", &port]).fails(1, &[&format!("port {port}"), "help:", "--port"]);
     home.run(&["serve", "--port", "0", "--metrics-port", &port]).fails(1, &["--metrics-port"]);
     assert!(!home.path().join("models").join("snapshots").read_dir().is_ok_and(|mut files| files.next().is_some()));
+}
+
+/// Sends a byte of a gigabyte now and then, or after the first none at all.
+fn serve_slowly(silent: bool) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            std::thread::spawn(move || {
+                let mut lines = BufReader::new(stream.try_clone().expect("two handles")).lines();
+                while lines.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
+                let mut sent = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\nG");
+                while sent.is_ok() {
+                    std::thread::sleep(Duration::from_millis(100));
+                    sent = if silent { Ok(()) } else { stream.write_all(b"G") };
+                }
+            });
+        }
+    });
+    format!("http://{address}/models/tiny.gguf")
+}
+
+#[test]
+fn a_signal_ends_a_pull_soon_and_ports_stay_free_until_it_is_done() {
+    let free = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = free.local_addr().expect("bound").port().to_string();
+    drop(free);
+    let serve = ["serve", "--port", "0", "--metrics-port", &port];
+    for (command, signal, silent) in [
+        (&["pull"][..], "INT", false),
+        (&["pull"], "INT", true),
+        (&serve, "INT", false),
+        (&serve, "INT", true),
+        (&serve, "TERM", false),
+        (&serve, "INT", true),
+        (&["run"], "INT", false),
+    ] {
+        let home = Home::new();
+        let url = serve_slowly(silent);
+        let mut arguments = [command, &[url.as_str()]].concat();
+        if command == ["run"] {
+            arguments.push("Hi");
+        }
+        let mut child = home.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+        let mut errors = BufReader::new(child.stderr.take().expect("piped"));
+        let mut said = String::new();
+        while !said.contains("source: ") {
+            assert!(errors.read_line(&mut said).expect("UTF-8") > 0, "{arguments:?} ended by itself: {said}");
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        let probe = TcpStream::connect(("127.0.0.1", port.parse::<u16>().expect("a port")));
+        assert!(probe.is_err(), "{arguments:?} accepts what it cannot answer");
+        let signalled = Instant::now();
+        let kill = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+        assert!(kill.expect("kill is there").success());
+        errors.read_to_string(&mut said).expect("UTF-8");
+        let status = child.wait().expect("ends");
+        assert!(signalled.elapsed() < Duration::from_secs(3), "{arguments:?}: {:?}", signalled.elapsed());
+        assert_eq!(status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains("error: "), "{said}");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
@@ -107,7 +107,7 @@ impl Server {
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a valid time");
         let length = body.len();
         let head = format!(
-            "{request} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+            "{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
         );
         stream.write_all((head + body).as_bytes()).expect("it reads");
         let mut answer = String::new();
@@ -243,12 +243,27 @@ mod faults {
     }
 
     #[test]
+    fn an_answer_that_kills_every_engine_ends_the_program() {
+        let home = Home::new();
+        let arguments = [&ASK[..], &["Hi there"]].concat();
+        let started = Instant::now();
+        let output = home.command(&arguments).env("FORGE_FAULT", "engine-panic-every:1").output().expect("starts");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("error: ") && stderr.contains("died"), "{stderr}");
+        assert!(started.elapsed() < Duration::from_secs(30), "it waited for an engine that does not come");
+    }
+
+    #[test]
     fn an_engine_that_cannot_come_back_ends_the_server_with_1() {
         let home = Home::new();
         let server = home.serve(&[], &[("FORGE_FAULT", "engine-panic-every:1")]);
         let body = r#"{"model": "tiny", "prompt": "Hi", "max_tokens": 4}"#;
-        let (status, answer) = server.request("API", "POST /v1/completions", body);
-        assert!(status >= 500, "{answer}");
+        // One request may kill two engines and not the server; two of them are no accident.
+        for _ in 0..2 {
+            let (status, answer) = server.request("API", "POST /v1/completions", body);
+            assert!(status >= 500, "{answer}");
+        }
         let (code, stderr) = server.end();
         assert_eq!(code, 1, "{stderr}");
         assert!(stderr.contains("error: ") && stderr.contains("given up"), "{stderr}");

@@ -118,6 +118,8 @@ pub struct GatewaySpec {
     pub host: String,
     /// Port; 0 picks a free one.
     pub port: u16,
+    /// Address of metrics and probes.
+    pub metrics_host: String,
     /// Port of metrics and probes; 0 picks a free one.
     pub metrics_port: u16,
     /// Listen beyond loopback without API keys.
@@ -139,6 +141,7 @@ impl Default for GatewaySpec {
         GatewaySpec {
             host: "127.0.0.1".into(),
             port: 8000,
+            metrics_host: "127.0.0.1".into(),
             metrics_port: 9000,
             insecure: false,
             cors_origins: Vec::new(),

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forge_shared::generate::{AdmitError, Choice, EngineEvent, FinishReason, GenerateRequest, SamplingParams, TenantSalt, Usage};
+use forge_shared::generate::{
+    AdmitError, Choice, EngineEvent, FinishReason, GenerateRequest, SamplingParams, TenantSalt, TokenEvent, Usage,
+};
 use forge_shared::ids::RequestId;
 use forge_shared::link::{EngineLink, EventStream};
 
@@ -12,6 +14,8 @@ use crate::runtime;
 
 /// How long an answer waits for an engine that is being restarted.
 const RESTART_WAIT: Duration = Duration::from_secs(60);
+/// Engine deaths in a row, without a token between, after which the question itself is held to be the cause.
+const MAX_FRUITLESS_DEATHS: u32 = 2;
 /// Between two tries to submit.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
@@ -77,39 +81,47 @@ pub async fn ask(link: &dyn EngineLink, question: Question, show: &mut dyn FnMut
     let mut asking = Asking::new(link, question);
     let stop = runtime::interrupt();
     tokio::pin!(stop);
-    let mut stream = asking.submit().await?;
     loop {
-        let event = tokio::select! {
+        let mut stream = tokio::select! {
             biased;
             () = &mut stop => return Ok(asking.finish(Ending::Stopped)),
-            event = stream.recv() => event,
+            stream = asking.submit() => stream?,
         };
-        match event {
-            Some(EngineEvent::Token(token)) => {
-                asking.emitted_tokens.push(token.token);
-                asking.show(&token.text, show)?;
+        let death = loop {
+            let event = tokio::select! {
+                biased;
+                () = &mut stop => return Ok(asking.finish(Ending::Stopped)),
+                event = stream.recv() => event,
+            };
+            match event {
+                Some(EngineEvent::Token(token)) => asking.take(&token, show)?,
+                Some(EngineEvent::Finished { reason, text, .. }) => {
+                    asking.show(&text, show)?;
+                    asking.ending = Some(if reason == FinishReason::Length { Ending::CutOff } else { Ending::Complete });
+                }
+                Some(EngineEvent::Done(usage)) => {
+                    asking.usage = Some(usage);
+                    let ending = asking.ending.take().unwrap_or(Ending::Complete);
+                    return Ok(asking.finish(ending));
+                }
+                Some(EngineEvent::PromptLogprobs(_)) => {}
+                Some(EngineEvent::Failed { reason, retryable: false }) => {
+                    return Err(Failure::new("the engine gave the answer up").cause(reason));
+                }
+                Some(EngineEvent::Failed { reason, .. }) => break reason,
+                None => break "it ended without a word".to_owned(),
             }
-            Some(EngineEvent::Finished { reason, text, .. }) => {
-                asking.show(&text, show)?;
-                asking.ending = if reason == FinishReason::Length { Ending::CutOff } else { Ending::Complete };
-            }
-            Some(EngineEvent::Done(usage)) => {
-                asking.usage = Some(usage);
-                let ending = asking.ending.clone();
-                return Ok(asking.finish(ending));
-            }
-            Some(EngineEvent::PromptLogprobs(_)) => {}
-            Some(EngineEvent::Failed { reason, retryable: false }) => {
-                return Err(Failure::new("the engine gave the answer up").cause(reason));
-            }
-            // The engine died: the next one goes on after the last token, by the same seed.
-            Some(EngineEvent::Failed { .. }) | None => {
-                stream = tokio::select! {
-                    () = &mut stop => return Ok(asking.finish(Ending::Stopped)),
-                    stream = asking.submit() => stream?,
-                };
-            }
+        };
+        // Only the count was missing: another engine would repeat the end.
+        if let Some(ending) = asking.ending.take() {
+            return Ok(asking.finish(ending));
         }
+        asking.fruitless_deaths += 1;
+        if asking.fruitless_deaths >= MAX_FRUITLESS_DEATHS {
+            let message = format!("the engine died {MAX_FRUITLESS_DEATHS} times in a row on this answer");
+            return Err(Failure::new(message).cause(death));
+        }
+        // The next engine goes on after the last token, by the same seed.
     }
 }
 
@@ -122,8 +134,10 @@ struct Asking<'a> {
     first_token: Option<Duration>,
     emitted_tokens: Vec<u32>,
     text: String,
-    ending: Ending,
+    /// Once the model ended it.
+    ending: Option<Ending>,
     usage: Option<Usage>,
+    fruitless_deaths: u32,
 }
 
 impl<'a> Asking<'a> {
@@ -137,8 +151,9 @@ impl<'a> Asking<'a> {
             first_token: None,
             emitted_tokens: Vec::new(),
             text: String::new(),
-            ending: Ending::Complete,
+            ending: None,
             usage: None,
+            fruitless_deaths: 0,
         }
     }
 
@@ -164,6 +179,16 @@ impl<'a> Asking<'a> {
                 Err(error) => return Err(Failure::of(&error)),
             }
         }
+    }
+
+    /// Takes a token in, unless an engine before sent it already.
+    fn take(&mut self, token: &TokenEvent, show: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {
+        if (token.position as usize) < self.emitted_tokens.len() {
+            return Ok(());
+        }
+        self.fruitless_deaths = 0;
+        self.emitted_tokens.push(token.token);
+        self.show(&token.text, show)
     }
 
     fn show(&mut self, text: &str, show: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {

@@ -1,6 +1,5 @@
 use std::sync::Mutex;
 
-use forge_shared::generate::TokenEvent;
 use forge_shared::link::{EngineStatus, ModelCard};
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
@@ -95,4 +94,30 @@ async fn what_cannot_be_helped_is_an_error() {
     let (answer, shown) = ask_scripted(&Scripted::new(vec![Ok(vec![token(0, 5, "He"), failed])])).await;
     assert!(answer.expect_err("failed").to_string().contains("cause: NaN"));
     assert_eq!(shown, "He");
+}
+
+fn died() -> EngineEvent {
+    EngineEvent::Failed { reason: "panicked".into(), retryable: true }
+}
+
+#[tokio::test]
+async fn an_engine_that_dies_without_progress_is_not_followed_for_ever() {
+    let link = Scripted::new(vec![Ok(vec![token(0, 5, "He"), died()]), Ok(vec![died()])]);
+    let (answer, shown) = ask_scripted(&link).await;
+    let failure = answer.expect_err("two deaths after one token").to_string();
+    assert_eq!(shown, "He");
+    assert!(failure.contains("2 times") && failure.contains("cause: panicked"), "{failure}");
+    // A token between deaths begins the count anew.
+    let done = vec![finished(FinishReason::EndOfText, ""), EngineEvent::Done(Usage::default())];
+    let scripts = vec![Ok(vec![died()]), Ok(vec![token(0, 5, "He"), died()]), Ok([vec![token(1, 6, "y")], done].concat())];
+    let (answer, shown) = ask_scripted(&Scripted::new(scripts)).await;
+    assert_eq!((answer.expect("answered").ending, shown.as_str()), (Ending::Complete, "Hey"));
+}
+
+#[tokio::test]
+async fn an_end_is_shown_once_even_if_the_engine_dies_on_it() {
+    let link = Scripted::new(vec![Ok(vec![token(0, 5, "He"), finished(FinishReason::Length, "llo"), died()])]);
+    let (answer, shown) = ask_scripted(&link).await;
+    let answer = answer.expect("it had ended");
+    assert_eq!((shown.as_str(), answer.ending, answer.usage.completion_tokens), ("Hello", Ending::CutOff, 1));
 }

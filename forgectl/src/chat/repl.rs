@@ -16,6 +16,7 @@ use super::{input as messages, settings};
 use crate::cli::SamplingFlags;
 use crate::failure::{Failure, Result};
 use crate::output::print_text;
+use crate::replica::{Replica, unless_failed};
 use crate::time::Utc;
 
 /// A chat with one model.
@@ -72,8 +73,8 @@ impl Chat {
     /// Chats until Ctrl-D or `/exit`.
     ///
     /// # Errors
-    /// If the terminal cannot be used.
-    pub fn run(mut self, runtime: &Runtime) -> Result<()> {
+    /// If the terminal cannot be used, or the engine is dead for good.
+    pub fn run(mut self, runtime: &Runtime, replica: &mut Replica) -> Result<()> {
         let terminal = |error: ReadlineError| Failure::of(&error).while_doing("cannot use this terminal");
         let mut input = LineInput::new(self.home.join("history")).map_err(terminal)?;
         self.greet()?;
@@ -96,7 +97,9 @@ impl Chat {
                 Some(Ok(Command::Exit)) => return Ok(()),
                 Some(Ok(command)) => self.obey(command)?,
                 Some(Err(reason)) => eprintln!("{reason}"),
-                None => self.show_answer(runtime, message.strip_prefix('/').filter(|rest| rest.starts_with('/')).unwrap_or(&message))?,
+                None => {
+                    self.show_answer(runtime, replica, message.strip_prefix('/').filter(|rest| rest.starts_with('/')).unwrap_or(&message))?
+                }
             }
         }
     }
@@ -110,8 +113,8 @@ impl Chat {
         ))
     }
 
-    fn show_answer(&mut self, runtime: &Runtime, message: &str) -> Result<()> {
-        match runtime.block_on(self.answer(message)) {
+    fn show_answer(&mut self, runtime: &Runtime, replica: &mut Replica, message: &str) -> Result<()> {
+        match runtime.block_on(unless_failed(replica, self.answer(message)))? {
             Ok(answer) => {
                 let note = match answer.ending {
                     Ending::Complete => "",

@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Read};
 use std::path::Path;
+use std::pin::pin;
 use std::time::Duration;
 
 use forge_shared::telemetry::Metrics;
@@ -14,7 +15,7 @@ use crate::cli::RunArgs;
 use crate::context::{self, Context};
 use crate::failure::{Failure, Result};
 use crate::output::print_text;
-use crate::replica::{Replica, unless_stopped};
+use crate::replica::{Replica, unless_failed, unless_stopped};
 use crate::runtime;
 use crate::support;
 
@@ -44,7 +45,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         runtime::terminate().await;
         std::process::exit(1);
     });
-    let replica = runtime.block_on(unless_stopped(async {
+    let starting = async {
         let resolved = context::pull(&service.spec.model, false).await?;
         let name = service.spec.model_name.clone().unwrap_or(resolved.name().to_owned());
         let loading = spinner(&format!("loading {name}"));
@@ -52,11 +53,12 @@ pub fn run(args: &RunArgs) -> Result<()> {
         replica.ready().await?;
         loading.finish_and_clear();
         Ok(replica)
-    }))?;
+    };
+    let mut replica = runtime.block_on(async { unless_stopped(pin!(runtime::stop_signal()), starting).await })?;
     let chat = Chat::new(replica.served(), args.sampling.clone(), args.verbose, context.home.root());
     let outcome = match prompt {
-        Some(prompt) => runtime.block_on(answer_once(chat, &prompt)),
-        None => chat.run(&runtime),
+        Some(prompt) => runtime.block_on(answer_once(chat, &mut replica, &prompt)),
+        None => chat.run(&runtime, &mut replica),
     };
     runtime.block_on(replica.shutdown(SHUTDOWN_TIMEOUT));
     outcome
@@ -88,8 +90,8 @@ fn piped_prompt() -> Result<String> {
     Ok(prompt)
 }
 
-async fn answer_once(mut chat: Chat, prompt: &str) -> Result<()> {
-    let answer = chat.answer(prompt).await?;
+async fn answer_once(mut chat: Chat, replica: &mut Replica, prompt: &str) -> Result<()> {
+    let answer = unless_failed(replica, chat.answer(prompt)).await??;
     print_text("\n")?;
     if chat.verbose {
         eprintln!("{}", answer.measures());

@@ -1,6 +1,7 @@
 //! `forgectl serve`: gateway, engine and worker in this process.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use forge_gateway::{Gateway, GatewayConfig, KeyRing, Listeners, RequestLimits, Timeouts};
@@ -51,15 +52,19 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
     // What can be refused is refused before gigabytes are pulled.
     let keys = KeyRing::open(context.keys().path())?;
     config.check(keys.required())?;
-    let listeners = Listeners::bind(&config).await?;
+    // Let go again: a port that accepts and does not answer would hang probes while a model is pulled.
+    drop(Listeners::bind(&config).await?);
     let metrics = Metrics::new();
-    let drain_timeout = config.timeouts.drain();
     let mut system = System::start().await?;
     let root = system.cell();
-    let mut replica = unless_stopped(async {
+    // One listener for all waits: a signal between them must not be lost.
+    let mut stop = pin!(runtime::stop_signal());
+    let (mut replica, listeners) = unless_stopped(stop.as_mut(), async {
         let resolved = context::pull(&service.spec.model, false).await?;
+        let listeners = Listeners::bind(&config).await?;
         let names = names(context, service, resolved.name())?;
-        Replica::start(service, resolved, names, metrics.clone(), Some(root)).await
+        let replica = Replica::start(service, resolved, names, metrics.clone(), Some(root)).await?;
+        Ok((replica, listeners))
     })
     .await?;
     let gateway = Gateway::new(config.clone(), vec![replica.served_model()], metrics, keys.clone())?;
@@ -67,13 +72,14 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
     // From here on probes answer; readiness follows when the model is loaded.
     system.serve(gateway.clone(), &config, listeners)?;
     let ended = tokio::select! {
-        ended = run_replica(&mut replica, &addresses) => ended,
-        gateway_ended = system.ended() => return gateway_ended,
+        ended = run_replica(&mut replica, &addresses, stop) => ended,
+        ended = system.ended() => Err(ended.err().unwrap_or_else(|| Failure::new("the gateway ended by itself"))),
     };
+    stop_at_next_signal();
     match &ended {
         Ok(()) => {
-            tracing::info!(in_flight = gateway.in_flight(), timeout_s = drain_timeout.as_secs(), "draining; a second signal stops at once");
-            stop_at_second_signal();
+            let timeout_s = config.timeouts.drain_s;
+            tracing::info!(in_flight = gateway.in_flight(), timeout_s, "draining; a second signal stops at once");
             system.drain();
             // The gateway keeps its own deadline.
             if let Err(error) = system.ended().await {
@@ -92,23 +98,20 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
 }
 
 /// Loads, shows the banner, and waits for a signal (`Ok`) or for the end of the engine.
-async fn run_replica(replica: &mut Replica, addresses: &banner::Addresses) -> Result<()> {
+async fn run_replica(replica: &mut Replica, addresses: &banner::Addresses, mut stop: Pin<&mut impl Future<Output = ()>>) -> Result<()> {
     tracing::info!("loading");
-    // One listener for both waits: a signal between them must not be lost.
-    let stop = runtime::stop_signal();
-    tokio::pin!(stop);
     tokio::select! {
         ready = replica.ready() => ready?,
-        () = &mut stop => return Ok(()),
+        () = stop.as_mut() => return Ok(()),
     }
     print_text(&banner::banner(replica, addresses))?;
     tokio::select! {
         failure = replica.failed() => Err(failure),
-        () = &mut stop => Ok(()),
+        () = stop => Ok(()),
     }
 }
 
-fn stop_at_second_signal() {
+fn stop_at_next_signal() {
     tokio::spawn(async {
         runtime::stop_signal().await;
         eprintln!("stopped");
@@ -140,21 +143,26 @@ fn short_name(source: &ModelSource, canonical: &str) -> String {
     if stem.is_empty() { canonical.to_owned() } else { stem.to_owned() }
 }
 
-fn gateway_config(spec: &GatewaySpec) -> Result<GatewayConfig> {
-    let host: IpAddr = match spec.host.as_str() {
-        "localhost" => Ipv4Addr::LOCALHOST.into(),
+fn address(text: &str, key: &'static str) -> Result<IpAddr> {
+    match text {
+        "localhost" => Ok(Ipv4Addr::LOCALHOST.into()),
         text => text.trim_matches(['[', ']']).parse().map_err(|_| {
-            Failure::usage(format!("--host (gateway.host): {text:?} is not an IP address"))
+            Failure::usage(format!("{key}: {text:?} is not an IP address"))
                 .help("write 127.0.0.1 for this machine alone, 0.0.0.0 or :: for all addresses")
-        })?,
-    };
+        }),
+    }
+}
+
+fn gateway_config(spec: &GatewaySpec) -> Result<GatewayConfig> {
+    let host = address(&spec.host, "--host (gateway.host)")?;
+    let metrics_host = address(&spec.metrics_host, "--metrics-host (gateway.metricsHost)")?;
     let body_bytes = usize::try_from(spec.max_body.0).unwrap_or(usize::MAX);
     let limits = RequestLimits { body_bytes, choices: spec.max_choices as usize, ..Default::default() };
     let timeouts = Timeouts { request_s: spec.request_timeout_s, drain_s: spec.drain_timeout_s, ..Default::default() };
     Ok(GatewayConfig {
         host,
         port: spec.port,
-        metrics_host: host,
+        metrics_host,
         metrics_port: spec.metrics_port,
         insecure: spec.insecure,
         allowed_origins: spec.cors_origins.clone(),
@@ -193,5 +201,16 @@ mod tests {
         }
         let spec = GatewaySpec { host: "example.org".into(), ..Default::default() };
         assert!(gateway_config(&spec).expect_err("a name").to_string().contains("--host"));
+    }
+
+    #[test]
+    fn metrics_stay_on_loopback_unless_told() {
+        let open = GatewaySpec { host: "0.0.0.0".into(), ..Default::default() };
+        assert!(gateway_config(&open).expect("addresses").metrics_host.is_loopback());
+        let spec = GatewaySpec { metrics_host: "::".into(), ..Default::default() };
+        let config = gateway_config(&spec).expect("addresses");
+        assert!(config.metrics_host.is_unspecified() && config.host.is_loopback());
+        let spec = GatewaySpec { metrics_host: "pod".into(), ..Default::default() };
+        assert!(gateway_config(&spec).expect_err("a name").to_string().contains("--metrics-host"));
     }
 }

@@ -86,6 +86,7 @@ pub static KEYS: &[Key] = {
         key("checkWeights", Switch, Engine, "Refuse weights that hold a NaN or an infinity"),
         key("gateway.host", Text, Api, "Address to listen on; beyond loopback needs API keys or --insecure"),
         key("gateway.port", PORT, Api, "Port of the API; 0 picks a free one"),
+        key("gateway.metricsHost", Text, Api, "Address of metrics and probes, which need no key; in a container 0.0.0.0"),
         key("gateway.metricsPort", PORT, Api, "Port of metrics and probes; 0 picks a free one"),
         key("gateway.insecure", Switch, Api, "Listen beyond loopback without API keys"),
         key("gateway.corsOrigins", List, Api, "Origins whose pages may call the API, comma-separated; * for any"),

@@ -251,13 +251,13 @@ fn service() -> impl Strategy<Value = ModelService> {
         prop::option::of(text()),
     );
     let gateway = (
-        (text(), any::<u16>(), any::<u16>(), any::<bool>()),
+        (text(), any::<u16>(), text(), any::<u16>(), any::<bool>()),
         prop::collection::vec(text(), 0..3),
         (0u64..1 << 59).prop_map(ByteSize),
         (0u64..100_000, 0u64..100_000, any::<u32>()),
     );
     (text(), engine, gateway).prop_map(|(name, engine, gateway)| {
-        let (host, port, metrics_port, insecure) = gateway.0;
+        let (host, port, metrics_host, metrics_port, insecure) = gateway.0;
         let (block_size, max_batch_size, max_step_tokens, max_waiting) = engine.5;
         let spec = ModelServiceSpec {
             model: engine.0,
@@ -279,6 +279,7 @@ fn service() -> impl Strategy<Value = ModelService> {
             gateway: GatewaySpec {
                 host,
                 port,
+                metrics_host,
                 metrics_port,
                 insecure,
                 cors_origins: gateway.1,
