@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use forge_shared::spec::KvCacheDtype;
 use indicatif::HumanBytes;
 
+use crate::commands::serve::DEFAULT_NAME;
 use crate::output::short_count;
 use crate::replica::Replica;
 
@@ -46,7 +47,8 @@ pub fn banner(replica: &Replica, addresses: &Addresses) -> String {
     for (name, value) in rows {
         text.push_str(&format!("  {name:10} {value}\n"));
     }
-    let name = card.names.last().unwrap_or(&card.name);
+    // The default model has a name that is quick to type.
+    let name = card.names.iter().find(|name| *name == DEFAULT_NAME).unwrap_or(&card.name);
     text + "\nTry it:\n" + &curl(addresses, name, served.chat_template.is_some()) + "\nCtrl-C stops it.\n"
 }
 
@@ -54,9 +56,10 @@ pub fn banner(replica: &Replica, addresses: &Addresses) -> String {
 fn curl(addresses: &Addresses, model: &str, chat: bool) -> String {
     let (path, body) = match chat {
         true => {
-            ("chat/completions", serde_json::json!({"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}))
+            let messages = serde_json::json!([{"role": "user", "content": "Why is the sky blue?"}]);
+            ("chat/completions", serde_json::json!({"model": model, "messages": messages, "max_tokens": 100, "temperature": 0.2}))
         }
-        false => ("completions", serde_json::json!({"model": model, "prompt": "The sky is blue because"})),
+        false => ("completions", serde_json::json!({"model": model, "prompt": "The sky is blue because", "max_tokens": 40})),
     };
     let key = if addresses.keys { " -H \"authorization: Bearer $OPENAI_API_KEY\"" } else { "" };
     // Within single quotes a shell takes everything as it is but the quote itself.

