@@ -99,7 +99,7 @@ fn wrong_usage_exits_with_2_and_says_what_to_do() {
         (&["serve", "-f", "absent.yaml"], &["cannot read absent.yaml", "help:"]),
         (&["run", "--temperature", "3", "hello there"], &["temperature", "between 0 and 2"]),
         (&["run"], &["standard input is empty", "help:"]),
-        (&["pull"], &["<MODELS>"]),
+        (&["rm"], &["<MODELS>"]),
         (&["pull", "no such model"], &["names no model", "help:"]),
         (&["pull", "hf:a/b/c"], &["org/name"]),
         (&["list", "-o", "xml"], &["table", "yaml"]),

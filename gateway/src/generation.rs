@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use forge_shared::generate::{EngineEvent, FinishReason, GenerateRequest, Logprobs, TokenEvent, Usage};
+use forge_shared::ids::RequestId;
 use futures::StreamExt;
 use futures::future::try_join_all;
 use futures::stream::{SelectAll, Stream, unfold};
@@ -136,7 +137,8 @@ impl Generation {
         let reserved_tokens = gateway.rates.lock().reserve(tenant.name(), tenant.limits, wanted, gateway.now())?;
         let answers_per_prompt = requests.first().map_or(0, |request| request.choices.len());
         let answers = answers_per_prompt * requests.len();
-        let account = Account { gateway: gateway.clone(), model: model.clone(), tenant, reserved_tokens };
+        let request_id = requests.first().map_or_else(|| RequestId(String::new()), |request| request.id.clone());
+        let account = Account { gateway: gateway.clone(), model: model.clone(), tenant, reserved_tokens, request_id };
         let mut meter = Meter::new(account, arrived, answers);
         let deadline = tokio::time::Instant::from_std(arrived + gateway.config.timeouts.request());
         let open_prompts = requests.len();

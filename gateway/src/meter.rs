@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use forge_shared::generate::{FinishReason, Usage};
+use forge_shared::ids::RequestId;
 use forge_shared::telemetry::{FinishLabel, Metrics};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
@@ -31,6 +32,8 @@ pub(crate) struct Account {
     pub(crate) tenant: Tenant,
     /// Tokens set aside in the tenant's rate limit.
     pub(crate) reserved_tokens: u64,
+    /// For the log line at the end.
+    pub(crate) request_id: RequestId,
 }
 
 /// Metrics and rate limits of one request.
@@ -42,6 +45,7 @@ pub(crate) struct Meter {
     accepted: bool,
     first_token_seen: bool,
     failed: bool,
+    cached_tokens: u32,
     /// Handles of what is counted per token, looked up once.
     tokens: Counter,
     time_to_first_token_s: Histogram,
@@ -62,6 +66,7 @@ impl Meter {
             accepted: false,
             first_token_seen: false,
             failed: false,
+            cached_tokens: 0,
         }
     }
 
@@ -116,9 +121,8 @@ impl Meter {
 
     pub(crate) fn done(&mut self, usage: Usage) {
         let label = &self.account.model.label;
-        let metrics = self.metrics();
-        metrics.end_to_end_latency_s.get_or_create(label).observe(self.arrived.elapsed().as_secs_f64());
-        tracing::debug!(model = %label.model_name, ?usage, "request done");
+        self.metrics().end_to_end_latency_s.get_or_create(label).observe(self.arrived.elapsed().as_secs_f64());
+        self.cached_tokens = usage.cached_prompt_tokens;
     }
 
     fn count_end(&self, reason: &str) {
@@ -137,6 +141,12 @@ impl Drop for Meter {
             return;
         }
         self.metrics().requests_in_progress.get_or_create(&self.account.model.label).dec();
+        let ended = self.answers.iter().all(|answer| answer.finished);
+        tracing::info!(
+            request = %self.account.request_id, model = %self.account.model.label.model_name, prompt_tokens = self.prompt_tokens,
+            cached_tokens = self.cached_tokens, generated_tokens = generated, duration_ms = self.arrived.elapsed().as_millis(),
+            outcome = if ended { "done" } else if self.failed { "error" } else { "abort" }, "request ended"
+        );
         let reason = if self.failed { "error" } else { "abort" };
         for _ in self.answers.iter().filter(|answer| !answer.finished) {
             self.count_end(reason);
