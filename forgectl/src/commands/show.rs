@@ -83,6 +83,7 @@ pub fn show(args: &ShowArgs) -> Result<()> {
     let resolved = context.store.resolve(name, &Silent)?;
     if args.verify {
         verify(&context, name, resolved.is_some())?;
+        eprintln!("verified: every file has the size and checksum it was pulled with");
     }
     let entry = context.store.catalogue().find(name);
     let shown = match (&resolved, entry) {

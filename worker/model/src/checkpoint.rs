@@ -204,7 +204,8 @@ fn describe(start: &[u8]) -> String {
     if start.is_empty() {
         return "the file is empty; download it again".to_owned();
     }
-    format!("it begins with {start:02x?}; a GGUF file begins with \"GGUF\", and a Hugging Face model is a folder with config.json")
+    let start = String::from_utf8_lossy(start);
+    format!("it begins with {start:?}; a GGUF file begins with \"GGUF\", and a Hugging Face model is a folder with config.json")
 }
 
 fn file_names(folder: &Path) -> Result<Vec<String>> {

@@ -110,7 +110,9 @@ impl Store {
 
     fn deliver(&self, source: &ModelSource, key: &str, options: &PullOptions, progress: &dyn PullProgress) -> Result<Manifest> {
         let (candidates, licence) = self.candidates(source);
-        let delivery = match self.find_pinned(&candidates)? {
+        // Asked to ask the source, it is asked, though its file may be here.
+        let pinned = if options.refresh { None } else { self.find_pinned(&candidates)? };
+        let delivery = match pinned {
             Some(delivery) => delivery,
             None => self.try_sources(&candidates, key, options, progress)?,
         };
@@ -139,12 +141,11 @@ impl Store {
         (entry.sources.iter().filter_map(candidate).collect(), Some(entry.licence.clone()))
     }
 
-    /// A pinned file that another model has brought already needs no source at all.
+    /// A pinned file that another model has brought already needs no source at all; it keeps the one it came from.
     fn find_pinned(&self, candidates: &[Candidate]) -> Result<Option<Delivery>> {
         for candidate in candidates {
             let Some(digest) = candidate.pinned else { continue };
-            if let Some(file) = self.find_file(&digest)? {
-                let source = candidate.source.to_string();
+            if let Some((file, source)) = self.find_file(&digest)? {
                 return Ok(Some(Delivery { source, files: vec![file], licence: None }));
             }
         }

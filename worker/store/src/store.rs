@@ -224,13 +224,12 @@ impl Store {
         Ok(true)
     }
 
-    /// A stored file of this digest, whatever model it belongs to.
-    pub(crate) fn find_file(&self, digest: &Digest) -> Result<Option<ManifestFile>> {
-        let found = self
-            .list()?
-            .into_iter()
-            .flat_map(|manifest| manifest.files)
-            .find(|file| file.sha256 == *digest && self.layout.has_blob(digest, file.size_bytes));
+    /// A stored file of this digest, whatever model it belongs to, and the source that model came from.
+    pub(crate) fn find_file(&self, digest: &Digest) -> Result<Option<(ManifestFile, String)>> {
+        let found = self.list()?.into_iter().find_map(|manifest| {
+            let file = manifest.files.into_iter().find(|file| file.sha256 == *digest)?;
+            self.layout.has_blob(digest, file.size_bytes).then_some((file, manifest.source))
+        });
         Ok(found)
     }
 
