@@ -143,7 +143,7 @@ impl Drop for Meter {
         self.metrics().requests_in_progress.get_or_create(&self.account.model.label).dec();
         let ended = self.answers.iter().all(|answer| answer.finished);
         tracing::info!(
-            request = %self.account.request_id, model = %self.account.model.label.model_name, prompt_tokens = self.prompt_tokens,
+            id = %self.account.request_id, model = %self.account.model.label.model_name, prompt_tokens = self.prompt_tokens,
             cached_tokens = self.cached_tokens, generated_tokens = generated, duration_ms = self.arrived.elapsed().as_millis(),
             outcome = if ended { "done" } else if self.failed { "error" } else { "abort" }, "request ended"
         );

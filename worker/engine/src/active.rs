@@ -8,7 +8,7 @@ use forge_text::{TextError, Tokenizer};
 
 use crate::answer::{Answer, StopRules, Taken};
 use crate::outlet::Outlet;
-use crate::sampler::{DrawKey, SampleInput, Sampler};
+use crate::sampler::{DrawKey, SampleInput, Sampled, Sampler};
 use crate::scheduler::SequenceId;
 
 /// A request being answered.
@@ -158,14 +158,20 @@ impl Active {
         Ok(Next::RequestEnded)
     }
 
-    /// Samples a sequence's next token and sends what follows from it.
-    pub(crate) fn sample(&mut self, sampler: &mut Sampler, row: &mut [f32], id: SequenceId) -> Result<Next, String> {
-        let answer = &mut self.answers[self.answer_of[id.choice as usize]];
-        let position = answer.tokens;
-        let key = DrawKey { seed: self.request.seed, choice: answer.index, position: (self.request.prompt_tokens.len() + position) as u32 };
+    /// Draws a sequence's next token. Nothing changes: see [`Self::accept`].
+    pub(crate) fn draw(&self, sampler: &mut Sampler, row: &mut [f32], id: SequenceId) -> Result<Sampled, String> {
+        let answer = &self.answers[self.answer_of[id.choice as usize]];
+        let position = (self.request.prompt_tokens.len() + answer.tokens) as u32;
+        let key = DrawKey { seed: self.request.seed, choice: answer.index, position };
         let forbidden = answer.forbidden(&self.rules);
         let input = SampleInput { params: &self.request.params, history: &answer.history, forbidden, key };
-        let sampled = sampler.sample(row, input).map_err(|error| error.to_string())?;
+        sampler.sample(row, input).map_err(|error| error.to_string())
+    }
+
+    /// Takes a sequence's drawn token and sends what follows from it.
+    pub(crate) fn accept(&mut self, sampled: Sampled, id: SequenceId) -> Result<Next, String> {
+        let answer = &mut self.answers[self.answer_of[id.choice as usize]];
+        let position = answer.tokens;
         let Taken { text, end } = answer.take(sampled.token, &self.rules).map_err(|error| error.to_string())?;
         let choice = answer.index;
         self.outlet.send(EngineEvent::Token(TokenEvent {

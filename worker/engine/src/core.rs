@@ -1,4 +1,5 @@
-//! `EngineCore`: requests in, steps planned, logits in, events out. No thread, no clock, no model.
+//! `EngineCore`: requests in, steps planned, logits in, events out. No clock, no model, and no thread but the draws'
+//! second one, which changes nothing (see the module of draws).
 //!
 //! ```text
 //! submit ─► Scheduler ─► StepPlan ─► (model) ─► logits ─► Sampler ─► Answer ─► Outlet
@@ -22,10 +23,10 @@ use tokio::sync::mpsc::Sender;
 
 use crate::active::{Active, Next};
 use crate::blocks::BlockManager;
+use crate::draws::{Draw, Samplers};
 use crate::meter::Meter;
 use crate::outlet::Outlet;
 use crate::retry::RetryEstimate;
-use crate::sampler::Sampler;
 use crate::scheduler::{LogitsPurpose, LogitsUse, NewRequest, Scheduler, SequenceId};
 use crate::{EngineError, EngineOptions, admission};
 
@@ -36,7 +37,7 @@ pub struct EngineCore {
     options: EngineOptions,
     tokenizer: Tokenizer,
     scheduler: Scheduler,
-    sampler: Sampler,
+    samplers: Samplers,
     /// By the scheduler's arrival number.
     requests: BTreeMap<u64, Active>,
     /// Ended requests whose last events did not fit in their channel yet.
@@ -61,7 +62,7 @@ impl EngineCore {
         let limits = options.limits(&info)?;
         let blocks = BlockManager::new(info.kv_blocks, info.block_size);
         Ok(EngineCore {
-            sampler: Sampler::new(info.vocab_size),
+            samplers: Samplers::new(info.vocab_size),
             scheduler: Scheduler::new(limits, blocks),
             plan: StepPlan { epoch: options.epoch, ..StepPlan::default() },
             requests: BTreeMap::new(),
@@ -140,9 +141,11 @@ impl EngineCore {
         if logits.len() != expected {
             return Err(EngineError::LogitsCount { expected, actual: logits.len() });
         }
-        for used in self.scheduler.complete() {
-            let row = &mut logits[used.row * self.info.vocab_size..(used.row + 1) * self.info.vocab_size];
-            self.use_logits(used, row, now);
+        let uses = self.scheduler.complete();
+        let draws = self.samplers.draw(&uses, logits, self.info.vocab_size, &self.requests);
+        for (used, draw) in uses.into_iter().zip(draws) {
+            let row = &logits[used.row * self.info.vocab_size..(used.row + 1) * self.info.vocab_size];
+            self.use_logits(used, row, draw, now);
         }
         Ok(())
     }
@@ -211,13 +214,15 @@ impl EngineCore {
         }
     }
 
-    fn use_logits(&mut self, used: LogitsUse, row: &mut [f32], now: Duration) {
+    fn use_logits(&mut self, used: LogitsUse, row: &[f32], draw: Draw, now: Duration) {
         let arrival = used.id.arrival;
         // Another answer of the request may have failed on an earlier row.
         let Some(active) = self.requests.get_mut(&arrival) else { return };
-        let next = match used.purpose {
-            LogitsPurpose::Score { position } => active.score(&mut self.sampler, row, position),
-            LogitsPurpose::Sample => active.sample(&mut self.sampler, row, used.id),
+        let next = match (used.purpose, draw) {
+            (LogitsPurpose::Score { position }, _) => active.score(self.samplers.first(), row, position),
+            (LogitsPurpose::Sample, Some(sampled)) => sampled.and_then(|sampled| active.accept(sampled, used.id)),
+            // There was no request to draw for.
+            (LogitsPurpose::Sample, None) => return,
         };
         match next {
             Ok(Next::Scored) => {}

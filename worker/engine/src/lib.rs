@@ -84,6 +84,7 @@ pub mod scheduler;
 mod active;
 mod answer;
 mod core;
+mod draws;
 mod engine;
 mod error;
 mod handle;
