@@ -102,8 +102,8 @@ pub(crate) fn of(architecture: &Architecture, refs: &DecoderRefs, layout: &Layou
     }
     let rope_bytes = match &architecture.position {
         // One cosine and one sine per rotated pair and position.
-        PositionSpec::Rope(rope) => options.max_model_len * rope.rotary_dim * size_of::<f32>(),
-        PositionSpec::Learned => 0,
+        PositionSpec::Rope(rope) => rope.tables.iter().map(|table| options.max_model_len * table.rotary_dim * size_of::<f32>()).sum(),
+        PositionSpec::Learned { .. } | PositionSpec::Alibi(_) => 0,
     };
     let kv_block_bytes = layout.kv_shape(architecture, options).block_bytes();
     ModelMemory {

@@ -13,9 +13,9 @@ use std::sync::Arc;
 use forge_kernels::{DType, MatrixSource, NormKind, Segments};
 use half::{bf16, f16};
 
-use crate::arch::families::{Family, QkvNames, TensorNames};
+use crate::arch::families::{Family, MlpNames, Names, QkvNames, TensorNames};
 use crate::arch::gguf::ROPE_FREQS;
-use crate::arch::{Architecture, PositionSpec, RopeScaling};
+use crate::arch::{Architecture, PositionSpec, RopeLayers, RopeScaling};
 use crate::checkpoint::{Checkpoint, Format, TensorEntry};
 use crate::error::{ModelError, Result};
 
@@ -89,19 +89,22 @@ impl DecoderRefs {
         let Architecture { hidden_size, vocab_size, .. } = *architecture;
         let embedding = resolver.table(&resolver.prefixed(names.embedding), vocab_size, hidden_size)?;
         let positions = match architecture.position {
-            PositionSpec::Learned => Some(resolver.table(&resolver.prefixed(names.positions), architecture.context_length, hidden_size)?),
-            PositionSpec::Rope(_) => None,
+            PositionSpec::Learned { offset } => {
+                Some(resolver.table(&resolver.prefixed(names.positions), architecture.context_length + offset, hidden_size)?)
+            }
+            PositionSpec::Rope(_) | PositionSpec::Alibi(_) => None,
         };
         let layers = (0..architecture.layers).map(|layer| resolver.layer(architecture, layer)).collect::<Result<_>>()?;
         let final_norm = resolver.norm(&resolver.prefixed(names.final_norm), architecture)?;
-        let head = if architecture.tied_head {
-            resolver.consumed.insert(format!("{}.weight", names.head));
+        let head = if architecture.head.tied {
+            resolver.consumed.extend(names.head.iter().map(|head| format!("{head}.weight")));
             None
         } else {
-            Some(resolver.table(names.head, vocab_size, hidden_size)?)
+            Some(resolver.table(&resolver.pick("", names.head), vocab_size, hidden_size)?)
         };
         let rope_divisors = match &architecture.position {
-            PositionSpec::Rope(rope) if rope.scaling == RopeScaling::Tensor => {
+            PositionSpec::Rope(RopeLayers { tables, .. }) if tables[0].scaling == RopeScaling::Tensor => {
+                let rope = &tables[0];
                 Some(resolver.vector(ROPE_FREQS, rope.rotary_dim / 2, 0..rope.rotary_dim / 2)?)
             }
             _ => None,
@@ -129,7 +132,7 @@ impl<'a> Resolver<'a> {
         let (names, prefix, transposed) = match checkpoint.format() {
             Format::Gguf => (&family.gguf.names, "", false),
             Format::HuggingFace => {
-                let prefixed = format!("{}{}.weight", family.hf.prefix, family.hf.names.embedding);
+                let prefixed = format!("{}{}.weight", family.hf.prefix, family.hf.names.embedding[0]);
                 let prefix = if checkpoint.tensors().contains_key(&prefixed) { family.hf.prefix } else { "" };
                 (&family.hf.names, prefix, family.hf.transposed)
             }
@@ -137,8 +140,18 @@ impl<'a> Resolver<'a> {
         Resolver { checkpoint, names, prefix, transposed, consumed: BTreeSet::new(), missing: Vec::new() }
     }
 
-    fn prefixed(&self, base: &str) -> String {
-        format!("{}{base}", self.prefix)
+    fn prefixed(&self, names: Names) -> String {
+        self.pick(self.prefix, names)
+    }
+
+    /// The first of some names that the checkpoint has; the first of all where it has none, for the error.
+    fn pick(&self, prefix: &str, names: Names) -> String {
+        let all = || names.iter().map(|name| format!("{prefix}{name}"));
+        all().find(|name| self.has(name)).or_else(|| all().next()).unwrap_or_else(|| prefix.to_owned())
+    }
+
+    fn has(&self, base: &str) -> bool {
+        self.checkpoint.tensors().contains_key(&format!("{base}.weight"))
     }
 
     /// The entry with its shape checked; a missing one is noted and stands in as f32 of the right shape.
@@ -198,20 +211,25 @@ impl<'a> Resolver<'a> {
 
     fn layer(&mut self, architecture: &Architecture, layer: usize) -> Result<LayerRefs> {
         let names = self.names;
-        let prefix = self.prefixed(&names.layer.replace("{}", &layer.to_string()));
+        let prefix = format!("{}{}", self.prefix, names.layer.replace("{}", &layer.to_string()));
         let name = |base: &str| format!("{prefix}{base}");
         let attention = &architecture.attention;
         let hidden = architecture.hidden_size;
         let q_rows = attention.heads * attention.head_dim;
         let kv_rows = attention.kv_heads * attention.head_dim;
         let bias = attention.qkv_bias;
-        let (q, k, v) = match names.qkv {
+        let stored = |way: &&QkvNames| match way {
+            QkvNames::Separate { q, .. } => self.has(&name(q)),
+            QkvNames::Concat(qkv) | QkvNames::Grouped(qkv) => self.has(&name(qkv)),
+        };
+        let way = *names.qkv.iter().find(stored).unwrap_or(&names.qkv[0]);
+        let (q, k, v) = match way {
             QkvNames::Separate { q, k, v } => (
                 self.linear(&name(q), q_rows, hidden, bias)?,
                 self.linear(&name(k), kv_rows, hidden, bias)?,
                 self.linear(&name(v), kv_rows, hidden, bias)?,
             ),
-            QkvNames::Concat(qkv) => {
+            QkvNames::Concat(qkv) | QkvNames::Grouped(qkv) => {
                 let all = q_rows + 2 * kv_rows;
                 (
                     self.linear_part(&name(qkv), all, 0..q_rows, hidden, bias)?,
@@ -221,16 +239,21 @@ impl<'a> Resolver<'a> {
             }
         };
         let mlp = &architecture.mlp;
+        let (gate, up, down) = match names.mlp[0] {
+            MlpNames::Separate { gate, up, down } => (Some(gate), up, down),
+            MlpNames::Plain { up, down } => (None, up, down),
+            MlpNames::GateUp { gate_up, down } => (None, gate_up, down),
+        };
         Ok(LayerRefs {
-            attention_norm: self.norm(&name(names.attention_norm), architecture)?,
+            attention_norm: self.norm(&self.pick(&prefix, names.attention_norm), architecture)?,
             q,
             k,
             v,
-            out: self.linear(&name(names.out), hidden, q_rows, attention.out_bias)?,
-            mlp_norm: self.norm(&name(names.mlp_norm), architecture)?,
-            gate: if mlp.gated { Some(self.linear(&name(names.gate), mlp.intermediate_size, hidden, mlp.bias)?) } else { None },
-            up: self.linear(&name(names.up), mlp.intermediate_size, hidden, mlp.bias)?,
-            down: self.linear(&name(names.down), hidden, mlp.intermediate_size, mlp.bias)?,
+            out: self.linear(&self.pick(&prefix, names.out), hidden, q_rows, attention.out_bias)?,
+            mlp_norm: self.norm(&self.pick(&prefix, names.mlp_norm), architecture)?,
+            gate: gate.map(|gate| self.linear(&name(gate), mlp.intermediate_size, hidden, mlp.bias)).transpose()?,
+            up: self.linear(&name(up), mlp.intermediate_size, hidden, mlp.bias)?,
+            down: self.linear(&name(down), hidden, mlp.intermediate_size, mlp.bias)?,
         })
     }
 

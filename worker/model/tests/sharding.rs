@@ -167,7 +167,7 @@ fn memory_of_the_ranks_adds_up() {
             model.memory(&DecoderOptions { shard, ..options() }).unwrap()
         };
         let whole = of(0, 1);
-        let head = if model.architecture().tied_head { 0 } else { 1 };
+        let head = if model.architecture().head.tied { 0 } else { 1 };
         // Every matrix of the file is counted once (norms and biases are copied).
         let matrices: usize = model.checkpoint().tensors().values().filter(|t| t.shape.len() == 2).map(|t| t.bytes.len()).sum();
         assert_eq!(whole.weights_bytes, matrices, "head {head}");

@@ -5,6 +5,7 @@
 
 use forge_kernels::{ActivationKind, NormKind, RopeStyle};
 
+use super::NormSpec;
 use crate::error::{ModelError, Result};
 
 /// A row of the table.
@@ -79,21 +80,37 @@ pub(crate) struct ConfigKeys {
     pub windows: bool,
 }
 
-/// Base names of tensors (`.weight` and `.bias` are appended; `{}` is the layer).
+/// Base names of a tensor (`.weight` and `.bias` are appended): the first that the checkpoint has is meant. Empty where
+/// the family has no such tensor.
+pub(crate) type Names = &'static [&'static str];
+
+/// Names of tensors. `{}` in `layer` is the layer; names of a layer's tensors follow it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TensorNames {
-    pub embedding: &'static str,
-    pub positions: &'static str,
-    pub final_norm: &'static str,
-    pub head: &'static str,
+    pub embedding: Names,
+    pub positions: Names,
+    pub embedding_norm: Names,
+    /// Projections between an embedding and a hidden size that differ.
+    pub project_in: Names,
+    pub project_out: Names,
+    pub final_norm: Names,
+    pub head: Names,
     pub layer: &'static str,
-    pub attention_norm: &'static str,
-    pub qkv: QkvNames,
-    pub out: &'static str,
-    pub mlp_norm: &'static str,
-    pub gate: &'static str,
-    pub up: &'static str,
-    pub down: &'static str,
+    pub attention_norm: Names,
+    pub attention_post_norm: Names,
+    /// Ways to store q, k and v: the first of which the checkpoint has a tensor is meant.
+    pub qkv: &'static [QkvNames],
+    pub q_norm: Names,
+    pub k_norm: Names,
+    /// Its whole name, without `.weight`.
+    pub sinks: Names,
+    pub latent: Option<LatentNames>,
+    pub out: Names,
+    pub mlp_norm: Names,
+    pub mlp_post_norm: Names,
+    /// Ways to store a layer's MLP, as for `qkv`.
+    pub mlp: &'static [MlpNames],
+    pub experts: Option<ExpertNames>,
 }
 
 /// How q, k and v are stored.
@@ -106,36 +123,117 @@ pub(crate) enum QkvNames {
     },
     /// One matrix of rows q, then k, then v.
     Concat(&'static str),
+    /// One matrix of rows [KV heads, (query heads of the group, key, value), head_dim]. With as many KV heads as query
+    /// heads that is [heads, (q, k, v), head_dim].
+    Grouped(&'static str),
 }
 
+/// Names of multi-head latent attention; see [`super::LatentSpec`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LatentNames {
+    /// Where there is no query latent.
+    pub q: &'static str,
+    pub q_a: &'static str,
+    pub q_a_norm: &'static str,
+    pub q_b: &'static str,
+    pub kv_a: &'static str,
+    pub kv_a_norm: &'static str,
+    /// Rows [heads, (key, value), …].
+    pub kv_b: &'static str,
+}
+
+/// How an MLP is stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum MlpNames {
+    Separate {
+        gate: &'static str,
+        up: &'static str,
+        down: &'static str,
+    },
+    /// One matrix of rows gate, then up.
+    GateUp {
+        gate_up: &'static str,
+        down: &'static str,
+    },
+    /// No gate.
+    Plain {
+        up: &'static str,
+        down: &'static str,
+    },
+}
+
+/// Names of a layer's experts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExpertNames {
+    pub router: &'static str,
+    /// Its whole name, without `.weight`.
+    pub correction_bias: Names,
+    /// Ways to store experts: the first of which the checkpoint has a tensor is meant.
+    pub storage: &'static [ExpertStorage],
+    pub shared: &'static [MlpNames],
+    pub shared_gate: &'static str,
+}
+
+/// How experts are stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ExpertStorage {
+    /// Tensors of each; `{}` in the names is the expert.
+    PerExpert(MlpNames),
+    /// Three-dimensional tensors [experts, outputs, inputs] with `.weight` (GGUF).
+    Stacked(MlpNames),
+    /// Whole names of [experts, inputs, outputs], with `_bias` appended for biases; outputs are gate and up by turns
+    /// (GPT-OSS).
+    TransposedByTurns { gate_up: &'static str, down: &'static str },
+}
+
+const NO_NAMES: TensorNames = TensorNames {
+    embedding: &[],
+    positions: &[],
+    embedding_norm: &[],
+    project_in: &[],
+    project_out: &[],
+    final_norm: &[],
+    head: &[],
+    layer: "",
+    attention_norm: &[],
+    attention_post_norm: &[],
+    qkv: &[],
+    q_norm: &[],
+    k_norm: &[],
+    sinks: &[],
+    latent: None,
+    out: &[],
+    mlp_norm: &[],
+    mlp_post_norm: &[],
+    mlp: &[],
+    experts: None,
+};
+
 const LLAMA_NAMES: TensorNames = TensorNames {
-    embedding: "embed_tokens",
-    positions: "",
-    final_norm: "norm",
-    head: "lm_head",
+    embedding: &["embed_tokens"],
+    final_norm: &["norm"],
+    head: &["lm_head"],
     layer: "layers.{}.",
-    attention_norm: "input_layernorm",
-    qkv: QkvNames::Separate { q: "self_attn.q_proj", k: "self_attn.k_proj", v: "self_attn.v_proj" },
-    out: "self_attn.o_proj",
-    mlp_norm: "post_attention_layernorm",
-    gate: "mlp.gate_proj",
-    up: "mlp.up_proj",
-    down: "mlp.down_proj",
+    attention_norm: &["input_layernorm"],
+    qkv: &[QkvNames::Separate { q: "self_attn.q_proj", k: "self_attn.k_proj", v: "self_attn.v_proj" }],
+    out: &["self_attn.o_proj"],
+    mlp_norm: &["post_attention_layernorm"],
+    mlp: &[MlpNames::Separate { gate: "mlp.gate_proj", up: "mlp.up_proj", down: "mlp.down_proj" }],
+    ..NO_NAMES
 };
 
 const GGUF_NAMES: TensorNames = TensorNames {
-    embedding: "token_embd",
-    positions: "position_embd",
-    final_norm: "output_norm",
-    head: "output",
+    embedding: &["token_embd"],
+    positions: &["position_embd"],
+    final_norm: &["output_norm"],
+    head: &["output"],
     layer: "blk.{}.",
-    attention_norm: "attn_norm",
-    qkv: QkvNames::Separate { q: "attn_q", k: "attn_k", v: "attn_v" },
-    out: "attn_output",
-    mlp_norm: "ffn_norm",
-    gate: "ffn_gate",
-    up: "ffn_up",
-    down: "ffn_down",
+    attention_norm: &["attn_norm"],
+    qkv: &[QkvNames::Separate { q: "attn_q", k: "attn_k", v: "attn_v" }, QkvNames::Concat("attn_qkv")],
+    out: &["attn_output"],
+    mlp_norm: &["ffn_norm"],
+    mlp: &[MlpNames::Separate { gate: "ffn_gate", up: "ffn_up", down: "ffn_down" }],
+    ..NO_NAMES
 };
 
 const LLAMA_KEYS: ConfigKeys = ConfigKeys {
@@ -227,30 +325,34 @@ pub static FAMILIES: [Family; 3] = [
             prefix: "transformer.",
             transposed: true,
             names: TensorNames {
-                embedding: "wte",
-                positions: "wpe",
-                final_norm: "ln_f",
-                head: "lm_head",
+                embedding: &["wte"],
+                positions: &["wpe"],
+                final_norm: &["ln_f"],
+                head: &["lm_head"],
                 layer: "h.{}.",
-                attention_norm: "ln_1",
-                qkv: QkvNames::Concat("attn.c_attn"),
-                out: "attn.c_proj",
-                mlp_norm: "ln_2",
-                gate: "",
-                up: "mlp.c_fc",
-                down: "mlp.c_proj",
+                attention_norm: &["ln_1"],
+                qkv: &[QkvNames::Concat("attn.c_attn")],
+                out: &["attn.c_proj"],
+                mlp_norm: &["ln_2"],
+                mlp: &[MlpNames::Plain { up: "mlp.c_fc", down: "mlp.c_proj" }],
+                ..NO_NAMES
             },
             ignored: &[".attn.bias", ".attn.masked_bias"],
         },
         gguf: GgufRow {
             rope_style: RopeStyle::Neox,
             activation: ActivationKind::GeluTanh,
-            names: TensorNames { qkv: QkvNames::Concat("attn_qkv"), ..GGUF_NAMES },
+            names: TensorNames { mlp: &[MlpNames::Plain { up: "ffn_up", down: "ffn_down" }], ..GGUF_NAMES },
         },
     },
 ];
 
 impl Family {
+    /// The norm of this family's residual stream.
+    pub(crate) fn norm_spec(&self, eps: f32) -> NormSpec {
+        NormSpec { kind: self.norm, eps, weight_offset: 0.0, weight: true, bias: self.norm == NormKind::Layer }
+    }
+
     /// Whether a tensor of a Hugging Face folder holds no weights.
     pub(crate) fn is_ignored(&self, tensor: &str) -> bool {
         self.hf.ignored.iter().any(|ending| tensor.ends_with(ending))

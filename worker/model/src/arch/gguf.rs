@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use forge_kernels::NormKind;
 
-use super::families::{self, Bias, Family, QkvNames};
-use super::{Architecture, AttentionSpec, MlpSpec, NormSpec, PositionSpec, RopeScaling, RopeSpec};
+use super::families::{self, Bias, Family};
+use super::{Architecture, AttentionSpec, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec, PositionSpec, RopeLayers, RopeScaling, RopeSpec};
 use crate::checkpoint::TensorEntry;
 use crate::error::{ModelError, Result};
 use crate::gguf::Metadata;
@@ -60,16 +60,14 @@ pub fn from_gguf(metadata: &Metadata, tensors: &BTreeMap<String, TensorEntry>) -
         });
     }
     let names = &family.gguf.names;
-    let vocab_size = tensors.get(&format!("{}.weight", names.embedding)).and_then(|tensor| tensor.shape.first().copied());
-    let vocab_size = vocab_size.ok_or_else(|| ModelError::MissingTensors { names: vec![format!("{}.weight", names.embedding)] })?;
-    let bias = |bias: Bias, tensor: &str| match bias {
+    let has = |base: &str, ending: &str| tensors.contains_key(&format!("{base}.{ending}"));
+    let embedding = format!("{}.weight", names.embedding[0]);
+    let vocab_size = tensors.get(&embedding).and_then(|tensor| tensor.shape.first().copied());
+    let vocab_size = vocab_size.ok_or_else(|| ModelError::MissingTensors { names: vec![embedding] })?;
+    let bias = |bias: Bias, bases: &[&str]| match bias {
         Bias::Always => true,
         Bias::Never => false,
-        Bias::Key(_) => tensors.contains_key(&format!("{}{tensor}.bias", names.layer.replace("{}", "0"))),
-    };
-    let q = match names.qkv {
-        QkvNames::Separate { q, .. } => q,
-        QkvNames::Concat(qkv) => qkv,
+        Bias::Key(_) => bases.iter().any(|base| has(&format!("{}{base}", names.layer.replace("{}", "0")), "bias")),
     };
     Architecture {
         family: family.name,
@@ -77,24 +75,33 @@ pub fn from_gguf(metadata: &Metadata, tensors: &BTreeMap<String, TensorEntry>) -
         layers,
         vocab_size,
         context_length: keys.size("context_length")?,
-        norm: NormSpec { kind: family.norm, eps: eps as f32 },
+        embedding: EmbeddingSpec { width: hidden_size, scale: 1.0, norm: false },
+        norm: family.norm_spec(eps as f32),
+        block: BlockSpec::PRE_NORM,
         attention: AttentionSpec {
             heads,
             kv_heads: keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
+            value_dim: head_dim,
             scale: ((head_dim as f64).powf(-0.5)) as f32,
-            qkv_bias: bias(family.qkv_bias, q),
+            qkv_bias: bias(family.qkv_bias, &["attn_q", "attn_qkv"]),
             out_bias: bias(family.out_bias, names.out),
+            qk_norm: None,
+            clip: None,
+            softcap: None,
+            sinks: false,
             windows: vec![None; layers],
+            latent: None,
         },
-        position: position(&keys, family, tensors, head_dim)?,
+        position: position(&keys, family, tensors, head_dim, layers)?,
         mlp: MlpSpec {
             intermediate_size: keys.size("feed_forward_length")?,
             gated: family.gated,
             activation: family.gguf.activation,
-            bias: bias(family.mlp_bias, names.up),
+            bias: bias(family.mlp_bias, &["ffn_up"]),
         },
-        tied_head: !tensors.contains_key(&format!("{}.weight", names.head)),
+        experts: None,
+        head: HeadSpec { tied: !names.head.iter().any(|head| has(head, "weight")), bias: false, scale: 1.0, softcap: None },
     }
     .validate("GGUF metadata")
 }
@@ -141,10 +148,16 @@ fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: usize) -> Result<usize> 
     }
 }
 
-fn position(keys: &Keys<'_>, family: &Family, tensors: &BTreeMap<String, TensorEntry>, head_dim: usize) -> Result<PositionSpec> {
+fn position(
+    keys: &Keys<'_>,
+    family: &Family,
+    tensors: &BTreeMap<String, TensorEntry>,
+    head_dim: usize,
+    layers: usize,
+) -> Result<PositionSpec> {
     const DEFAULT_THETA: f64 = 10_000.0;
     if !family.rope {
-        return Ok(PositionSpec::Learned);
+        return Ok(PositionSpec::Learned { offset: 0 });
     }
     let kind_key = keys.key("rope.scaling.type");
     let scaling = match keys.metadata.optional_string(&kind_key)?.unwrap_or("none") {
@@ -166,5 +179,5 @@ fn position(keys: &Keys<'_>, family: &Family, tensors: &BTreeMap<String, TensorE
     };
     let rotary_dim = keys.optional_size("rope.dimension_count")?.unwrap_or(head_dim);
     let theta = keys.optional_float("rope.freq_base")?.unwrap_or(DEFAULT_THETA);
-    Ok(PositionSpec::Rope(RopeSpec { style: family.gguf.rope_style, rotary_dim, theta, scaling }))
+    Ok(PositionSpec::Rope(RopeLayers::uniform(RopeSpec { style: family.gguf.rope_style, rotary_dim, theta, scaling }, layers)))
 }

@@ -5,7 +5,7 @@ use forge_kernels::{ActivationKind, RopeStyle};
 use serde_json::Value;
 
 use super::families::{self, Bias, Family};
-use super::{Architecture, AttentionSpec, MlpSpec, NormSpec, PositionSpec, RopeScaling, RopeSpec};
+use super::{Architecture, AttentionSpec, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec, PositionSpec, RopeLayers, RopeScaling, RopeSpec};
 use crate::error::{ModelError, Result};
 use crate::json::Json;
 
@@ -34,7 +34,11 @@ pub fn from_config_json(config: &Value) -> Result<Architecture> {
         (None, None) => return Err(json.error(keys.intermediate_size, "is missing")),
     };
     let context_length = json.optional_size(keys.context_length)?.unwrap_or(keys.default_context);
-    let position = if family.rope { PositionSpec::Rope(rope(&json, head_dim, context_length)?) } else { PositionSpec::Learned };
+    let position = if family.rope {
+        PositionSpec::Rope(RopeLayers::uniform(rope(&json, head_dim, context_length)?, layers.min(1 << 16)))
+    } else {
+        PositionSpec::Learned { offset: 0 }
+    };
     let bias = |bias: Bias| match bias {
         Bias::Always => Ok(true),
         Bias::Never => Ok(false),
@@ -46,15 +50,23 @@ pub fn from_config_json(config: &Value) -> Result<Architecture> {
         layers,
         vocab_size: json.size("vocab_size")?,
         context_length,
-        norm: NormSpec { kind: family.norm, eps: json.optional_float(keys.eps)?.unwrap_or(keys.default_eps) as f32 },
+        embedding: EmbeddingSpec { width: hidden_size, scale: 1.0, norm: false },
+        norm: family.norm_spec(json.optional_float(keys.eps)?.unwrap_or(keys.default_eps) as f32),
+        block: BlockSpec::PRE_NORM,
         attention: AttentionSpec {
             heads,
             kv_heads: json.optional_size("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
+            value_dim: head_dim,
             scale: ((head_dim as f64).powf(-0.5)) as f32,
             qkv_bias: bias(family.qkv_bias)?,
             out_bias: bias(family.out_bias)?,
+            qk_norm: None,
+            clip: None,
+            softcap: None,
+            sinks: false,
             windows: windows(&json, family, layers)?,
+            latent: None,
         },
         position,
         mlp: MlpSpec {
@@ -63,7 +75,13 @@ pub fn from_config_json(config: &Value) -> Result<Architecture> {
             activation: activation(&json, keys.activation, keys.default_activation)?,
             bias: bias(family.mlp_bias)?,
         },
-        tied_head: json.optional_bool("tie_word_embeddings")?.unwrap_or(family.hf.tied_default),
+        experts: None,
+        head: HeadSpec {
+            tied: json.optional_bool("tie_word_embeddings")?.unwrap_or(family.hf.tied_default),
+            bias: false,
+            scale: 1.0,
+            softcap: None,
+        },
     }
     .validate(FILE)
 }

@@ -22,8 +22,8 @@ fn refused(changes: Value) -> String {
 
 fn rope(changes: Value) -> RopeSpec {
     match from_config_json(&with(llama(), changes)).unwrap().position {
-        PositionSpec::Rope(rope) => rope,
-        PositionSpec::Learned => panic!("llama rotates"),
+        PositionSpec::Rope(mut rope) => rope.tables.remove(0),
+        PositionSpec::Learned { offset: 0 } => panic!("llama rotates"),
     }
 }
 
@@ -32,14 +32,14 @@ fn absent_keys_take_the_familys_defaults() {
     let architecture = from_config_json(&llama()).unwrap();
     assert_eq!((architecture.attention.head_dim, architecture.group_size()), (8, 4));
     assert_eq!(architecture.mlp.activation, ActivationKind::Silu);
-    assert!(!architecture.tied_head && !architecture.attention.qkv_bias && !architecture.mlp.bias);
+    assert!(!architecture.head.tied && !architecture.attention.qkv_bias && !architecture.mlp.bias);
     assert_eq!(rope(json!({})).theta, 10_000.0);
 
     let gpt2 = json!({ "model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 50 });
     let gpt2 = from_config_json(&gpt2).unwrap();
     assert_eq!((gpt2.mlp.intermediate_size, gpt2.context_length, gpt2.attention.kv_heads), (256, 1024, 4));
     assert_eq!((gpt2.mlp.activation, gpt2.norm.eps), (ActivationKind::GeluTanh, 1e-5));
-    assert!(gpt2.tied_head && gpt2.position == PositionSpec::Learned);
+    assert!(gpt2.head.tied && gpt2.position == PositionSpec::Learned { offset: 0 });
 }
 
 #[test]

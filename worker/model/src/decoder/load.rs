@@ -5,7 +5,7 @@ use std::ops::Range;
 use forge_kernels::{Backend, DType, MatrixSource, RopeParams, Segments};
 
 use super::layout::Layout;
-use crate::arch::{Architecture, PositionSpec};
+use crate::arch::{Architecture, PositionSpec, RopeLayers};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::scan;
@@ -185,7 +185,8 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn rope(&self, refs: &DecoderRefs, max_positions: usize) -> Result<Option<B::RopeTable>> {
-        let PositionSpec::Rope(rope) = &self.architecture.position else { return Ok(None) };
+        let PositionSpec::Rope(RopeLayers { tables, .. }) = &self.architecture.position else { return Ok(None) };
+        let rope = &tables[0];
         let divisors = refs.rope_divisors.as_ref().map(|divisors| divisors.read_all(self.checkpoint)).transpose()?;
         let params = RopeParams {
             style: rope.style,

@@ -216,8 +216,9 @@ fn check_group<B: Backend>(options: &DecoderOptions, collective: &dyn Collective
 /// Equal ids promise equal bits: device path, KV type, rope choice and weights.
 fn numerics_id<B: Backend>(backend: &B, architecture: &Architecture, options: &DecoderOptions) -> String {
     let rope = match &architecture.position {
-        PositionSpec::Rope(rope) => rope.scaling.name(),
-        PositionSpec::Learned => "learned",
+        PositionSpec::Rope(rope) => rope.tables[0].scaling.name(),
+        PositionSpec::Learned { .. } => "learned",
+        PositionSpec::Alibi(_) => "alibi",
     };
     let digest = if options.weights_digest.is_empty() { "unnamed" } else { &options.weights_digest };
     format!("{};kv={};rope={rope};weights={digest}", backend.numerics_id(), options.kv_dtype)
