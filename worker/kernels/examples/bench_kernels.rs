@@ -51,6 +51,7 @@ fn matrix(dtype: DType, rows: usize, columns: usize, leaves: &[usize]) -> Matrix
         rows,
         columns,
         dtype,
+        scales: None,
         segments: Segments::from_bounds(leaves.to_vec()).unwrap_or_else(|| Segments::whole(columns)),
     }
 }

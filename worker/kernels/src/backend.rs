@@ -16,6 +16,7 @@ use std::sync::Arc;
 use crate::batch::AttentionBatch;
 use crate::dtype::{DType, KvDType};
 use crate::error::Result;
+use crate::scales::BlockScales;
 use crate::tree::Segments;
 
 /// A matrix [rows, columns] (output features × input features) as it lies in a file or in memory.
@@ -38,6 +39,8 @@ pub struct MatrixSource {
     pub columns: usize,
     /// Storage type.
     pub dtype: DType,
+    /// Scales beside the bytes, for 8-bit floats that have some.
+    pub scales: Option<BlockScales>,
     /// How a row's sum is split into leaves (columns relative to this shard).
     pub segments: Segments,
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::dense::{DenseTask, dense_rows};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 use crate::lanes::LANES;
 use crate::memory::SharedPointer;
 use crate::path::CpuPath;
@@ -63,6 +63,13 @@ pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &mut [Check
     if products.iter().any(|product| product.weight.dtype.is_quantized()) {
         quantize_input(&engine.path, engine.pool, engine.activations, input)?;
     }
+    if let Some(product) = products.iter().find(|product| !has_product(product.weight.dtype)) {
+        return Err(KernelError::Unsupported {
+            backend: "cpu",
+            what: format!("a product with a weight of {}", product.weight.dtype),
+            remedy: "take the model in another type".into(),
+        });
+    }
     let tasks = cut(products, engine.pool.threads());
     let outputs: Vec<SharedPointer<f32>> = products.iter_mut().map(|product| SharedPointer::new(product.out)).collect();
     let products = &*products;
@@ -81,6 +88,11 @@ pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &mut [Check
         }
     });
     Ok(())
+}
+
+/// Types that products are written for.
+fn has_product(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::Q4_0 | DType::Q4_1 | DType::Q8_0)
 }
 
 /// Cuts the products' rows, in multiples of 16, into about [`TASKS_PER_THREAD`] tasks per thread.

@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
-use half::{bf16, f16};
-
 use crate::backend::MatrixSource;
+use crate::dequantize::dequantize;
 use crate::dtype::DType;
 use crate::error::{KernelError, Result};
 use crate::lanes::LANES;
 use crate::memory::AlignedBuffer;
+use crate::scales::BlockScales;
 use crate::tree::merges_after;
 
 /// A resident or mapped weight matrix.
@@ -25,6 +25,8 @@ pub struct CpuWeight {
     /// Where each leaf ends, in blocks of the type.
     pub(crate) leaf_ends: Vec<usize>,
     pub(crate) merges: Vec<u8>,
+    /// Scales beside the bytes.
+    pub(crate) scales: Option<BlockScales>,
     base: *const u8,
     row_bytes: usize,
     _bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
@@ -56,6 +58,14 @@ impl CpuWeight {
         if source.row_stride_bytes < row_bytes {
             return Err(refuse(format!("rows of {row_bytes} bytes do not fit a stride of {}", source.row_stride_bytes)));
         }
+        if let Some(scales) = &source.scales {
+            if dtype != DType::F8E4M3 {
+                return Err(refuse(format!("scales beside a matrix of {dtype}; only F8_E4M3 has them")));
+            }
+            if let Some(reason) = scales.misfit(rows, columns) {
+                return Err(refuse(reason));
+            }
+        }
         let bytes: &[u8] = (*source.bytes).as_ref();
         let end = (rows - 1)
             .checked_mul(source.row_stride_bytes)
@@ -79,6 +89,7 @@ impl CpuWeight {
             bounds: source.segments.bounds().to_vec(),
             leaf_ends: source.segments.bounds()[1..].iter().map(|bound| bound / block).collect(),
             merges: merges_after(source.segments.leaves()),
+            scales: source.scales,
             base: padded.as_ref().map_or(data.as_ptr(), |padded| padded.as_ptr()),
             row_bytes,
             _bytes: source.bytes,
@@ -103,17 +114,12 @@ impl CpuWeight {
         unsafe { std::slice::from_raw_parts(self.base.add(row * self.stride_bytes), self.row_bytes) }
     }
 
-    /// Writes the row's values, exactly, into `out` (as long as the row). Q4_1 rounds once, in d · q + m.
+    /// Writes the row's values into `out` (as long as the row).
     pub(crate) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
-        let bytes = self.row(row);
-        match self.dtype {
-            DType::F32 => widen(bytes, out, f32::from_le_bytes),
-            DType::F16 => widen(bytes, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
-            DType::BF16 => widen(bytes, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-            DType::Q4_0 | DType::Q4_1 | DType::Q8_0 => {
-                for (block, out) in bytes.chunks_exact(self.dtype.block_bytes()).zip(out.chunks_exact_mut(32)) {
-                    dequantize_block(self.dtype, block, out);
-                }
+        dequantize(self.dtype, self.row(row), out);
+        if let Some(scales) = &self.scales {
+            for (column, out) in out.iter_mut().enumerate() {
+                *out *= scales.at(row, column);
             }
         }
     }
@@ -127,37 +133,4 @@ fn pad_rows(data: &[u8], source: &MatrixSource, row_bytes: usize) -> Result<Alig
         to.copy_from_slice(&data[start..start + row_bytes]);
     }
     Ok(padded)
-}
-
-/// Elements of N bytes to f32.
-fn widen<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
-    let (elements, _) = bytes.as_chunks::<N>();
-    for (&element, out) in elements.iter().zip(out) {
-        *out = convert(element);
-    }
-}
-
-/// One quantized block to 32 values.
-fn dequantize_block(dtype: DType, block: &[u8], out: &mut [f32]) {
-    let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-    match dtype {
-        DType::Q8_0 => {
-            for (&byte, out) in block[2..].iter().zip(out) {
-                *out = f32::from(byte as i8) * scale;
-            }
-        }
-        DType::Q4_1 => {
-            let minimum = f16::from_le_bytes([block[2], block[3]]).to_f32();
-            for (index, &byte) in block[4..].iter().enumerate() {
-                out[index] = f32::from(byte & 15) * scale + minimum;
-                out[index + 16] = f32::from(byte >> 4) * scale + minimum;
-            }
-        }
-        _ => {
-            for (index, &byte) in block[2..].iter().enumerate() {
-                out[index] = (f32::from(byte & 15) - 8.0) * scale;
-                out[index + 16] = (f32::from(byte >> 4) - 8.0) * scale;
-            }
-        }
-    }
 }

@@ -4,7 +4,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use forge_kernels::{DType, MatrixSource};
+use forge_kernels::{MatrixSource, holds_non_finite};
 
 use crate::error::{ModelError, Result};
 
@@ -47,36 +47,19 @@ fn first_non_finite(matrix: &MatrixSource) -> Option<usize> {
         let start = matrix.offset + row * matrix.row_stride_bytes;
         let row_bytes = bytes.get(start..start + row_bytes)?;
         // First the fast question for the row, then where.
-        row_is_bad(matrix.dtype, row_bytes).then(|| {
+        holds_non_finite(matrix.dtype, row_bytes).then(|| {
             let block_bytes = matrix.dtype.block_bytes();
-            let block = row_bytes.chunks_exact(block_bytes).position(|block| row_is_bad(matrix.dtype, block));
+            let block = row_bytes.chunks_exact(block_bytes).position(|block| holds_non_finite(matrix.dtype, block));
             row * blocks + block.unwrap_or(0)
         })
     })
-}
-
-fn row_is_bad(dtype: DType, row: &[u8]) -> bool {
-    /// Exponent bits of f16: all set in a NaN or infinity.
-    const F16: u16 = 0x7c00;
-    /// Exponent bits of bf16 (and of the upper half of f32).
-    const BF16: u16 = 0x7f80;
-    let bad16 = |value: &[u8], exponent: u16| u16::from_le_bytes([value[0], value[1]]) & exponent == exponent;
-    // `fold` with | has no early exit, so the compiler can use vectors.
-    let any = |bad: bool, next: bool| bad | next;
-    match dtype {
-        DType::F32 => row.chunks_exact(4).map(|value| bad16(&value[2..], BF16)).fold(false, any),
-        DType::BF16 => row.chunks_exact(2).map(|value| bad16(value, BF16)).fold(false, any),
-        DType::F16 => row.chunks_exact(2).map(|value| bad16(value, F16)).fold(false, any),
-        DType::Q4_0 | DType::Q8_0 => row.chunks_exact(dtype.block_bytes()).map(|block| bad16(block, F16)).fold(false, any),
-        DType::Q4_1 => row.chunks_exact(dtype.block_bytes()).map(|block| bad16(block, F16) | bad16(&block[2..], F16)).fold(false, any),
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
-    use forge_kernels::Segments;
+    use forge_kernels::{DType, Segments};
 
     use super::*;
 
@@ -89,6 +72,7 @@ mod tests {
             rows,
             columns,
             dtype,
+            scales: None,
             segments: Segments::whole(columns),
         }
     }

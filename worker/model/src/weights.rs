@@ -10,8 +10,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use forge_kernels::{DType, MatrixSource, NormKind, Segments};
-use half::{bf16, f16};
+use forge_kernels::{DType, MatrixSource, NormKind, Segments, dequantize};
 
 use crate::arch::families::{Family, MlpNames, Names, QkvNames, TensorNames};
 use crate::arch::gguf::ROPE_FREQS;
@@ -290,6 +289,7 @@ impl MatrixRef {
             rows: rows.len(),
             columns: columns.len(),
             dtype: self.dtype,
+            scales: None,
             segments: segments.clone(),
         };
         if self.transposed {
@@ -379,12 +379,10 @@ impl VectorRef {
 
 /// Value `index` of a dense tensor.
 fn dense_value(dtype: DType, bytes: &[u8], index: usize) -> f32 {
-    let two = |at: usize| [bytes[at], bytes[at + 1]];
-    match dtype {
-        DType::F16 => f16::from_le_bytes(two(index * 2)).to_f32(),
-        DType::BF16 => bf16::from_le_bytes(two(index * 2)).to_f32(),
-        _ => f32::from_le_bytes([bytes[index * 4], bytes[index * 4 + 1], bytes[index * 4 + 2], bytes[index * 4 + 3]]),
-    }
+    let mut value = [0.0];
+    let size = dtype.block_bytes();
+    dequantize(dtype, &bytes[index * size..(index + 1) * size], &mut value);
+    value[0]
 }
 
 #[cfg(test)]

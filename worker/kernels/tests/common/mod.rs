@@ -9,6 +9,23 @@ use half::{bf16, f16};
 
 pub const DTYPES: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q4_1, DType::Q8_0];
 
+/// Every quantized type.
+pub const QUANTIZED: [DType; 13] = [
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q2_K,
+    DType::Q3_K,
+    DType::Q4_K,
+    DType::Q5_K,
+    DType::Q6_K,
+    DType::IQ4_NL,
+    DType::IQ4_XS,
+    DType::MXFP4,
+];
+
 /// SplitMix64: small and repeatable.
 pub struct Random(pub u64);
 
@@ -78,30 +95,16 @@ pub fn source(bytes: Vec<u8>, dtype: DType, rows: usize, columns: usize, segment
         rows,
         columns,
         dtype,
+        scales: None,
         segments,
     }
 }
 
-/// The matrix's values, by the format's definition.
+/// The matrix's values.
 pub fn dequantize(bytes: &[u8], dtype: DType) -> Vec<f32> {
-    let half_at = |block: &[u8], at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-    let nibbles = |block: &[u8]| -> Vec<f32> {
-        let low = block.iter().map(|byte| f32::from(byte & 15));
-        low.chain(block.iter().map(|byte| f32::from(byte >> 4))).collect()
-    };
-    bytes
-        .chunks_exact(dtype.block_bytes())
-        .flat_map(|block| -> Vec<f32> {
-            match dtype {
-                DType::F32 => vec![f32::from_le_bytes(block.try_into().unwrap())],
-                DType::F16 => vec![half_at(block, 0)],
-                DType::BF16 => vec![bf16::from_le_bytes([block[0], block[1]]).to_f32()],
-                DType::Q4_0 => nibbles(&block[2..]).iter().map(|q| (q - 8.0) * half_at(block, 0)).collect(),
-                DType::Q4_1 => nibbles(&block[4..]).iter().map(|q| q * half_at(block, 0) + half_at(block, 2)).collect(),
-                DType::Q8_0 => block[2..].iter().map(|&q| f32::from(q as i8) * half_at(block, 0)).collect(),
-            }
-        })
-        .collect()
+    let mut values = vec![0.0; bytes.len() / dtype.block_bytes() * dtype.block_elements()];
+    forge_kernels::dequantize(dtype, bytes, &mut values);
+    values
 }
 
 /// A buffer holding `values`.

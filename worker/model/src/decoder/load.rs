@@ -145,6 +145,7 @@ impl<B: Backend> Loader<'_, B> {
             rows: 1,
             columns: values.len(),
             dtype: DType::F32,
+            scales: None,
             segments: Segments::whole(values.len()),
         })?))
     }

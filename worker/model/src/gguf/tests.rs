@@ -176,7 +176,7 @@ fn tensors_that_cannot_be_are_refused() {
     assert!(with(&[8], 0, u64::MAX - 31).contains("overflows"));
     assert!(with(&[2048], 0, 0).contains("truncated"));
     assert!(with(&[8], 0, 1 << 50).contains("truncated"));
-    assert!(with(&[256], 14, 0).contains("tensor w has type Q6_K"));
+    assert!(with(&[256], 15, 0).contains("tensor w has type Q8_K"));
     assert!(with(&[256], 77, 0).contains("number 77"));
     let mut twice = Builder::new(3, 2, 0);
     assert!(refused(&twice.tensor("w", &[8], 0, 0).tensor("w", &[8], 0, 32).data(4096)).contains("there twice"));

@@ -55,8 +55,18 @@ pub(crate) fn storage_type(number: u32) -> Result<DType, String> {
         1 => Ok(DType::F16),
         2 => Ok(DType::Q4_0),
         3 => Ok(DType::Q4_1),
+        6 => Ok(DType::Q5_0),
+        7 => Ok(DType::Q5_1),
         8 => Ok(DType::Q8_0),
+        10 => Ok(DType::Q2_K),
+        11 => Ok(DType::Q3_K),
+        12 => Ok(DType::Q4_K),
+        13 => Ok(DType::Q5_K),
+        14 => Ok(DType::Q6_K),
+        20 => Ok(DType::IQ4_NL),
+        23 => Ok(DType::IQ4_XS),
         30 => Ok(DType::BF16),
+        39 => Ok(DType::MXFP4),
         _ => Err(match usize::try_from(number).ok().and_then(|index| NAMES.get(index)) {
             Some(name) => (*name).to_owned(),
             None => format!("number {number} (unknown)"),
@@ -76,7 +86,7 @@ mod tests {
                 Err(refused) => assert_eq!(refused, *name),
             }
         }
-        assert_eq!(storage_type(14), Err("Q6_K".to_owned()));
+        assert_eq!(storage_type(15), Err("Q8_K".to_owned()));
         assert_eq!(storage_type(900), Err("number 900 (unknown)".to_owned()));
     }
 }
