@@ -1,5 +1,5 @@
-//! `EngineCore`: requests in, steps planned, logits in, events out. No clock, no model, and no thread but the draws'
-//! second one, which changes nothing (see the module of draws).
+//! `EngineCore`: requests in, steps planned, logits in, events out. No clock, no model, and no threads but those that
+//! help to draw, which change nothing (see the module of draws).
 //!
 //! ```text
 //! submit ─► Scheduler ─► StepPlan ─► (model) ─► logits ─► Sampler ─► Answer ─► Outlet
@@ -51,7 +51,7 @@ impl EngineCore {
     /// A core for a model of these facts. `model_name` labels the metrics.
     ///
     /// # Errors
-    /// [`EngineError::Option`].
+    /// [`EngineError::Option`], or [`EngineError::Thread`] if the system gives no thread.
     pub fn new(
         info: StepModelInfo,
         tokenizer: Tokenizer,
@@ -62,7 +62,7 @@ impl EngineCore {
         let limits = options.limits(&info)?;
         let blocks = BlockManager::new(info.kv_blocks, info.block_size);
         Ok(EngineCore {
-            samplers: Samplers::new(info.vocab_size),
+            samplers: Samplers::new(info.vocab_size)?,
             scheduler: Scheduler::new(limits, blocks),
             plan: StepPlan { epoch: options.epoch, ..StepPlan::default() },
             requests: BTreeMap::new(),
@@ -219,7 +219,7 @@ impl EngineCore {
         // Another answer of the request may have failed on an earlier row.
         let Some(active) = self.requests.get_mut(&arrival) else { return };
         let next = match (used.purpose, draw) {
-            (LogitsPurpose::Score { position }, _) => active.score(self.samplers.first(), row, position),
+            (LogitsPurpose::Score { position }, _) => active.score(self.samplers.scoring(), row, position),
             (LogitsPurpose::Sample, Some(sampled)) => sampled.and_then(|sampled| active.accept(sampled, used.id)),
             // There was no request to draw for.
             (LogitsPurpose::Sample, None) => return,

@@ -5,7 +5,7 @@
 //! the first. All three keep a prefix of that order, so only a prefix is ever sorted: the tokens above a
 //! bound that is known to be low enough. The largest value per chunk of logits gives such bounds cheaply.
 
-use super::row::{CHUNK, exp_non_positive};
+use super::row::{CHUNK, exp_non_positive, fill_weights};
 
 /// A token that is still possible, with its unnormalized probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -155,8 +155,9 @@ pub(crate) fn draw(kept: &[Candidate], uniform: f64) -> u32 {
     kept.iter().rev().find(|candidate| candidate.weight > 0.0).map_or(0, |candidate| candidate.token)
 }
 
-/// As [`draw`], from weights of the whole vocabulary in segments whose sums are known.
-pub(crate) fn draw_from_all(weights: &[f32], bounds: &[usize], sums: &[f32], uniform: f64) -> u32 {
+/// As [`draw`], from the whole vocabulary in segments whose sums are known. First the segment is found, then the token
+/// in it; only the weights up to that token are computed.
+pub(crate) fn draw_from_all(row: RowView<'_>, scale: f32, bounds: &[usize], sums: &[f32], uniform: f64) -> u32 {
     let total: f64 = sums.iter().map(|&sum| f64::from(sum)).sum();
     let mut target = uniform * total;
     let mut last_possible = 0;
@@ -170,17 +171,22 @@ pub(crate) fn draw_from_all(weights: &[f32], bounds: &[usize], sums: &[f32], uni
         }
         target -= f64::from(sum);
     }
-    let (start, end) = (bounds[last_possible], bounds[last_possible + 1]);
+    let start = bounds[last_possible];
     let mut sum = 0.0;
     let mut last = start;
-    for (token, &weight) in weights.iter().enumerate().take(end).skip(start) {
-        sum += f64::from(weight);
-        if weight > 0.0 {
-            last = token;
-            if sum > target {
-                break;
+    let mut weights = [0.0; 4 * CHUNK];
+    for (index, logits) in row.logits[start..bounds[last_possible + 1]].chunks(weights.len()).enumerate() {
+        fill_weights(logits, row.max, scale, &mut weights);
+        for (offset, &weight) in weights[..logits.len()].iter().enumerate() {
+            sum += f64::from(weight);
+            if weight > 0.0 {
+                last = start + index * weights.len() + offset;
+                if sum > target {
+                    return last as u32;
+                }
             }
         }
     }
+    // Rounding only: the last token that can be drawn.
     last as u32
 }

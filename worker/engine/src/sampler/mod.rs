@@ -61,7 +61,6 @@ pub struct Sampled {
 pub struct Sampler {
     tree: VocabularyTree,
     maxima: Vec<f32>,
-    weights: Vec<f32>,
     segment_sums: Vec<f32>,
     keys: Vec<u64>,
     kept: Vec<Candidate>,
@@ -74,7 +73,6 @@ impl Sampler {
         Sampler {
             tree: VocabularyTree::new(vocab_size),
             maxima: Vec::new(),
-            weights: Vec::new(),
             segment_sums: Vec::new(),
             keys: Vec::new(),
             kept: Vec::new(),
@@ -90,11 +88,15 @@ impl Sampler {
         let params = input.params;
         let raw_max = row::chunk_maxima(row, &mut self.maxima).map_err(|_| SampleError::NotFinite)?;
         let raw = params.logprobs.map(|top| {
-            let sum = self.tree.sum_exp(row, raw_max);
+            let sum = self.tree.sum_exp(row, raw_max, 1.0, &mut self.segment_sums);
             (Distribution::new(raw_max, sum), self.most_likely(row, raw_max, top))
         });
         self.adjustments.apply(row, params, input.history, input.forbidden);
-        let token = self.pick(row, params, input.key);
+        let max = match self.adjustments.is_empty() {
+            true => Ok(raw_max),
+            false => row::chunk_maxima(row, &mut self.maxima).map_err(|_| SampleError::NothingLeft),
+        };
+        let token = max.map(|max| self.pick(row, max, params, input.key));
         self.adjustments.undo(row);
         let token = token?;
         let logprobs = raw.map(|(distribution, top)| distribution.logprobs(row, token, &top));
@@ -107,7 +109,7 @@ impl Sampler {
     /// [`SampleError::NotFinite`].
     pub fn score(&mut self, row: &[f32], token: u32, top: u32) -> Result<Logprobs, SampleError> {
         let max = row::chunk_maxima(row, &mut self.maxima).map_err(|_| SampleError::NotFinite)?;
-        let sum = self.tree.sum_exp(row, max);
+        let sum = self.tree.sum_exp(row, max, 1.0, &mut self.segment_sums);
         let top = self.most_likely(row, max, top);
         Ok(Distribution::new(max, sum).logprobs(row, token, &top))
     }
@@ -120,24 +122,23 @@ impl Sampler {
         self.keys.iter().map(|&key| key as u32).collect()
     }
 
-    /// The token of an adjusted row.
-    fn pick(&mut self, row: &[f32], params: &SamplingParams, key: DrawKey) -> Result<u32, SampleError> {
-        let max = row::chunk_maxima(row, &mut self.maxima).map_err(|_| SampleError::NothingLeft)?;
+    /// The token of an adjusted row whose largest values are known.
+    fn pick(&mut self, row: &[f32], max: f32, params: &SamplingParams, key: DrawKey) -> u32 {
         if params.temperature == 0.0 {
-            return Ok(argmax(row, &self.maxima, max));
+            return argmax(row, &self.maxima, max);
         }
         let scale = (1.0 / params.temperature).min(f32::MAX);
         let filters = Filters { scale, top_k: params.top_k, top_p: params.top_p, min_p: params.min_p };
+        let view = RowView { logits: row, maxima: &self.maxima, max };
+        let (tree, sums) = (&self.tree, &mut self.segment_sums);
         let unfiltered_k = params.top_k == 0 || params.top_k as usize >= row.len();
         if unfiltered_k && params.top_p >= 1.0 && params.min_p <= 0.0 {
-            self.tree.weights(row, max, scale, &mut self.weights, &mut self.segment_sums);
-            return Ok(filters::draw_from_all(&self.weights, self.tree.bounds(), &self.segment_sums, key.uniform(0)));
+            tree.sum_exp(row, max, scale, sums);
+            return filters::draw_from_all(view, scale, tree.bounds(), sums, key.uniform(0));
         }
-        let view = RowView { logits: row, maxima: &self.maxima, max };
-        let (tree, weights, sums) = (&self.tree, &mut self.weights, &mut self.segment_sums);
-        let total = || f64::from(tree.weights(row, max, scale, weights, sums));
+        let total = || f64::from(tree.sum_exp(row, max, scale, sums));
         filters::keep(view, filters, total, &mut self.keys, &mut self.kept);
-        Ok(filters::draw(&self.kept, key.uniform(0)))
+        filters::draw(&self.kept, key.uniform(0))
     }
 }
 

@@ -88,6 +88,11 @@ impl Adjustments {
         }
     }
 
+    /// Whether the row is as the model gave it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.undo.is_empty()
+    }
+
     /// Puts back what was there.
     pub(crate) fn undo(&mut self, row: &mut [f32]) {
         for (token, logit) in self.undo.drain(..).rev() {

@@ -61,25 +61,39 @@ pub(crate) fn chunk_maxima(logits: &[f32], maxima: &mut Vec<f32>) -> Result<f32,
 /// Returns whether a NaN was seen.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2"))]
 fn fill_maxima(logits: &[f32], maxima: &mut [f32]) -> bool {
-    let mut nan = [0u32; LANES];
-    for (chunk, target) in logits.chunks(CHUNK).zip(maxima) {
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let pieces = chunk.chunks_exact(LANES);
-        let rest = pieces.remainder();
-        for piece in pieces {
-            for lane in 0..LANES {
-                let value = piece[lane];
-                lanes[lane] = if value > lanes[lane] { value } else { lanes[lane] };
-                nan[lane] |= u32::from(value.is_nan());
-            }
-        }
-        for (lane, &value) in rest.iter().enumerate() {
-            lanes[lane] = if value > lanes[lane] { value } else { lanes[lane] };
-            nan[lane] |= u32::from(value.is_nan());
-        }
-        *target = lanes.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+    let mut magnitudes = [0u32; LANES];
+    let (chunks, rest) = logits.as_chunks::<CHUNK>();
+    for (chunk, target) in chunks.iter().zip(maxima.iter_mut()) {
+        *target = chunk_max(chunk, &mut magnitudes);
     }
-    nan.iter().any(|&seen| seen != 0)
+    if let (false, Some(target)) = (rest.is_empty(), maxima.last_mut()) {
+        let mut chunk = [f32::NEG_INFINITY; CHUNK];
+        chunk[..rest.len()].copy_from_slice(rest);
+        *target = chunk_max(&chunk, &mut magnitudes);
+    }
+    magnitudes.iter().any(|&bits| bits > f32::INFINITY.to_bits())
+}
+
+/// The largest value of a chunk, NaN aside; `magnitudes` keeps the largest bits without their sign, which are over
+/// infinity's once there was a NaN.
+#[inline(always)]
+fn chunk_max(chunk: &[f32; CHUNK], magnitudes: &mut [u32; LANES]) -> f32 {
+    let larger = |value: f32, max: f32| if value > max { value } else { max };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for piece in chunk.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            lanes[lane] = larger(piece[lane], lanes[lane]);
+            magnitudes[lane] = magnitudes[lane].max(piece[lane].to_bits() & i32::MAX as u32);
+        }
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] = larger(lanes[lane + half], lanes[lane]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// The segments of a vocabulary and their tree: how a sum over it is ordered.
@@ -116,18 +130,10 @@ impl VocabularyTree {
         stack[0]
     }
 
-    /// Sum over the row of exp(logit − max).
-    pub(crate) fn sum_exp(&self, logits: &[f32], max: f32) -> f32 {
-        self.combine(|index| sum_exp_segment(&logits[self.bounds[index]..self.bounds[index + 1]], max))
-    }
-
-    /// Writes exp((logit − max) · scale) of every token and the sum of every segment; returns the sum of all.
-    pub(crate) fn weights(&self, logits: &[f32], max: f32, scale: f32, weights: &mut Vec<f32>, sums: &mut Vec<f32>) -> f32 {
-        weights.resize(logits.len(), 0.0);
+    /// Sum over the row of exp((logit − max) · scale); `sums` receives the sum of every segment.
+    pub(crate) fn sum_exp(&self, logits: &[f32], max: f32, scale: f32, sums: &mut Vec<f32>) -> f32 {
         sums.clear();
-        for pair in self.bounds.windows(2) {
-            sums.push(weights_segment(&logits[pair[0]..pair[1]], max, scale, &mut weights[pair[0]..pair[1]]));
-        }
+        sums.extend(self.bounds.windows(2).map(|pair| sum_exp_segment(&logits[pair[0]..pair[1]], max, scale)));
         self.combine(|index| sums[index])
     }
 }
@@ -146,39 +152,27 @@ fn fold(mut lanes: [f32; LANES]) -> f32 {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2"))]
-fn sum_exp_segment(logits: &[f32], max: f32) -> f32 {
+fn sum_exp_segment(logits: &[f32], max: f32, scale: f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let pieces = logits.chunks_exact(LANES);
     let rest = pieces.remainder();
     for piece in pieces {
         for lane in 0..LANES {
-            lanes[lane] += exp_non_positive(piece[lane] - max);
+            lanes[lane] += exp_non_positive((piece[lane] - max) * scale);
         }
     }
     for (lane, &logit) in rest.iter().enumerate() {
-        lanes[lane] += exp_non_positive(logit - max);
+        lanes[lane] += exp_non_positive((logit - max) * scale);
     }
     fold(lanes)
 }
 
+/// Writes exp((logit − max) · scale) of every logit: the terms of [`VocabularyTree::sum_exp`].
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512bw+avx512dq", "x86_64+avx2"))]
-fn weights_segment(logits: &[f32], max: f32, scale: f32, weights: &mut [f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let pieces = logits.chunks_exact(LANES);
-    let rest = pieces.remainder();
-    let (whole, tail) = weights.split_at_mut(logits.len() - rest.len());
-    for (piece, target) in pieces.zip(whole.chunks_exact_mut(LANES)) {
-        for lane in 0..LANES {
-            let weight = exp_non_positive((piece[lane] - max) * scale);
-            target[lane] = weight;
-            lanes[lane] += weight;
-        }
+pub(crate) fn fill_weights(logits: &[f32], max: f32, scale: f32, weights: &mut [f32]) {
+    for (&logit, weight) in logits.iter().zip(weights) {
+        *weight = exp_non_positive((logit - max) * scale);
     }
-    for (lane, (&logit, target)) in rest.iter().zip(tail).enumerate() {
-        *target = exp_non_positive((logit - max) * scale);
-        lanes[lane] += *target;
-    }
-    fold(lanes)
 }
 
 #[cfg(test)]
@@ -207,9 +201,11 @@ mod tests {
             let max = chunk_maxima(&logits, &mut maxima).unwrap();
             assert_eq!(max, logits.iter().copied().fold(f32::MIN, f32::max));
             let exact: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-            let (mut weights, mut sums) = (Vec::new(), Vec::new());
-            assert_eq!(tree.weights(&logits, max, 1.0, &mut weights, &mut sums), tree.sum_exp(&logits, max));
-            assert!((f64::from(tree.sum_exp(&logits, max)) / exact - 1.0).abs() < 1e-6, "{size}");
+            let sum = tree.sum_exp(&logits, max, 1.0, &mut Vec::new());
+            assert!((f64::from(sum) / exact - 1.0).abs() < 1e-6, "{size}");
+            let mut weights = vec![0.0; size];
+            fill_weights(&logits, max, 1.0, &mut weights);
+            assert!(weights.iter().zip(&logits).all(|(&weight, &logit)| weight == exp_non_positive(logit - max)), "{size}");
         }
     }
 
