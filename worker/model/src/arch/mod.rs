@@ -126,7 +126,7 @@ pub struct AttentionSpec {
     pub out_bias: bool,
     /// Norm of queries and keys before rotation.
     pub qk_norm: Option<QkNormSpec>,
-    /// q, k and v are limited to ±this (MPT, OLMo).
+    /// q, k and v are limited to ±this, after the norm where there is one (MPT, OLMo).
     pub clip: Option<f32>,
     /// Scores become tanh(score / cap) · cap (Gemma 2).
     pub softcap: Option<f32>,
@@ -161,7 +161,7 @@ pub enum QkNormOver {
 /// DeepSeek's multi-head latent attention. `head_dim` = `plain_dim` + `rope_dim`; every query head has a KV head.
 /// q = q_b(norm(q_a(x))) or q(x); [latent, shared rotary key] = kv_a(x); [plain key, value] per head = kv_b(norm(latent)).
 /// The rotary part is the last of a head and the same for all key heads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LatentSpec {
     /// Width of the query latent; `None` where queries come from x directly.
     pub query_rank: Option<usize>,
@@ -171,6 +171,8 @@ pub struct LatentSpec {
     pub plain_dim: usize,
     /// Width of a head's rotated part.
     pub rope_dim: usize,
+    /// Epsilon of the latents' RMS norms (transformers: 1e-6, whatever the model's own is).
+    pub norm_eps: f32,
 }
 
 /// How positions enter.
