@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use forge_kernels::DType;
 
-use crate::arch::families;
+use crate::arch::families::{self, Family};
 use crate::error::{ModelError, Result};
 use crate::gguf::{self, Metadata};
 use crate::safetensors;
@@ -95,10 +95,18 @@ impl Checkpoint {
     /// # Errors
     /// [`ModelError::NotAModel`] where the path holds none of these, saying what was found; errors of the formats.
     pub fn open(path: impl AsRef<Path>, mode: LoadMode) -> Result<Checkpoint> {
+        Self::open_as(path, mode, None)
+    }
+
+    /// As [`Checkpoint::open`], for a family chosen by the operator. (Which family it is does not matter to a GGUF file.)
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_as(path: impl AsRef<Path>, mode: LoadMode, family: Option<&'static Family>) -> Result<Checkpoint> {
         let path = path.as_ref();
         if std::fs::metadata(path).map_err(io_error(path))?.is_dir() {
             return if path.join("config.json").is_file() {
-                Self::open_folder(path, mode)
+                Self::open_folder(path, mode, family)
             } else {
                 Self::open_gguf(&only_gguf_in(path)?, mode)
             };
@@ -117,20 +125,20 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_owned(), config: RawConfig::Gguf(file.metadata), tensors, sources: vec![bytes] })
     }
 
-    fn open_folder(path: &Path, mode: LoadMode) -> Result<Checkpoint> {
+    fn open_folder(path: &Path, mode: LoadMode, family: Option<&Family>) -> Result<Checkpoint> {
         let config = source::read_json(&path.join("config.json"))?;
         let generation = path.join("generation_config.json");
         let generation = if generation.is_file() { Some(source::read_json(&generation)?) } else { None };
         // Buffers that some exporters save have types no decoder needs (boolean masks); the family knows them.
-        let family = families::by_model_type(&config)?;
+        let family = family.or_else(|| families::by_model_type(&config).ok());
         let files = shard_files(path)?;
         let mut sources = Vec::new();
         let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
         for name in &files {
             let file = path.join(name);
             let bytes = source::open(&file, mode)?;
-            let found =
-                safetensors::parse_header((*bytes).as_ref(), |tensor| !family.is_ignored(tensor)).map_err(|error| in_file(name, error))?;
+            let found = safetensors::parse_header((*bytes).as_ref(), |tensor| !families::is_ignored(family, tensor))
+                .map_err(|error| in_file(name, error))?;
             for (name, tensor) in found {
                 let entry = TensorEntry { dtype: tensor.dtype, shape: tensor.shape, source: sources.len(), bytes: tensor.bytes };
                 if tensors.insert(name.clone(), entry).is_some() {

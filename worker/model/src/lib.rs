@@ -22,7 +22,7 @@ mod source;
 pub mod step;
 mod weights;
 
-pub use arch::Architecture;
+pub use arch::{Architecture, Overrides, RopeScalingOverride};
 pub use checkpoint::{Checkpoint, Format, LoadMode};
 pub use decoder::Decoder;
 pub use decoder::options::{DecoderOptions, Shard};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use forge_kernels::Backend;
 use forge_net::Collective;
 
-use crate::arch::{Architecture, families};
+use crate::arch::{Architecture, Overrides, families};
 use crate::checkpoint::{Checkpoint, Format, LoadMode, RawConfig};
 use crate::decoder::Decoder;
 use crate::decoder::layout::Layout;
@@ -69,7 +69,16 @@ impl Model {
     /// # Errors
     /// Anything unreadable, malformed, unsupported, missing or left over, by name.
     pub fn open(path: impl AsRef<Path>, mode: LoadMode) -> Result<Model> {
-        Self::from_checkpoint(Checkpoint::open(path, mode)?)
+        Self::open_with(path, mode, &Overrides::default())
+    }
+
+    /// As [`Model::open`], with what the operator says against the files.
+    ///
+    /// # Errors
+    /// As [`Model::open`], and an override that this model cannot take.
+    pub fn open_with(path: impl AsRef<Path>, mode: LoadMode, overrides: &Overrides) -> Result<Model> {
+        let family = overrides.architecture.as_deref().map(families::named).transpose()?;
+        Self::from_checkpoint_with(Checkpoint::open_as(path, mode, family)?, overrides)
     }
 
     /// As [`Model::open`], of an opened checkpoint.
@@ -77,13 +86,24 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub fn from_checkpoint(checkpoint: Checkpoint) -> Result<Model> {
+        Self::from_checkpoint_with(checkpoint, &Overrides::default())
+    }
+
+    /// As [`Model::open_with`], of an opened checkpoint.
+    ///
+    /// # Errors
+    /// As [`Model::open_with`].
+    pub fn from_checkpoint_with(checkpoint: Checkpoint, overrides: &Overrides) -> Result<Model> {
+        let named = overrides.architecture.as_deref().map(families::named).transpose()?;
         let (architecture, generation) = match checkpoint.config() {
             RawConfig::Gguf(metadata) => {
-                let architecture = crate::arch::gguf::from_gguf(metadata, checkpoint.tensors())?;
+                let family = named.map_or_else(|| families::of_gguf(metadata), Ok)?;
+                let architecture = overrides.apply(crate::arch::gguf::from_gguf_as(family, metadata, checkpoint.tensors())?)?;
                 (architecture, GenerationDefaults::default())
             }
             RawConfig::HuggingFace { config, generation } => {
-                let architecture = crate::arch::hf::from_config_json(config)?;
+                let family = named.map_or_else(|| families::by_model_type(config), Ok)?;
+                let architecture = overrides.apply(crate::arch::hf::from_config_json_as(family, config)?)?;
                 let generation = GenerationDefaults::from_json(config, generation.as_ref(), architecture.vocab_size)?;
                 (architecture, generation)
             }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use forge_kernels::{DType, MatrixSource, NormKind, Segments, dequantize};
 
 use crate::arch::families::{Family, MlpNames, Names, QkvNames, TensorNames};
-use crate::arch::gguf::ROPE_FREQS;
+use crate::arch::rope::ROPE_FREQS;
 use crate::arch::{Architecture, PositionSpec, RopeLayers, RopeScaling};
 use crate::checkpoint::{Checkpoint, Format, TensorEntry};
 use crate::error::{ModelError, Result};

@@ -7,6 +7,7 @@ use forge_kernels::{ActivationKind, NormKind, RopeStyle};
 
 use super::NormSpec;
 use crate::error::{ModelError, Result};
+use crate::gguf::Metadata;
 
 /// A row of the table.
 #[derive(Debug)]
@@ -353,10 +354,29 @@ impl Family {
         NormSpec { kind: self.norm, eps, weight_offset: 0.0, weight: true, bias: self.norm == NormKind::Layer }
     }
 
-    /// Whether a tensor of a Hugging Face folder holds no weights.
-    pub(crate) fn is_ignored(&self, tensor: &str) -> bool {
+    fn ignores(&self, tensor: &str) -> bool {
         self.hf.ignored.iter().any(|ending| tensor.ends_with(ending))
     }
+}
+
+/// Whether a tensor of a Hugging Face folder holds no weights: in this family, or in any where it is not known.
+pub(crate) fn is_ignored(family: Option<&Family>, tensor: &str) -> bool {
+    match family {
+        Some(family) => family.ignores(tensor),
+        None => FAMILIES.iter().any(|family| family.ignores(tensor)),
+    }
+}
+
+/// The row that an operator names: by its own name, a `model_type` or a `general.architecture`.
+///
+/// # Errors
+/// [`ModelError::UnknownFamily`].
+pub fn named(found: &str) -> Result<&'static Family> {
+    let by = |names: fn(&Family) -> &'static [&'static str]| FAMILIES.iter().find(|family| names(family).contains(&found));
+    by_name(found)
+        .or_else(|| by(|family| family.model_types))
+        .or_else(|| by(|family| family.gguf_architectures))
+        .ok_or_else(|| unknown(found))
 }
 
 /// The row with this name (that of [`super::Architecture::family`]).
@@ -380,8 +400,9 @@ pub fn by_model_type(config: &serde_json::Value) -> Result<&'static Family> {
 /// The row for a GGUF file's `general.architecture`.
 ///
 /// # Errors
-/// [`ModelError::UnknownFamily`].
-pub fn by_gguf_architecture(found: &str) -> Result<&'static Family> {
+/// [`ModelError::UnknownFamily`], or no such key.
+pub fn of_gguf(metadata: &Metadata) -> Result<&'static Family> {
+    let found = super::gguf::architecture_name(metadata)?;
     FAMILIES.iter().find(|family| family.gguf_architectures.contains(&found)).ok_or_else(|| unknown(found))
 }
 

@@ -6,22 +6,32 @@ use std::collections::BTreeMap;
 use forge_kernels::NormKind;
 
 use super::families::{self, Bias, Family};
+use super::rope::ROPE_FREQS;
 use super::{Architecture, AttentionSpec, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec, PositionSpec, RopeLayers, RopeScaling, RopeSpec};
 use crate::checkpoint::TensorEntry;
 use crate::error::{ModelError, Result};
 use crate::gguf::Metadata;
 use crate::gguf::metadata::config_error;
 
-/// Divisors of rotary frequencies, written by converters for the llama3 scaling.
-pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
-
 /// Reads the architecture from a parsed GGUF file.
 ///
 /// # Errors
 /// An unknown family, a missing or senseless key, or a variant that is not implemented; by name.
 pub fn from_gguf(metadata: &Metadata, tensors: &BTreeMap<String, TensorEntry>) -> Result<Architecture> {
-    let name = metadata.optional_string("general.architecture")?.ok_or_else(|| config_error("general.architecture", "is missing"))?;
-    let family = families::by_gguf_architecture(name)?;
+    from_gguf_as(families::of_gguf(metadata)?, metadata, tensors)
+}
+
+/// `general.architecture`.
+pub(crate) fn architecture_name(metadata: &Metadata) -> Result<&str> {
+    metadata.optional_string("general.architecture")?.ok_or_else(|| config_error("general.architecture", "is missing"))
+}
+
+/// As [`from_gguf`], for a family chosen by the operator; keys have the prefix that the file gives them.
+///
+/// # Errors
+/// As [`from_gguf`].
+pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTreeMap<String, TensorEntry>) -> Result<Architecture> {
+    let name = architecture_name(metadata)?;
     let keys = Keys { metadata, name };
     if let Some(parts) = metadata.optional_u32("split.count")?
         && parts > 1

@@ -16,7 +16,14 @@ const FILE: &str = "config.json";
 /// # Errors
 /// An unknown family, a missing or senseless key, or a variant that is not implemented; by name.
 pub fn from_config_json(config: &Value) -> Result<Architecture> {
-    let family = families::by_model_type(config)?;
+    from_config_json_as(families::by_model_type(config)?, config)
+}
+
+/// As [`from_config_json`], for a family chosen by the operator.
+///
+/// # Errors
+/// As [`from_config_json`].
+pub(crate) fn from_config_json_as(family: &Family, config: &Value) -> Result<Architecture> {
     let json = Json { file: FILE, value: config };
     refuse_variants(&json, family)?;
     let keys = &family.hf.keys;
@@ -180,6 +187,7 @@ fn rope(json: &Json<'_>, head_dim: usize, context_length: usize) -> Result<RopeS
     let scaling = match kind {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: params.float("factor")? },
+        "dynamic" => RopeScaling::Dynamic { factor: params.float("factor")?, trained_context: context_length as f64 },
         "llama3" => RopeScaling::Llama3 {
             factor: params.float("factor")?,
             low_freq_factor: params.float("low_freq_factor")?,

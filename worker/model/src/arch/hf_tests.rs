@@ -72,7 +72,7 @@ fn what_is_not_implemented_is_refused_by_name() {
     assert!(refused(json!({ "model_type": "mamba" })).contains("`mamba` is not supported; supported families: llama, qwen2, gpt2"));
     assert!(refused(json!({ "hidden_act": "xielu" })).contains("xielu"));
     assert!(refused(json!({ "quantization_config": { "quant_method": "gptq" } })).contains("`gptq`"));
-    for kind in ["dynamic", "longrope", "mrope"] {
+    for kind in ["longrope", "mrope"] {
         assert!(refused(json!({ "rope_scaling": { "rope_type": kind, "factor": 2.0 } })).contains(kind));
     }
     assert!(refused(json!({ "rope_parameters": { "full_attention": { "rope_theta": 1e4 } } })).contains("per layer type"));
@@ -112,19 +112,4 @@ fn senseless_values_name_their_key() {
     for config in [json!(null), json!([]), json!({}), json!({ "model_type": 5 })] {
         assert!(from_config_json(&config).unwrap_err().to_string().contains("model_type"));
     }
-}
-
-#[test]
-fn frequencies_follow_the_formulas() {
-    let close = |actual: f32, expected: f64| assert!((f64::from(actual) - expected).abs() <= 1e-6 * expected.abs(), "{actual} {expected}");
-    let plain = rope(json!({ "head_dim": 64 }));
-    let inverse = plain.inverse_frequencies(None);
-    assert_eq!(inverse.len(), 32);
-    close(inverse[16], 0.01);
-    let linear = rope(json!({ "head_dim": 64, "rope_scaling": { "type": "linear", "factor": 4.0 } }));
-    close(linear.inverse_frequencies(None)[16], 0.0025);
-    let divided = RopeSpec { scaling: RopeScaling::Tensor, ..plain }.inverse_frequencies(Some(&[2.0; 32]));
-    close(divided[16], 0.005);
-    let yarn = rope(json!({ "head_dim": 64, "rope_scaling": { "type": "yarn", "factor": 4.0 } }));
-    close(yarn.attention_factor(), 0.1 * 4f64.ln() + 1.0);
 }

@@ -10,13 +10,15 @@
 pub mod families;
 pub mod gguf;
 pub mod hf;
+pub mod overrides;
 pub mod rope;
 mod validate;
 
 use forge_kernels::{ActivationKind, NormKind, RopeStyle};
 
 pub use families::Family;
-pub use rope::RopeScaling;
+pub use overrides::{Overrides, RopeScalingOverride};
+pub use rope::{LongRopeSide, RopeScaling};
 
 /// Everything about a decoder that is not a weight.
 #[derive(Debug, Clone, PartialEq)]

@@ -192,8 +192,8 @@ impl<B: Backend> Loader<'_, B> {
         let params = RopeParams {
             style: rope.style,
             rotary_dim: rope.rotary_dim,
-            inverse_frequencies: rope.inverse_frequencies(divisors.as_deref()),
-            attention_factor: rope.attention_factor(),
+            inverse_frequencies: rope.inverse_frequencies(max_positions, divisors.as_deref()),
+            attention_factor: rope.attention_factor(max_positions),
             max_positions,
         };
         Ok(Some(self.backend.rope_table(&params)?))
