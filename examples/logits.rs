@@ -10,9 +10,10 @@ use std::io::{BufRead, BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use forge_eval::teacher_forced_logits;
 use forge_kernels::KvDType;
 use forge_model::StepModel;
-use forge_tests::{open_decoder, teacher_forced_logits};
+use forge_tests::open_decoder;
 use serde::Deserialize;
 
 const MAX_MODEL_LEN: usize = 2048;

@@ -14,6 +14,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("forge-net", &["forge-shared", "forge-kernels"]),
     ("forge-model", &["forge-shared", "forge-kernels", "forge-net"]),
     ("forge-engine", &["forge-shared", "forge-text", "forge-kernels", "forge-net", "forge-model"]),
+    ("forge-eval", &["forge-shared", "forge-kernels", "forge-net", "forge-model"]),
     ("forge-store", &["forge-shared"]),
     ("forge-coordinator", &["forge-shared"]),
     ("forge-worker", &["forge-shared", "forge-text", "forge-kernels", "forge-net", "forge-model", "forge-engine", "forge-store"]),
@@ -27,6 +28,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "forge-net",
             "forge-model",
             "forge-engine",
+            "forge-eval",
             "forge-store",
             "forge-coordinator",
             "forge-worker",
@@ -35,7 +37,17 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ),
     (
         "forge-tests",
-        &["forge-shared", "forge-text", "forge-kernels", "forge-net", "forge-model", "forge-engine", "forge-store", "forge-gateway"],
+        &[
+            "forge-shared",
+            "forge-text",
+            "forge-kernels",
+            "forge-net",
+            "forge-model",
+            "forge-engine",
+            "forge-eval",
+            "forge-store",
+            "forge-gateway",
+        ],
     ),
 ];
 

@@ -5,8 +5,10 @@
 
 use std::path::PathBuf;
 
+use forge_eval::distribution::log_softmax;
+use forge_eval::teacher_forced_logits;
 use forge_kernels::KvDType;
-use forge_tests::{CpuDecoder, GreedyCase, LlamaGolden, log_softmax, open_decoder, teacher_forced_logits, top_two};
+use forge_tests::{CpuDecoder, GreedyCase, LlamaGolden, open_decoder, top_two};
 
 /// Below this distance of llama.cpp's two largest logits either token is a right answer.
 const UNDECIDED_GAP: f32 = 0.02;

@@ -2,11 +2,14 @@
 //!
 //! Flags that set a key of the specification are not written here: [`SpecFlags`] makes them from the table of keys.
 
+pub mod measure;
+
 use std::path::PathBuf;
 
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 
+use self::measure::{BenchArgs, EvalArgs};
 use crate::logging::LogFormat;
 use crate::output::OutputFormat;
 use crate::spec_flags::{EngineKeys, ServiceKeys, SpecFlags};
@@ -56,6 +59,10 @@ pub enum Command {
     List(ListArgs),
     /// Show what is known of a model: architecture, size, memory needed, licence
     Show(ShowArgs),
+    /// Measure a model's quality: perplexity of a text, divergence from another model
+    Eval(EvalArgs),
+    /// Measure a model's speed on this machine
+    Bench(BenchArgs),
     /// Remove models from the local store
     #[command(visible_alias = "remove")]
     Rm(RmArgs),

@@ -14,6 +14,8 @@ mod commands;
 mod context;
 mod failure;
 mod logging;
+mod measure;
+mod meter;
 mod output;
 mod progress;
 mod replica;
@@ -67,6 +69,8 @@ fn dispatch(cli: &Cli, program: &str) -> Result<()> {
         Command::Pull(args) => commands::pull::pull(args),
         Command::List(args) => commands::list::list(args),
         Command::Show(args) => commands::show::show(args),
+        Command::Eval(args) => commands::eval::eval(args),
+        Command::Bench(args) => commands::bench::bench(args),
         Command::Rm(args) => commands::rm::rm(args),
         Command::Catalogue(args) => commands::catalogue::catalogue(args),
         Command::Keys(args) => commands::keys::keys(args),

@@ -10,10 +10,13 @@ use forge_shared::config::{Group, KEYS, Key, Kind, Setting};
 use forge_shared::spec::{ByteSize, ModelServiceSpec};
 use serde_json::{Value, json};
 
-/// Which groups of keys a command takes.
+/// The key that has a second flag, `--no-prefix-cache`.
+const PREFIX_CACHE: &str = "prefixCache";
+
+/// Which keys a command takes as flags.
 pub trait KeyChoice: Clone + Send + Sync + 'static {
-    /// The groups.
-    const GROUPS: &'static [Group];
+    /// Whether it takes this key.
+    fn takes(key: &Key) -> bool;
 }
 
 /// Keys of a model and its engine: `run`.
@@ -21,7 +24,9 @@ pub trait KeyChoice: Clone + Send + Sync + 'static {
 pub struct EngineKeys;
 
 impl KeyChoice for EngineKeys {
-    const GROUPS: &'static [Group] = &[Group::Model, Group::Engine];
+    fn takes(key: &Key) -> bool {
+        matches!(key.group, Group::Model | Group::Engine)
+    }
 }
 
 /// Those and the API's: `serve`.
@@ -29,7 +34,19 @@ impl KeyChoice for EngineKeys {
 pub struct ServiceKeys;
 
 impl KeyChoice for ServiceKeys {
-    const GROUPS: &'static [Group] = &[Group::Model, Group::Engine, Group::Api];
+    fn takes(key: &Key) -> bool {
+        EngineKeys::takes(key) || key.group == Group::Api
+    }
+}
+
+/// Keys of the numbers a model computes and how: `eval` and `bench model`, which need no engine.
+#[derive(Debug, Clone, Copy)]
+pub struct MeasureKeys;
+
+impl KeyChoice for MeasureKeys {
+    fn takes(key: &Key) -> bool {
+        ["kvCacheDtype", "threads", "load", "checkWeights"].contains(&key.path)
+    }
 }
 
 /// The settings given by flags.
@@ -42,12 +59,15 @@ pub struct SpecFlags<C> {
 
 /// The keys that have a flag in a command. `model` is an argument and not a flag.
 fn keys<C: KeyChoice>() -> impl Iterator<Item = &'static Key> {
-    KEYS.iter().filter(|key| key.path != "model" && C::GROUPS.contains(&key.group))
+    KEYS.iter().filter(|key| key.path != "model" && C::takes(key))
 }
 
 impl<C: KeyChoice> Args for SpecFlags<C> {
     fn augment_args(command: Command) -> Command {
         let command = keys::<C>().fold(command, |command, key| command.arg(flag(key)));
+        if !keys::<C>().any(|key| key.path == PREFIX_CACHE) {
+            return command;
+        }
         command.arg(
             Arg::new("no-prefix-cache")
                 .long("no-prefix-cache")
@@ -78,8 +98,8 @@ impl<C: KeyChoice> FromArgMatches for SpecFlags<C> {
             };
             self.settings.extend(given);
         }
-        if matches.get_flag("no-prefix-cache")
-            && let Some(key) = Key::by_path("prefixCache")
+        if let Some(key) = keys::<C>().find(|key| key.path == PREFIX_CACHE)
+            && matches.get_flag("no-prefix-cache")
         {
             self.settings.push(parse(key, "false")?);
         }

@@ -71,7 +71,7 @@ impl Ran {
 #[test]
 fn every_command_has_help_under_both_names() {
     let home = Home::new();
-    let commands = ["serve", "run", "pull", "list", "show", "rm", "catalogue", "keys", "completions", "version"];
+    let commands = ["serve", "run", "pull", "list", "show", "eval", "bench", "rm", "catalogue", "keys", "completions", "version"];
     let overview = home.run(&["--help"]).ok();
     for command in commands {
         assert!(overview.contains(&format!("\n  {command} ")), "{command} is not in the overview");

@@ -9,4 +9,4 @@ mod golden;
 mod rows;
 
 pub use golden::{Document, GreedyCase, Leading, LlamaGolden};
-pub use rows::{CpuDecoder, log_softmax, open_decoder, teacher_forced_logits, top_two};
+pub use rows::{CpuDecoder, open_decoder, top_two};

@@ -1,7 +1,9 @@
 //! One file per command.
 
+pub mod bench;
 pub mod catalogue;
 pub mod completions;
+pub mod eval;
 pub mod keys;
 pub mod list;
 pub mod pull;

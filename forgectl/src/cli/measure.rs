@@ -1,0 +1,137 @@
+//! The commands that measure: `eval` and `bench`.
+
+use clap::{Args, Subcommand, ValueEnum};
+use forge_shared::spec::KvCacheDtype;
+use std::path::PathBuf;
+
+use super::ListArgs;
+use crate::spec_flags::{MeasureKeys, SpecFlags};
+
+/// `eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub command: EvalCommand,
+}
+
+/// Commands of `eval`.
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// How well a model predicts a text
+    Perplexity(PerplexityArgs),
+    /// How far a model's predictions are from another's: Kullback-Leibler divergence of B from A
+    Kld(KldArgs),
+}
+
+/// Which tokens are scored after which context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProtocolName {
+    /// As llama.cpp: chunks from an empty context, the second half of each scored
+    Chunked,
+    /// As the transformers guide: windows that advance by --stride, every token scored once
+    #[value(alias = "strided")]
+    Sliding,
+    /// As lm-eval: disjoint windows, every token scored, also per word and byte
+    Rolling,
+}
+
+/// How a text is cut.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Protocol")]
+pub struct WindowFlags {
+    /// Tokens of a window [default: 512 for chunked, else the model's context, at most 2048]
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Windows to compute, at most [default: all]
+    #[arg(long, value_name = "N")]
+    pub chunks: Option<usize>,
+    /// Tokens of the text to use, from its beginning [default: all]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+}
+
+/// `eval perplexity`.
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// Model: alias, hub id, URL or path
+    pub model: String,
+    /// Text in UTF-8; - reads standard input
+    pub file: PathBuf,
+    /// Which tokens are scored after which context; figures of different protocols cannot be compared
+    #[arg(long, value_enum, default_value = "chunked", value_name = "NAME", help_heading = "Protocol")]
+    pub protocol: ProtocolName,
+    /// Tokens between the beginnings of sliding windows [default: a quarter of the context, at least 1]
+    #[arg(long, value_name = "N", help_heading = "Protocol")]
+    pub stride: Option<usize>,
+    #[command(flatten)]
+    pub windows: WindowFlags,
+    #[command(flatten)]
+    pub keys: SpecFlags<MeasureKeys>,
+    #[command(flatten)]
+    pub list: ListArgs,
+}
+
+/// `eval kld`.
+#[derive(Debug, Args)]
+pub struct KldArgs {
+    /// The reference model A
+    pub base: String,
+    /// The model B whose divergence from A is measured; it must have the same tokenizer
+    pub model: String,
+    /// Text in UTF-8; - reads standard input [default: a text of 5 KB that is built in]
+    pub file: Option<PathBuf>,
+    /// Storage type of A's keys and values, where it is to differ from B's
+    #[arg(long, value_name = "WORD", value_parser = parse_kv_cache_dtype)]
+    pub base_kv_cache_dtype: Option<KvCacheDtype>,
+    #[command(flatten)]
+    pub windows: WindowFlags,
+    #[command(flatten)]
+    pub keys: SpecFlags<MeasureKeys>,
+    #[command(flatten)]
+    pub list: ListArgs,
+}
+
+/// A word of the key `kvCacheDtype`, checked by that key.
+fn parse_kv_cache_dtype(text: &str) -> Result<KvCacheDtype, String> {
+    let key = forge_shared::config::Key::by_path("kvCacheDtype").ok_or("there is no such key")?;
+    serde_json::from_value(key.parse(text)?).map_err(|error| error.to_string())
+}
+
+/// `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+/// Commands of `bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Load time, prefill, decode and memory of a model, beside what this machine can do at most
+    Model(BenchModelArgs),
+}
+
+/// `bench model`.
+#[derive(Debug, Args)]
+pub struct BenchModelArgs {
+    /// Model: alias, hub id, URL or path [default: the catalogue's default]
+    pub model: Option<String>,
+    /// Tokens of the prompt
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub prefill: usize,
+    /// Tokens decoded after it
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub decode: usize,
+    /// Sequences of the batch
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub batch: usize,
+    /// Times everything is measured; medians are shown
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub rounds: usize,
+    #[command(flatten)]
+    pub keys: SpecFlags<MeasureKeys>,
+    #[command(flatten)]
+    pub list: ListArgs,
+}

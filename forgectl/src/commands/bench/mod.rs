@@ -1,0 +1,16 @@
+//! `forgectl bench`: speed of models and servers.
+
+mod model;
+
+use crate::cli::measure::{BenchArgs, BenchCommand};
+use crate::failure::Result;
+
+/// Runs a command of `bench`.
+///
+/// # Errors
+/// What cannot be measured.
+pub fn bench(args: &BenchArgs) -> Result<()> {
+    match &args.command {
+        BenchCommand::Model(args) => model::model(args),
+    }
+}
