@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use forge_eval::distribution::log_softmax;
 use forge_eval::teacher_forced_logits;
 use forge_kernels::KvDType;
-use forge_tests::{CpuDecoder, GreedyCase, LlamaGolden, open_decoder, top_two};
+use forge_tests::{CpuDecoder, ExactGolden, GreedyCase, LlamaGolden, f32_copy, open_decoder, top_two};
 
 /// Below this distance of llama.cpp's two largest logits either token is a right answer.
 const UNDECIDED_GAP: f32 = 0.02;
@@ -19,6 +19,10 @@ const DECIDED_GAP: f32 = 1.0;
 /// computes on its own can be nearer. An f32 copy of the weights shows no such noise: docs/testing.md has the figures.
 const OWN_DIVERGENCE: f64 = 3.5e-3;
 const MAX_DIVERGENCE: f64 = 1.3 * OWN_DIVERGENCE;
+/// Where activations are not rounded.
+const EXACT_DIVERGENCE: f64 = 1e-3;
+/// Of two perplexities, as a share.
+const MAX_PERPLEXITY_CHANGE: f64 = 5e-3;
 /// Prompts that may differ for each on which llama.cpp differs from itself. The golden file's second run changes only
 /// how the prompt is computed, where ours changes the answer's steps as well.
 const OWN_DIFFERENCES_FACTOR: usize = 2;
@@ -43,10 +47,9 @@ fn open() -> Option<(CpuDecoder, LlamaGolden)> {
 }
 
 /// Logit rows at the positions that choose the answer's tokens: [answer, vocabulary].
-fn answer_rows(model: &mut CpuDecoder, case: &GreedyCase) -> Vec<f32> {
-    let mut tokens = case.prompt.clone();
-    tokens.extend_from_slice(&case.tokens[..case.tokens.len() - 1]);
-    teacher_forced_logits(model, &tokens, case.prompt.len() - 1, CHUNK).expect("the case fits the model")
+fn answer_rows(model: &mut CpuDecoder, prompt: &[u32], answer: &[u32]) -> Vec<f32> {
+    let tokens = [prompt, &answer[..answer.len() - 1]].concat();
+    teacher_forced_logits(model, &tokens, prompt.len() - 1, CHUNK).expect("the case fits the model")
 }
 
 /// Kullback-Leibler divergence from llama.cpp's leading alternatives to other log-probabilities of the same tokens,
@@ -62,10 +65,18 @@ fn divergence(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
     if rest.0 > 1e-3 && rest.1 > 0.0 { sum + rest.0 * (rest.0 / rest.1).ln() } else { sum }
 }
 
+/// Tokens of an answer up to where llama.cpp itself is undecided.
+fn decided(gaps: &[f32]) -> usize {
+    gaps.iter().position(|gap| *gap < UNDECIDED_GAP).unwrap_or(gaps.len())
+}
+
 /// The first position where another choice was made, up to where llama.cpp itself is undecided.
 fn first_difference(case: &GreedyCase, others: impl Iterator<Item = u32>) -> Option<usize> {
-    let decided = case.gaps.iter().position(|gap| *gap < UNDECIDED_GAP).unwrap_or(case.gaps.len());
-    others.take(decided).zip(&case.tokens).position(|(other, token)| other != *token)
+    others.take(decided(&case.gaps)).zip(&case.tokens).position(|(other, token)| other != *token)
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 #[test]
@@ -75,7 +86,7 @@ fn greedy_answers_are_those_of_llama_cpp() {
     let (mut differences, mut own_differences, mut compared) = (Vec::new(), 0, 0);
     let mut divergences = (Vec::new(), Vec::new());
     for case in &golden.cases {
-        let rows = answer_rows(&mut model, case);
+        let rows = answer_rows(&mut model, &case.prompt, &case.tokens);
         for (position, row) in rows.chunks_exact(vocabulary).enumerate() {
             if let Some(leading) = case.leading.get(&position) {
                 let ours = log_softmax(row);
@@ -96,7 +107,6 @@ fn greedy_answers_are_those_of_llama_cpp() {
             assert!(theirs < DECIDED_GAP, "{}", differences[differences.len() - 1]);
         }
     }
-    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     let (ours, own) = (mean(&divergences.0), mean(&divergences.1));
     let count = divergences.0.len();
     println!(
@@ -115,19 +125,52 @@ fn greedy_answers_are_those_of_llama_cpp() {
     );
 }
 
+/// Perplexity of a document, given the log-probabilities that llama.cpp gives its tokens.
+fn check_perplexity(model: &mut CpuDecoder, tokens: &[u32], theirs: &[f64], bound: f64) {
+    let vocabulary = golden_vocabulary(model);
+    let rows = teacher_forced_logits(model, &tokens[..tokens.len() - 1], 0, CHUNK).expect("the document fits the model");
+    let scored = rows.chunks_exact(vocabulary).zip(&tokens[1..]);
+    let ours: Vec<f64> = scored.map(|(row, token)| log_softmax(row)[*token as usize]).collect();
+    assert_eq!(ours.len(), theirs.len());
+    let (ours, theirs) = ((-mean(&ours)).exp(), (-mean(theirs)).exp());
+    println!("perplexity {ours:.4}, llama.cpp {theirs:.4}");
+    assert!((ours / theirs - 1.0).abs() < bound, "perplexity {ours} instead of {theirs}");
+}
+
 #[test]
 fn the_perplexity_is_that_of_llama_cpp() {
     let Some((mut model, golden)) = open() else { return };
+    check_perplexity(&mut model, &golden.document.tokens, &golden.document.logprobs, MAX_PERPLEXITY_CHANGE);
+}
+
+/// The bounds as they are meant: on an f32 copy of the default model's weights nothing is rounded, and llama.cpp differs
+/// from itself by nothing.
+#[test]
+fn on_an_f32_copy_the_answers_are_those_of_llama_cpp() {
+    let Some(path) = model_path() else { return };
+    let prompts = LlamaGolden::read().expect("the golden file is committed");
+    let golden = ExactGolden::read(&prompts).expect("the golden file is committed");
+    let copy = f32_copy(&path).expect("there is room for an f32 copy");
+    let mut model = open_decoder(copy.path(), 2048, KvDType::F32).expect("the copy loads");
     let vocabulary = golden_vocabulary(&model);
-    let tokens = &golden.document.tokens;
-    let rows = teacher_forced_logits(&mut model, tokens, 0, CHUNK).expect("the document fits the model");
-    let scored = rows.chunks_exact(vocabulary).zip(&tokens[1..]);
-    let ours: f64 = scored.map(|(row, token)| log_softmax(row)[*token as usize]).sum();
-    let theirs: f64 = golden.document.logprobs.iter().sum();
-    let count = golden.document.logprobs.len() as f64;
-    let (ours, theirs) = ((-ours / count).exp(), (-theirs / count).exp());
-    println!("perplexity {ours:.4}, llama.cpp {theirs:.4}");
-    assert!((ours / theirs - 1.0).abs() < 5e-3, "perplexity {ours} instead of {theirs}");
+    let (mut compared, mut divergences) = (0, Vec::new());
+    for (case, GreedyCase { prompt, .. }) in golden.cases.iter().zip(&prompts.cases) {
+        let rows = answer_rows(&mut model, prompt, &case.tokens);
+        let rows: Vec<&[f32]> = rows.chunks_exact(vocabulary).collect();
+        let decided = decided(&case.gaps);
+        for (position, (row, token)) in rows.iter().zip(&case.tokens).take(decided).enumerate() {
+            assert_eq!(top_two(row).0, *token, "{} at {position}: llama.cpp's gap is {}", case.name, case.gaps[position]);
+        }
+        compared += decided;
+        for (position, leading) in &case.leading {
+            let ours = log_softmax(rows[*position]);
+            divergences.push(divergence(leading.iter().map(|(token, theirs)| (*theirs, ours[*token as usize]))));
+        }
+    }
+    println!("{} prompts, {compared} equal tokens, mean divergence {:.1e}", golden.cases.len(), mean(&divergences));
+    assert!(golden.cases.len() >= 40 && compared > 1500 && divergences.len() >= 160, "only {compared} tokens were compared");
+    assert!(mean(&divergences) <= EXACT_DIVERGENCE, "mean divergence {:e}", mean(&divergences));
+    check_perplexity(&mut model, &prompts.document.tokens, &golden.document, MAX_PERPLEXITY_CHANGE);
 }
 
 fn golden_vocabulary(model: &CpuDecoder) -> usize {

@@ -4,9 +4,11 @@
 //! It is no part of the product. The suites are the files beside `src`.
 
 pub mod company;
+mod f32_copy;
 pub mod fuzzing;
 mod golden;
 mod rows;
 
-pub use golden::{Document, GreedyCase, Leading, LlamaGolden};
+pub use f32_copy::f32_copy;
+pub use golden::{Document, ExactCase, ExactGolden, GreedyCase, Leading, LlamaGolden};
 pub use rows::{CpuDecoder, open_decoder, top_two};
