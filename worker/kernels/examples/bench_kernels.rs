@@ -155,13 +155,23 @@ fn bench_model(backend: &CpuBackend, bandwidth: f64) -> Result<(), KernelError> 
 
 /// Attention of all 30 layers of the default model: a prefill of 512 tokens and one token after 1024.
 fn bench_attention(backend: &CpuBackend) -> Result<(), KernelError> {
-    let shape = KvShape { layers: 1, kv_heads: 3, head_dim: 64, block_size: 16, blocks: 64, dtype: KvDType::F16 };
+    let shape = KvShape { layers: 1, kv_heads: 3, head_dim: 64, value_dim: 64, block_size: 16, blocks: 64, dtype: KvDType::F16 };
     let mut pool = backend.kv_pool(shape)?;
     let slots: Vec<u32> = (0..1024).collect();
     let kv = filled(backend, 1024, 192)?;
     backend.kv_write(&mut pool, 0, &kv, &kv, &slots)?;
     let block_tables: Vec<u32> = (0..64).collect();
-    let params = AttentionParams { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, window: None };
+    let params = AttentionParams {
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        value_dim: 64,
+        scale: 0.125,
+        window: None,
+        softcap: None,
+        alibi: None,
+        sinks: None,
+    };
     for (name, rows, first_position) in [("prefill of 512", 512, 0), ("one token after 1023", 1, 1023)] {
         let q = filled(backend, rows, 576)?;
         let mut out = backend.buffer(rows, 576)?;

@@ -101,7 +101,7 @@ pub struct RopeParams {
 }
 
 /// Activation function of an MLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ActivationKind {
     /// x · sigmoid(x).
     Silu,
@@ -111,6 +111,13 @@ pub enum ActivationKind {
     GeluTanh,
     /// max(x, 0).
     Relu,
+    /// GPT-OSS: g = min(gate, limit), u = up limited to ±limit, (u + 1) · g · sigmoid(alpha · g). Needs `up`.
+    ClampedSwiglu {
+        /// Greatest gate, greatest magnitude of up.
+        limit: f32,
+        /// Factor inside the sigmoid.
+        alpha: f32,
+    },
 }
 
 /// Shape of a rank's KV pool: for each layer, keys and values of `blocks` × `block_size` slots.
@@ -120,8 +127,10 @@ pub struct KvShape {
     pub layers: usize,
     /// KV heads of this rank.
     pub kv_heads: usize,
-    /// Width of a key head; values have the same.
+    /// Width of a key head.
     pub head_dim: usize,
+    /// Width of a value head.
+    pub value_dim: usize,
     /// Slots per block.
     pub block_size: usize,
     /// Blocks.
@@ -131,25 +140,119 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block over all layers, keys and values.
+    /// Bytes of one block over all layers: keys, values and, where the type has them, their scales.
     pub fn block_bytes(&self) -> usize {
-        2 * self.layers * self.kv_heads * self.head_dim * self.block_size * self.dtype.bytes()
+        let token = (self.head_dim + self.value_dim) * self.dtype.bytes() + 2 * self.dtype.scale_bytes();
+        self.layers * self.kv_heads * self.block_size * token
     }
 }
 
-/// Parameters of [`Backend::attention`], per layer.
-#[derive(Debug, Clone, Copy)]
-pub struct AttentionParams {
+/// Parameters of [`Backend::attention`], per layer. Keys are `head_dim` wide, values and outputs `value_dim`.
+pub struct AttentionParams<'a, B: Backend> {
     /// Query heads of this rank.
     pub heads: usize,
     /// KV heads of this rank; query head h reads KV head h / (heads / kv_heads).
     pub kv_heads: usize,
-    /// Head width.
+    /// Width of a query and key head.
     pub head_dim: usize,
+    /// Width of a value head and of an output head.
+    pub value_dim: usize,
     /// Factor on scores.
     pub scale: f32,
     /// Sliding window: position p sees keys in (p − window, p].
     pub window: Option<u32>,
+    /// Scores become tanh(score / cap) · cap, before any bias.
+    pub softcap: Option<f32>,
+    /// A bias on scores that is linear in positions.
+    pub alibi: Option<Alibi<'a, B>>,
+    /// One logit per query head of this rank: it takes part in the softmax's denominator and has no value.
+    pub sinks: Option<&'a B::Vector>,
+}
+
+// Derived instances would ask the same of B.
+impl<B: Backend> Clone for AttentionParams<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for AttentionParams<'_, B> {}
+
+/// Linear biases on scores.
+pub struct Alibi<'a, B: Backend> {
+    /// Positive slope per query head of this rank.
+    pub slopes: &'a B::Vector,
+    /// Factor on the bias.
+    pub factor: f32,
+    /// false: score −= (slope · factor) · (query position − key position), rounded once.
+    /// true, as Falcon-RW was trained: score += bf16(bf16(slope) · bf16(key position)) · factor.
+    pub rounded: bool,
+}
+
+impl<B: Backend> Clone for Alibi<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Alibi<'_, B> {}
+
+/// Where runs of columns lie in a row: run h begins at `start` + h · `stride`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    /// First column of the first run.
+    pub start: usize,
+    /// Columns from one run to the next; 0 reads the same run again.
+    pub stride: usize,
+}
+
+/// How many runs of columns, and how wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadRuns {
+    /// Runs.
+    pub heads: usize,
+    /// Columns of a run.
+    pub width: usize,
+}
+
+/// A run of rows that go through one matrix: the tokens of an expert.
+pub struct RowGroup<'a, B: Backend> {
+    /// Rows of the input and of the output.
+    pub rows: Range<usize>,
+    /// The matrix; all groups of a product have one shape.
+    pub weight: &'a B::Weight,
+    /// Added after the tree's sum.
+    pub bias: Option<&'a B::Vector>,
+}
+
+/// One product of a [`Backend::linear_groups`] call.
+pub struct GroupProduct<'a, B: Backend> {
+    /// Disjoint runs of rows.
+    pub groups: Vec<RowGroup<'a, B>>,
+    /// Receives the rows of all groups; others stay as they are.
+    pub out: &'a mut B::Buffer,
+}
+
+/// Which experts a step's tokens chose, and with which weights.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertChoices<'a> {
+    /// Experts of the layer: the leaves of the tree.
+    pub leaves: usize,
+    /// Token t's entries are `starts[t]..starts[t + 1]`; one more than tokens.
+    pub starts: &'a [u32],
+    /// Per token, experts ascending.
+    pub entries: &'a [ExpertEntry],
+    /// Per token, the factor on the shared expert's output; 1 where not given.
+    pub shared_weights: Option<&'a [f32]>,
+}
+
+/// One expert of one token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ExpertEntry {
+    /// Which expert.
+    pub expert: u32,
+    /// Row of the experts' outputs that holds its output for this token.
+    pub row: u32,
+    /// Factor on it.
+    pub weight: f32,
 }
 
 /// One product of a [`Backend::linear`] call: `out[row] = weight · x[row] + bias`.
@@ -213,9 +316,61 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<()>;
     /// Several products of the same input (q, k, v; gate, up): activations are quantized once.
     fn linear(&self, x: &Self::Buffer, rows: usize, products: &mut [Product<'_, Self>]) -> Result<()>;
-    /// Rotates `heads` heads of every row in place; `positions[row]` picks the table's row.
-    fn rope(&self, x: &mut Self::Buffer, heads: usize, head_dim: usize, positions: &[u32], table: &Self::RopeTable) -> Result<()>;
-    /// Rounds k and v rows to the pool's type and stores row i at slot `slots[i]` = block · block_size + offset.
+    /// Products of groups of rows, each group with its own matrix: a mixture's experts. All products read the same
+    /// groups of rows. A row's result has the bits that [`Backend::linear`] on that row alone would give.
+    fn linear_groups(&self, x: &Self::Buffer, products: &mut [GroupProduct<'_, Self>]) -> Result<()>;
+    /// `out[token]` = the tree over experts of weight · `y[row]`, absent experts skipped, then + `shared[token]` times its
+    /// weight. Each product is rounded before it is added. A sum of nothing is −0.0.
+    fn combine_experts(
+        &self,
+        y: &Self::Buffer,
+        shared: Option<&Self::Buffer>,
+        choices: ExpertChoices<'_>,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// x = norm of each of `heads` heads of each row by itself, in place. Weight and bias have one head's width (the same
+    /// for all heads) or a row's (each its own).
+    fn norm_heads(
+        &self,
+        x: &mut Self::Buffer,
+        rows: usize,
+        heads: usize,
+        weight: Option<&Self::Vector>,
+        bias: Option<&Self::Vector>,
+        params: NormParams,
+    ) -> Result<()>;
+    /// `out[row]` = Σ x², the leaves of `segments` added in the tree's order; `out` has one column. Ranks that share the
+    /// columns add theirs and have the bits of one.
+    fn square_sums(&self, x: &Self::Buffer, rows: usize, segments: &Segments, out: &mut Self::Buffer) -> Result<()>;
+    /// x = x / sqrt(sums / width + eps) · (weight + offset): an RMS norm over `width` columns, of which x may be a part.
+    fn scale_by_square_sums(
+        &self,
+        x: &mut Self::Buffer,
+        rows: usize,
+        sums: &Self::Buffer,
+        width: usize,
+        weight: &Self::Vector,
+        params: NormParams,
+    ) -> Result<()>;
+    /// x limited to ±limit; NaN stays.
+    fn clamp(&self, x: &mut Self::Buffer, rows: usize, limit: f32) -> Result<()>;
+    /// x = x · factor, then tanh(x / cap) · cap where there is a cap.
+    fn scale_and_cap(&self, x: &mut Self::Buffer, rows: usize, factor: f32, cap: Option<f32>) -> Result<()>;
+    /// Copies run h of `from` in each row of x to run h of `to` in the same row of `out`.
+    fn copy_columns(&self, x: &Self::Buffer, rows: usize, from: Columns, out: &mut Self::Buffer, to: Columns, runs: HeadRuns)
+    -> Result<()>;
+    /// Rotates `heads` heads of every row in place, from column `offset` of each; `positions[row]` picks the table's row.
+    fn rope(
+        &self,
+        x: &mut Self::Buffer,
+        heads: usize,
+        head_dim: usize,
+        offset: usize,
+        positions: &[u32],
+        table: &Self::RopeTable,
+    ) -> Result<()>;
+    /// Rounds k rows (kv_heads · head_dim) and v rows (kv_heads · value_dim) to the pool's type and stores row i at slot
+    /// `slots[i]` = block · block_size + offset.
     fn kv_write(&self, pool: &mut Self::KvPool, layer: usize, k: &Self::Buffer, v: &Self::Buffer, slots: &[u32]) -> Result<()>;
     /// Copies whole blocks (from, to) in all layers: copy on write.
     fn kv_copy(&self, pool: &mut Self::KvPool, pairs: &[(u32, u32)]) -> Result<()>;
@@ -227,7 +382,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         pool: &Self::KvPool,
         layer: usize,
         batch: AttentionBatch<'_>,
-        params: AttentionParams,
+        params: AttentionParams<'_, Self>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// gate = activation(gate) · up, or gate = activation(gate) without `up`.

@@ -124,6 +124,8 @@ pub enum KvDType {
     F16,
     /// bfloat16.
     BF16,
+    /// Signed bytes, with one bfloat16 scale per token and head.
+    Int8,
 }
 
 impl KvDType {
@@ -132,6 +134,15 @@ impl KvDType {
         match self {
             KvDType::F32 => 4,
             KvDType::F16 | KvDType::BF16 => 2,
+            KvDType::Int8 => 1,
+        }
+    }
+
+    /// Bytes of the scale of one token and head, keys or values.
+    pub const fn scale_bytes(self) -> usize {
+        match self {
+            KvDType::F32 | KvDType::F16 | KvDType::BF16 => 0,
+            KvDType::Int8 => 2,
         }
     }
 }
@@ -142,6 +153,7 @@ impl fmt::Display for KvDType {
             KvDType::F32 => "f32",
             KvDType::F16 => "f16",
             KvDType::BF16 => "bf16",
+            KvDType::Int8 => "int8",
         })
     }
 }

@@ -20,6 +20,7 @@ mod dense;
 mod dequantize;
 mod elementwise;
 mod exp;
+mod experts;
 mod kv;
 mod lanes;
 mod linear;
@@ -34,7 +35,10 @@ mod rope;
 mod scales;
 mod weight;
 
-pub use backend::{ActivationKind, AttentionParams, Backend, KvShape, MatrixSource, NormKind, NormParams, Product, RopeParams, RopeStyle};
+pub use backend::{
+    ActivationKind, Alibi, AttentionParams, Backend, Columns, ExpertChoices, ExpertEntry, GroupProduct, HeadRuns, KvShape, MatrixSource,
+    NormKind, NormParams, Product, RopeParams, RopeStyle, RowGroup,
+};
 pub use bandwidth::measure_read_bandwidth;
 pub use batch::{AttentionBatch, SequenceSlice};
 pub use cpu::{CpuBackend, CpuBuffer, CpuOptions, CpuVector};

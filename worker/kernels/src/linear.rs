@@ -1,4 +1,5 @@
-//! One `linear` call: quantize the input once, cut all products into tasks over rows, run them in one region.
+//! One `linear` or `linear_groups` call: quantize the input once, cut all products into tasks over rows, run them in one
+//! region.
 //!
 //! How the rows are cut never shows in the results: every output is computed whole by one task.
 
@@ -22,14 +23,24 @@ const MAX_TASK_ROWS: usize = 64;
 /// Tokens from which quantizing the input is worth a parallel region.
 const PARALLEL_TOKENS: usize = 16;
 
-/// One product, with its shapes already checked.
+/// One matrix times some of the input's rows, with all shapes already checked. No two products write the same rows of one
+/// output.
 pub(crate) struct CheckedProduct<'a> {
     pub(crate) weight: &'a CpuWeight,
+    /// Rows of the input and of the output.
+    pub(crate) tokens: Range<usize>,
     /// `weight.rows` values, readable for 16 more than the last whole tile needs (see [`bias_elements`]).
     pub(crate) bias: Option<&'a [f32]>,
-    /// `[tokens][width]`
-    pub(crate) out: &'a mut [f32],
+    /// Row 0 of the output, `[tokens][out_width]`
+    pub(crate) out: SharedPointer<f32>,
     pub(crate) out_width: usize,
+}
+
+impl CheckedProduct<'_> {
+    /// Where the first token's results go.
+    fn first_output(&self) -> *mut f32 {
+        self.out.get().wrapping_add(self.tokens.start * self.out_width)
+    }
 }
 
 /// Elements a bias vector must have in memory for a weight of `rows` rows: kernels read 16 at once.
@@ -59,7 +70,7 @@ struct Task {
 }
 
 /// Computes all products.
-pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &mut [CheckedProduct<'_>]) -> Result<()> {
+pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &[CheckedProduct<'_>]) -> Result<()> {
     if products.iter().any(|product| product.weight.dtype.is_quantized()) {
         quantize_input(&engine.path, engine.pool, engine.activations, input)?;
     }
@@ -71,19 +82,16 @@ pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &mut [Check
         });
     }
     let tasks = cut(products, engine.pool.threads());
-    let outputs: Vec<SharedPointer<f32>> = products.iter_mut().map(|product| SharedPointer::new(product.out)).collect();
-    let products = &*products;
     let activations = &*engine.activations;
     engine.pool.run_in_order(tasks.len(), |index| {
         let task = &tasks[index];
         let product = &products[task.product];
-        let out = outputs[task.product];
-        // SAFETY: shapes were checked; tasks have disjoint rows, so disjoint parts of `out`.
+        // SAFETY: shapes were checked; tasks have disjoint rows or tokens, so disjoint parts of `out`.
         unsafe {
             if product.weight.dtype.is_quantized() {
-                run_quantized(engine.path, product, task.rows.clone(), activations, input.tokens, out);
+                run_quantized(engine.path, product, task.rows.clone(), activations);
             } else {
-                run_dense(engine.path, product, task.rows.clone(), input, out);
+                run_dense(engine.path, product, task.rows.clone(), input);
             }
         }
     });
@@ -133,7 +141,7 @@ fn quantize_input(path: &CpuPath, pool: &ThreadPool, activations: &mut Activatio
 
 /// # Safety
 /// The product's shapes were checked; nobody else writes the rows of `out`.
-unsafe fn run_dense(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usize>, input: Input<'_>, out: SharedPointer<f32>) {
+unsafe fn run_dense(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usize>, input: Input<'_>) {
     let weight = product.weight;
     let task = DenseTask {
         weight: weight.base(),
@@ -141,11 +149,11 @@ unsafe fn run_dense(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usi
         rows,
         bounds: &weight.bounds,
         merges: &weight.merges,
-        x: input.x.as_ptr(),
+        x: input.x[product.tokens.start * input.width..].as_ptr(),
         x_width: input.width,
-        tokens: input.tokens,
+        tokens: product.tokens.len(),
         bias: product.bias.map(<[f32]>::as_ptr),
-        out: out.get(),
+        out: product.first_output(),
         out_width: product.out_width,
     };
     // SAFETY: the caller's contract.
@@ -161,15 +169,9 @@ unsafe fn run_dense(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usi
 /// # Safety
 /// The product's shapes were checked and the activations are those of the input; nobody else writes the rows
 /// of `out`.
-unsafe fn run_quantized(
-    path: CpuPath,
-    product: &CheckedProduct<'_>,
-    rows: Range<usize>,
-    activations: &Activations,
-    tokens: usize,
-    out: SharedPointer<f32>,
-) {
+unsafe fn run_quantized(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usize>, activations: &Activations) {
     let weight = product.weight;
+    let first_block = product.tokens.start * activations.blocks;
     let task = QuantizedTask {
         matrix: MatrixView {
             base: weight.base(),
@@ -181,14 +183,14 @@ unsafe fn run_quantized(
         },
         rows,
         activations: ActivationView {
-            values: activations.values.as_ptr(),
-            scales: activations.scales.as_ptr(),
-            scaled_sums: activations.scaled_sums.as_ptr(),
-            sums: activations.sums.as_ptr(),
+            values: activations.values[first_block * BLOCK..].as_ptr(),
+            scales: activations.scales[first_block..].as_ptr(),
+            scaled_sums: activations.scaled_sums[first_block..].as_ptr(),
+            sums: activations.sums[first_block..].as_ptr(),
         },
-        tokens,
+        tokens: product.tokens.len(),
         bias: product.bias.map(<[f32]>::as_ptr),
-        out: out.get(),
+        out: product.first_output(),
         out_width: product.out_width,
     };
     // SAFETY: the caller's contract.

@@ -51,6 +51,8 @@ pub(crate) struct RopeRow {
     pub(crate) x: *mut f32,
     pub(crate) heads: usize,
     pub(crate) head_dim: usize,
+    /// First rotated column of a head.
+    pub(crate) offset: usize,
     /// R/2 cosines, then R/2 sines.
     pub(crate) table: *const f32,
     pub(crate) half: usize,
@@ -58,13 +60,13 @@ pub(crate) struct RopeRow {
 }
 
 /// # Safety
-/// `x` is writable for heads · head_dim elements, `table` readable for 2 · half, and 2 · half ≤ head_dim.
+/// `x` is writable for heads · head_dim elements, `table` readable for 2 · half, and offset + 2 · half ≤ head_dim.
 #[inline(always)]
 unsafe fn rope_body<L: Lanes>(row: RopeRow) {
     for head in 0..row.heads {
         // SAFETY: all offsets stay below heads · head_dim and 2 · half.
         unsafe {
-            let x = row.x.add(head * row.head_dim);
+            let x = row.x.add(head * row.head_dim + row.offset);
             match row.style {
                 RopeStyle::Neox => rotate_halves::<L>(x, row.table, row.half),
                 RopeStyle::Gptj => rotate_neighbours(x, row.table, row.half),
@@ -114,9 +116,10 @@ unsafe fn rotate_neighbours(x: *mut f32, table: *const f32, half: usize) {
 }
 
 kernel! {
-    /// Rotates the first 2 · half values of every head of one row.
+    /// Rotates 2 · half values of every head of one row, from its column `offset`.
     ///
     /// # Safety
-    /// `x` is writable for heads · head_dim elements, `table` readable for 2 · half, and 2 · half ≤ head_dim.
+    /// `x` is writable for heads · head_dim elements, `table` readable for 2 · half, and offset + 2 · half ≤
+    /// head_dim.
     pub(crate) unsafe fn rope_row(row: RopeRow) = rope_body
 }

@@ -46,13 +46,17 @@ impl Case {
         }
     }
 
-    fn params(&self) -> AttentionParams {
+    fn params(&self) -> AttentionParams<'static, CpuBackend> {
         AttentionParams {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            value_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             window: self.window,
+            softcap: None,
+            alibi: None,
+            sinks: None,
         }
     }
 
@@ -62,6 +66,7 @@ impl Case {
             KvDType::F32 => f64::from(x),
             KvDType::F16 => f16::from_f32(x).to_f64(),
             KvDType::BF16 => bf16::from_f32(x).to_f64(),
+            KvDType::Int8 => unreachable!(),
         };
         let (d, group) = (self.head_dim, self.heads / self.kv_heads);
         let mut out = vec![0.0; self.length * self.heads * d];
@@ -90,7 +95,8 @@ impl Case {
 
     /// A pool of `blocks` blocks whose unused slots hold NaN, as stale memory might.
     fn pool(&self, backend: &CpuBackend, block_size: usize, blocks: usize) -> CpuKvPool {
-        let shape = KvShape { layers: 2, kv_heads: self.kv_heads, head_dim: self.head_dim, block_size, blocks, dtype: self.dtype };
+        let (kv_heads, head_dim, dtype) = (self.kv_heads, self.head_dim, self.dtype);
+        let shape = KvShape { layers: 2, kv_heads, head_dim, value_dim: head_dim, block_size, blocks, dtype };
         let mut pool = backend.kv_pool(shape).unwrap();
         let slots: Vec<u32> = (0..(blocks * block_size) as u32).collect();
         let width = self.kv_heads * self.head_dim;
@@ -263,7 +269,7 @@ fn what_does_not_fit_is_refused() {
     let q = buffer(&backend, &case.q, 32);
     let mut out = backend.buffer(6, 32).unwrap();
     let good = SequenceSlice { row_start: 0, row_count: 6, first_position: 0, table_start: 0, table_len: 2 };
-    let mut attend = |sequence: SequenceSlice, table: &[u32], block_size: usize, params: AttentionParams| {
+    let mut attend = |sequence: SequenceSlice, table: &[u32], block_size: usize, params: AttentionParams<'_, CpuBackend>| {
         let batch = AttentionBatch { sequences: &[sequence], block_tables: table, block_size };
         backend.attention(&q, &pool, 1, batch, params, &mut out).map_err(|error| error.to_string())
     };
@@ -281,6 +287,7 @@ fn what_does_not_fit_is_refused() {
     let result = backend.kv_write(&mut pool, 0, &k, &v, &[0, 8]);
     assert!(matches!(result, Err(KernelError::Shape { operand: "pool slots", .. })));
     assert!(backend.kv_write(&mut pool, 2, &k, &v, &[0]).is_err());
-    let huge = KvShape { layers: 1 << 20, kv_heads: 1 << 20, head_dim: 1 << 20, block_size: 1 << 20, blocks: 1, dtype: KvDType::F32 };
+    let many = 1 << 20;
+    let huge = KvShape { layers: many, kv_heads: many, head_dim: many, value_dim: 8, block_size: many, blocks: 1, dtype: KvDType::F32 };
     assert!(matches!(backend.kv_pool(huge), Err(KernelError::OutOfMemory { .. })));
 }

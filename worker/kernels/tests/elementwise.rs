@@ -78,11 +78,11 @@ fn rope_rotates_as_defined() {
         for backend in backends() {
             let table = backend.rope_table(&params).unwrap();
             let mut rotated = buffer(&backend, &x, heads * head_dim);
-            backend.rope(&mut rotated, heads, head_dim, &positions, &table).unwrap();
+            backend.rope(&mut rotated, heads, head_dim, 0, &positions, &table).unwrap();
             let actual = read(&backend, &rotated, positions.len());
             assert!(relative_error(&actual, &expected) < 1e-6, "{style:?}");
             assert_eq!(first.get_or_insert_with(|| bits(&actual)), &bits(&actual));
-            let beyond = backend.rope(&mut rotated, heads, head_dim, &[3000], &table);
+            let beyond = backend.rope(&mut rotated, heads, head_dim, 0, &[3000], &table);
             assert!(matches!(beyond, Err(KernelError::Shape { operand: "table of positions", .. })));
         }
     }
@@ -103,7 +103,7 @@ fn rope_tables_that_do_not_fit_are_refused() {
     assert!(matches!(backend.rope_table(&params(8, 4, usize::MAX / 4)), Err(KernelError::OutOfMemory { .. })));
     let table = backend.rope_table(&params(8, 4, 10)).unwrap();
     let mut x = backend.buffer(1, 6).unwrap();
-    assert!(backend.rope(&mut x, 1, 6, &[0], &table).is_err(), "a head narrower than the rotated part");
+    assert!(backend.rope(&mut x, 1, 6, 0, &[0], &table).is_err(), "a head narrower than the rotated part");
 }
 
 /// erf by its Maclaurin series, in f64.
@@ -133,6 +133,7 @@ fn activations_agree_with_f64_on_every_path() {
                         0.5 * x * (1.0 + inner.tanh())
                     }
                     ActivationKind::Relu => x.max(0.0),
+                    ActivationKind::ClampedSwiglu { .. } => unreachable!(),
                 }
             })
             .collect();

@@ -3,16 +3,20 @@
 //! A score is one FMA chain over the head's dimensions (lanes are keys). Keys are taken in chunks of 256
 //! absolute positions: per chunk the maximum, the sum of exponentials (16 lanes = position mod 16, halving
 //! tree) and the weighted values (one FMA chain over positions, lanes are dimensions); chunks are combined in
-//! order. All of it belongs to one (row, head): neighbours in the tile only share loads, so the bits depend
+//! order. A cap, linear biases and, as if it were one more chunk at the end, a sink enter where a task has them.
+//! Bytes are multiplied as integers in f32; a key's scale multiplies the finished chain, a value's scale the weight that
+//! the softmax gives it. All of it belongs to one (row, head): neighbours in the tile only share loads, so the bits depend
 //! neither on the tile, nor on the block size, nor on what was already stored when the step began.
 
+mod bias;
 mod scores;
 mod values;
 
 use half::{bf16, f16};
 
+use bias::bias_chunk;
 use scores::{KEY_VECTORS, normalize_chunk, score_chunk};
-use values::weigh_chunk;
+use values::{scale_weights, weigh_chunk};
 
 use crate::dtype::KvDType;
 use crate::exp::exp;
@@ -34,12 +38,16 @@ pub(crate) struct AttentionTask<'a> {
     /// The layer's keys and values, at the KV head within block 0.
     pub(crate) keys: *const u8,
     pub(crate) values: *const u8,
-    /// Elements from one block to the next.
-    pub(crate) block_stride: usize,
+    /// Their bfloat16 scales, where the type has them.
+    pub(crate) key_scales: *const u16,
+    pub(crate) value_scales: *const u16,
+    /// Slots from the head in one block to the same head in the next.
+    pub(crate) block_slots: usize,
     /// The sequence's blocks, each within the pool and enough for the last row's position.
     pub(crate) block_table: &'a [u32],
     pub(crate) block_size: usize,
     pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
     /// Query heads per KV head.
     pub(crate) group: usize,
     pub(crate) rows: usize,
@@ -47,6 +55,19 @@ pub(crate) struct AttentionTask<'a> {
     pub(crate) first_position: usize,
     pub(crate) scale: f32,
     pub(crate) window: Option<u32>,
+    pub(crate) softcap: Option<f32>,
+    pub(crate) alibi: Option<TaskAlibi<'a>>,
+    /// Per query head of the group: a logit without a value.
+    pub(crate) sinks: Option<&'a [f32]>,
+}
+
+/// A task's linear biases; see [`crate::backend::Alibi`].
+#[derive(Clone, Copy)]
+pub(crate) struct TaskAlibi<'a> {
+    /// Per query head of the group.
+    pub(crate) slopes: &'a [f32],
+    pub(crate) factor: f32,
+    pub(crate) rounded: bool,
 }
 
 impl AttentionTask<'_> {
@@ -64,7 +85,7 @@ impl AttentionTask<'_> {
     /// Elements of f32 scratch that the task needs.
     pub(crate) fn scratch_elements(&self) -> usize {
         let queries = self.queries();
-        queries * (CHUNK + 2 * self.head_dim + 4) + KEY_VECTORS * LANES * self.head_dim
+        queries * (CHUNK + 2 * self.value_dim + 4) + KEY_VECTORS * LANES * (self.head_dim + 1)
     }
 }
 
@@ -81,13 +102,15 @@ struct Softmax {
 struct Scratch<E> {
     /// `[queries][CHUNK]`: scores, then exponentials.
     scores: *mut f32,
-    /// `[queries][head_dim]`: the chunk's weighted values.
+    /// `[queries][value_dim]`: the chunk's weighted values.
     chunk: *mut f32,
-    /// `[queries][head_dim]`: over all chunks so far.
+    /// `[queries][value_dim]`: over all chunks so far.
     total: *mut f32,
     softmax: *mut Softmax,
     /// `[head_dim][KEY_VECTORS · 16]`: keys brought side by side, where blocks are too small for that.
     keys: *mut E,
+    /// `[KEY_VECTORS · 16]`: their scales.
+    scales: *mut u16,
 }
 
 impl<E> Scratch<E> {
@@ -99,9 +122,11 @@ impl<E> Scratch<E> {
         // SAFETY: the parts add up to `scratch_elements`.
         unsafe {
             let chunk = base.add(queries * CHUNK);
-            let total = chunk.add(queries * task.head_dim);
-            let softmax = total.add(queries * task.head_dim);
-            Scratch { scores: base, chunk, total, softmax: softmax.cast(), keys: softmax.add(4 * queries).cast() }
+            let total = chunk.add(queries * task.value_dim);
+            let softmax = total.add(queries * task.value_dim);
+            let scales = softmax.add(4 * queries);
+            let keys = scales.add(KEY_VECTORS * LANES);
+            Scratch { scores: base, chunk, total, softmax: softmax.cast(), keys: keys.cast(), scales: scales.cast() }
         }
     }
 }
@@ -124,11 +149,17 @@ unsafe fn attention_body<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch
             let start = chunk * CHUNK;
             let keys = (start.max(first), end.min(start + CHUNK));
             score_chunk::<L, E>(task, &scratch, keys);
+            if task.softcap.is_some() || task.alibi.is_some() {
+                bias_chunk::<L>(task, scratch.scores, keys);
+            }
             for query in 0..queries {
                 let (from, to) = clip(task.visible(query), keys);
                 if from < to {
                     normalize_chunk::<L>(&mut *scratch.softmax.add(query), scratch.scores.add(query * CHUNK), from - start, to - start);
                 }
+            }
+            if E::SCALED {
+                scale_weights::<L>(task, scratch.scores, keys);
             }
             weigh_chunk::<L, E>(task, &scratch, keys);
             for query in 0..queries {
@@ -139,12 +170,19 @@ unsafe fn attention_body<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch
             }
         }
         for query in 0..queries {
-            let out = task.out.add(query / task.group * task.out_width + query % task.group * task.head_dim);
+            if let Some(sinks) = task.sinks {
+                let head = query % task.group;
+                let softmax = &mut *scratch.softmax.add(query);
+                (softmax.chunk_max, softmax.chunk_sum) = (*sinks.get_unchecked(head), 1.0);
+                std::slice::from_raw_parts_mut(scratch.chunk.add(query * task.value_dim), task.value_dim).fill(0.0);
+                combine::<L>(task, &scratch, query);
+            }
+            let out = task.out.add(query / task.group * task.out_width + query % task.group * task.value_dim);
             let sum = L::splat((*scratch.softmax.add(query)).sum);
             let mut dim = 0;
-            while dim < task.head_dim {
-                let count = LANES.min(task.head_dim - dim);
-                let total = L::load_partial(scratch.total.add(query * task.head_dim + dim), count);
+            while dim < task.value_dim {
+                let count = LANES.min(task.value_dim - dim);
+                let total = L::load_partial(scratch.total.add(query * task.value_dim + dim), count);
                 total.div(sum).store_partial(out.add(dim), count);
                 dim += count;
             }
@@ -167,11 +205,11 @@ unsafe fn combine<L: Lanes>(task: &AttentionTask<'_>, scratch: &Scratch<impl Ele
     // SAFETY: the query exists.
     unsafe {
         let softmax = &mut *scratch.softmax.add(query);
-        let chunk = scratch.chunk.add(query * task.head_dim);
-        let total = scratch.total.add(query * task.head_dim);
+        let chunk = scratch.chunk.add(query * task.value_dim);
+        let total = scratch.total.add(query * task.value_dim);
         if softmax.max == f32::NEG_INFINITY {
             (softmax.max, softmax.sum) = (softmax.chunk_max, softmax.chunk_sum);
-            std::ptr::copy_nonoverlapping(chunk, total, task.head_dim);
+            std::ptr::copy_nonoverlapping(chunk, total, task.value_dim);
             return;
         }
         let max = if softmax.chunk_max > softmax.max { softmax.chunk_max } else { softmax.max };
@@ -182,8 +220,8 @@ unsafe fn combine<L: Lanes>(task: &AttentionTask<'_>, scratch: &Scratch<impl Ele
         softmax.sum = softmax.chunk_sum.mul_add(new[0], softmax.sum * old[0]);
         let (old, new) = (L::splat(old[0]), L::splat(new[0]));
         let mut dim = 0;
-        while dim < task.head_dim {
-            let count = LANES.min(task.head_dim - dim);
+        while dim < task.value_dim {
+            let count = LANES.min(task.value_dim - dim);
             let scaled = L::load_partial(total.add(dim), count).mul(old);
             L::load_partial(chunk.add(dim), count).mul_add(new, scaled).store_partial(total.add(dim), count);
             dim += count;
@@ -211,6 +249,7 @@ pub(crate) unsafe fn attend(path: CpuPath, task: &AttentionTask<'_>, scratch: *m
             KvDType::F32 => attend_elements::<f32>(path, task, scratch),
             KvDType::F16 => attend_elements::<f16>(path, task, scratch),
             KvDType::BF16 => attend_elements::<bf16>(path, task, scratch),
+            KvDType::Int8 => attend_elements::<i8>(path, task, scratch),
         }
     }
 }

@@ -42,52 +42,72 @@ unsafe fn score_vectors<L: Lanes, E: Element, const K: usize>(task: &AttentionTa
     // SAFETY: every vector begins below `end`; queries stay below `task.queries()`.
     unsafe {
         let mut keys = [std::ptr::null::<E>(); K];
+        let mut scales = [std::ptr::null::<u16>(); K];
         let mut stride = task.block_size;
         if task.block_size.is_multiple_of(LANES) {
-            for (vector, keys) in keys.iter_mut().enumerate() {
+            for vector in 0..K {
                 let at = position + vector * LANES;
-                let block = *task.block_table.get_unchecked(at / task.block_size) as usize;
-                *keys = task.keys.cast::<E>().add(block * task.block_stride + at % task.block_size);
+                let slots = *task.block_table.get_unchecked(at / task.block_size) as usize * task.block_slots;
+                keys[vector] = task.keys.cast::<E>().add(slots * task.head_dim + at % task.block_size);
+                scales[vector] = task.key_scales.wrapping_add(slots + at % task.block_size);
             }
         } else {
             stride = K * LANES;
-            gather_keys(task, scratch.keys, position, end, K * LANES);
-            for (vector, keys) in keys.iter_mut().enumerate() {
-                *keys = scratch.keys.add(vector * LANES);
+            gather_keys(task, scratch, position, end, K * LANES);
+            for vector in 0..K {
+                keys[vector] = scratch.keys.add(vector * LANES);
+                scales[vector] = scratch.scales.add(vector * LANES);
             }
         }
-        let out = scratch.scores.add(position % CHUNK);
+        let tile = KeyTile { keys, scales, stride, out: scratch.scores.add(position % CHUNK) };
         let mut query = 0;
         while query < task.queries() {
             query += match task.queries() - query {
-                4.. => score_tile::<L, E, 4, K>(task, query, keys, stride, out),
-                3 => score_tile::<L, E, 3, K>(task, query, keys, stride, out),
-                2 => score_tile::<L, E, 2, K>(task, query, keys, stride, out),
-                _ => score_tile::<L, E, 1, K>(task, query, keys, stride, out),
+                4.. => score_tile::<L, E, 4, K>(task, query, &tile),
+                3 => score_tile::<L, E, 3, K>(task, query, &tile),
+                2 => score_tile::<L, E, 2, K>(task, query, &tile),
+                _ => score_tile::<L, E, 1, K>(task, query, &tile),
             };
         }
     }
 }
 
-/// Brings `width` keys from `position` side by side, `[head_dim][width]`; keys at `end` and later are zero.
+/// K vectors of keys.
+struct KeyTile<E, const K: usize> {
+    keys: [*const E; K],
+    /// Used where the type has scales.
+    scales: [*const u16; K],
+    /// Elements from one dimension to the next.
+    stride: usize,
+    /// The first query's scores of these keys.
+    out: *mut f32,
+}
+
+/// Brings `width` keys from `position` side by side, `[head_dim][width]`, and their scales; keys at `end` and later are
+/// zero.
 ///
 /// # Safety
-/// As [`super::attend`]; `to` holds head_dim · width elements.
-unsafe fn gather_keys<E: Element>(task: &AttentionTask<'_>, to: *mut E, position: usize, end: usize, width: usize) {
+/// As [`super::attend`]; `width` is at most [`KEY_VECTORS`] vectors.
+unsafe fn gather_keys<E: Element>(task: &AttentionTask<'_>, scratch: &Scratch<E>, position: usize, end: usize, width: usize) {
+    let to = scratch.keys;
     for lane in 0..width {
         let at = position + lane;
         // SAFETY: blocks of positions below `end` are in the table.
         unsafe {
             if at < end {
-                let block = task.block_table[at / task.block_size] as usize;
-                let from = task.keys.cast::<E>().add(block * task.block_stride + at % task.block_size);
+                let slots = task.block_table[at / task.block_size] as usize * task.block_slots;
+                let from = task.keys.cast::<E>().add(slots * task.head_dim + at % task.block_size);
                 for dim in 0..task.head_dim {
                     *to.add(dim * width + lane) = *from.add(dim * task.block_size);
+                }
+                if E::SCALED {
+                    *scratch.scales.add(lane) = *task.key_scales.add(slots + at % task.block_size);
                 }
             } else {
                 for dim in 0..task.head_dim {
                     *to.add(dim * width + lane) = E::ZERO;
                 }
+                *scratch.scales.add(lane) = 0;
             }
         }
     }
@@ -101,9 +121,7 @@ unsafe fn gather_keys<E: Element>(task: &AttentionTask<'_>, to: *mut E, position
 unsafe fn score_tile<L: Lanes, E: Element, const Q: usize, const K: usize>(
     task: &AttentionTask<'_>,
     query: usize,
-    keys: [*const E; K],
-    stride: usize,
-    out: *mut f32,
+    tile: &KeyTile<E, K>,
 ) -> usize {
     // SAFETY: dim < head_dim, queries exist.
     unsafe {
@@ -116,7 +134,7 @@ unsafe fn score_tile<L: Lanes, E: Element, const Q: usize, const K: usize>(
         for dim in 0..task.head_dim {
             let mut key = [L::splat(0.0); K];
             for k in 0..K {
-                key[k] = E::load::<L>(keys[k].add(dim * stride));
+                key[k] = E::load::<L>(tile.keys[k].add(dim * tile.stride));
             }
             for q in 0..Q {
                 let input = L::splat(*inputs[q].add(dim));
@@ -125,10 +143,18 @@ unsafe fn score_tile<L: Lanes, E: Element, const Q: usize, const K: usize>(
                 }
             }
         }
+        if E::SCALED {
+            for k in 0..K {
+                let scale = L::load_bf16(tile.scales[k]);
+                for q in 0..Q {
+                    scores[q][k] = scores[q][k].mul(scale);
+                }
+            }
+        }
         let scale = L::splat(task.scale);
         for q in 0..Q {
             for k in 0..K {
-                scores[q][k].mul(scale).store(out.add((query + q) * CHUNK + k * LANES));
+                scores[q][k].mul(scale).store(tile.out.add((query + q) * CHUNK + k * LANES));
             }
         }
     }

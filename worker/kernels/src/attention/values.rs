@@ -21,7 +21,7 @@ pub(super) unsafe fn weigh_chunk<L: Lanes, E: Element>(task: &AttentionTask<'_>,
     let queries = task.queries();
     // SAFETY: queries and positions stay within the task's.
     unsafe {
-        for index in 0..queries * task.head_dim {
+        for index in 0..queries * task.value_dim {
             *scratch.chunk.add(index) = 0.0;
         }
         let mut query = 0;
@@ -52,6 +52,34 @@ pub(super) unsafe fn weigh_chunk<L: Lanes, E: Element>(task: &AttentionTask<'_>,
     }
 }
 
+/// Multiplies every weight by its value's scale. A position's scale is read once for all queries.
+///
+/// # Safety
+/// As [`super::attend`].
+#[inline(always)]
+pub(super) unsafe fn scale_weights<L: Lanes>(task: &AttentionTask<'_>, scores: *mut f32, keys: (usize, usize)) {
+    let mut scales = [0_u16; LANES];
+    for first in (keys.0 / LANES * LANES..keys.1).step_by(LANES) {
+        // SAFETY: positions below keys.1 have blocks in the table; vectors lie within the chunk.
+        unsafe {
+            for (lane, scale) in scales.iter_mut().enumerate() {
+                let position = first + lane;
+                *scale = 0;
+                if position >= keys.0 && position < keys.1 {
+                    let slots = *task.block_table.get_unchecked(position / task.block_size) as usize * task.block_slots;
+                    *scale = *task.value_scales.add(slots + position % task.block_size);
+                }
+            }
+            let scales = L::load_bf16(scales.as_ptr());
+            for query in 0..task.queries() {
+                // Of other queries' keys this leaves anything; they are not read.
+                let weights = scores.add(query * CHUNK + first % CHUNK);
+                L::load(weights).mul(scales).store(weights);
+            }
+        }
+    }
+}
+
 /// Q queries over positions `keys`, all dimensions.
 ///
 /// # Safety
@@ -67,9 +95,9 @@ unsafe fn weigh_queries<L: Lanes, E: Element, const Q: usize>(
         return;
     }
     let mut dim = 0;
-    while dim < task.head_dim {
-        let rest = task.head_dim - dim;
-        // SAFETY: dim stays below head_dim.
+    while dim < task.value_dim {
+        let rest = task.value_dim - dim;
+        // SAFETY: dim stays below value_dim.
         unsafe {
             if rest >= VALUE_VECTORS * LANES {
                 weigh_tile::<L, E, Q, VALUE_VECTORS>(task, scratch, query, keys, dim);
@@ -81,7 +109,7 @@ unsafe fn weigh_queries<L: Lanes, E: Element, const Q: usize>(
                 for index in query..query + Q {
                     weigh_rest::<L, E>(task, scratch, index, keys, dim);
                 }
-                dim = task.head_dim;
+                dim = task.value_dim;
             }
         }
     }
@@ -90,7 +118,7 @@ unsafe fn weigh_queries<L: Lanes, E: Element, const Q: usize>(
 /// Q queries × V vectors of dimensions.
 ///
 /// # Safety
-/// As [`super::attend`]; dim + 16 · V ≤ head_dim.
+/// As [`super::attend`]; dim + 16 · V ≤ value_dim.
 #[inline(always)]
 unsafe fn weigh_tile<L: Lanes, E: Element, const Q: usize, const V: usize>(
     task: &AttentionTask<'_>,
@@ -102,19 +130,19 @@ unsafe fn weigh_tile<L: Lanes, E: Element, const Q: usize, const V: usize>(
     // SAFETY: positions below keys.1 have blocks in the table.
     unsafe {
         let weights = scratch.scores.add(query * CHUNK);
-        let chunk = scratch.chunk.add(query * task.head_dim + dim);
+        let chunk = scratch.chunk.add(query * task.value_dim + dim);
         let mut sums = [[L::splat(0.0); V]; Q];
         for q in 0..Q {
             for v in 0..V {
-                sums[q][v] = L::load(chunk.add(q * task.head_dim + v * LANES));
+                sums[q][v] = L::load(chunk.add(q * task.value_dim + v * LANES));
             }
         }
         let mut position = keys.0;
         while position < keys.1 {
-            let block = *task.block_table.get_unchecked(position / task.block_size) as usize;
+            let slots = *task.block_table.get_unchecked(position / task.block_size) as usize * task.block_slots;
             let offset = position % task.block_size;
             let count = (task.block_size - offset).min(keys.1 - position);
-            let mut row = task.values.cast::<E>().add(block * task.block_stride + offset * task.head_dim + dim);
+            let mut row = task.values.cast::<E>().add((slots + offset) * task.value_dim + dim);
             for at in position..position + count {
                 let mut value = [L::splat(0.0); V];
                 for v in 0..V {
@@ -126,13 +154,13 @@ unsafe fn weigh_tile<L: Lanes, E: Element, const Q: usize, const V: usize>(
                         sums[q][v] = weight.mul_add(value[v], sums[q][v]);
                     }
                 }
-                row = row.wrapping_add(task.head_dim);
+                row = row.wrapping_add(task.value_dim);
             }
             position += count;
         }
         for q in 0..Q {
             for v in 0..V {
-                sums[q][v].store(chunk.add(q * task.head_dim + v * LANES));
+                sums[q][v].store(chunk.add(q * task.value_dim + v * LANES));
             }
         }
     }
@@ -141,17 +169,17 @@ unsafe fn weigh_tile<L: Lanes, E: Element, const Q: usize, const V: usize>(
 /// One query's last dimensions, fewer than 16.
 ///
 /// # Safety
-/// As [`super::attend`]; dim < head_dim < dim + 16.
+/// As [`super::attend`]; dim < value_dim < dim + 16.
 #[inline(always)]
 unsafe fn weigh_rest<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch: &Scratch<E>, query: usize, keys: (usize, usize), dim: usize) {
-    let count = task.head_dim - dim;
+    let count = task.value_dim - dim;
     // SAFETY: positions below keys.1 have blocks in the table.
     unsafe {
-        let chunk = scratch.chunk.add(query * task.head_dim + dim);
+        let chunk = scratch.chunk.add(query * task.value_dim + dim);
         let mut sum = L::load_partial(chunk, count);
         for position in keys.0..keys.1 {
-            let block = task.block_table[position / task.block_size] as usize;
-            let offset = block * task.block_stride + position % task.block_size * task.head_dim + dim;
+            let slots = task.block_table[position / task.block_size] as usize * task.block_slots;
+            let offset = (slots + position % task.block_size) * task.value_dim + dim;
             let value = E::load_partial::<L>(task.values.cast::<E>().add(offset), count);
             sum = L::splat(*scratch.scores.add(query * CHUNK + position % CHUNK)).mul_add(value, sum);
         }

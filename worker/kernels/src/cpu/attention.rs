@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 
 use super::{CpuBackend, CpuBuffer, expect_at_least, expect_equal};
-use crate::attention::{AttentionTask, attend};
+use crate::attention::{AttentionTask, TaskAlibi, attend};
 use crate::backend::AttentionParams;
 use crate::batch::{AttentionBatch, SequenceSlice};
 use crate::error::{KernelError, Result};
@@ -26,7 +26,7 @@ pub(super) struct AttentionOperands<'a> {
     pub(super) pool: &'a CpuKvPool,
     pub(super) layer: usize,
     pub(super) batch: AttentionBatch<'a>,
-    pub(super) params: AttentionParams,
+    pub(super) params: AttentionParams<'a, CpuBackend>,
 }
 
 /// Computes all rows, on the backend's threads.
@@ -36,32 +36,41 @@ pub(super) fn attention(backend: &CpuBackend, operands: AttentionOperands<'_>, o
     let shape = pool.shape;
     let group = params.heads / params.kv_heads;
     let tasks = attention_tiles(batch.sequences, rows_per_tile(group));
-    let head_bytes = shape.head_dim * shape.block_size * shape.dtype.bytes();
     let out_width = out.width;
     let target = SharedPointer::new(&mut out.values);
     backend.pool.run(tasks.len() * shape.kv_heads, |index| {
         let (tile, head) = (&tasks[index / shape.kv_heads], index % shape.kv_heads);
         let sequence = tile.sequence;
         let table_start = sequence.table_start as usize;
-        let at = pool.layer_offset(layer) + head * head_bytes;
-        let column = head * group * shape.head_dim;
+        let at = pool.offsets(layer, 0, head);
+        let heads = head * group..(head + 1) * group;
         let task = AttentionTask {
             dtype: shape.dtype,
-            q: q.row(tile.row)[column..].as_ptr(),
+            q: q.row(tile.row)[heads.start * shape.head_dim..].as_ptr(),
             q_width: q.width,
-            out: target.get().wrapping_add(tile.row * out_width + column),
+            out: target.get().wrapping_add(tile.row * out_width + heads.start * shape.value_dim),
             out_width,
-            keys: pool.keys[at..].as_ptr(),
-            values: pool.values[at..].as_ptr(),
-            block_stride: shape.kv_heads * shape.head_dim * shape.block_size,
+            keys: pool.keys[at.keys..].as_ptr(),
+            values: pool.values[at.values..].as_ptr(),
+            key_scales: pool.key_scales[at.scales..].as_ptr(),
+            value_scales: pool.value_scales[at.scales..].as_ptr(),
+            block_slots: shape.kv_heads * shape.block_size,
             block_table: &batch.block_tables[table_start..table_start + sequence.table_len as usize],
             block_size: shape.block_size,
             head_dim: shape.head_dim,
+            value_dim: shape.value_dim,
             group,
             rows: tile.rows,
             first_position: sequence.first_position as usize + tile.row - sequence.row_start as usize,
             scale: params.scale,
             window: params.window,
+            softcap: params.softcap,
+            alibi: params.alibi.map(|alibi| TaskAlibi {
+                slopes: &alibi.slopes.values()[heads.clone()],
+                factor: alibi.factor,
+                rounded: alibi.rounded,
+            }),
+            sinks: params.sinks.map(|sinks| &sinks.values()[heads]),
         };
         SCRATCH.with_borrow_mut(|scratch| {
             scratch.resize(scratch.len().max(task.scratch_elements()), 0.0);
@@ -113,12 +122,19 @@ impl AttentionOperands<'_> {
         expect_at_least(NAME, "layers", shape.layers, layer.saturating_add(1))?;
         expect_equal(NAME, "kv_heads", params.kv_heads, shape.kv_heads)?;
         expect_equal(NAME, "head_dim", params.head_dim, shape.head_dim)?;
+        expect_equal(NAME, "value_dim", params.value_dim, shape.value_dim)?;
         expect_equal(NAME, "block_size", batch.block_size, shape.block_size)?;
-        expect_at_least(NAME, "kv_heads", shape.kv_heads.min(shape.head_dim).min(shape.block_size), 1)?;
+        expect_at_least(NAME, "kv_heads", shape.kv_heads.min(shape.head_dim).min(shape.value_dim).min(shape.block_size), 1)?;
         expect_at_least(NAME, "heads", params.heads, params.kv_heads)?;
         expect_equal(NAME, "heads beyond whole groups", params.heads % params.kv_heads, 0)?;
         expect_equal(NAME, "q row", q.width, params.heads.saturating_mul(params.head_dim))?;
-        expect_equal(NAME, "out row", out.width, q.width)?;
+        expect_equal(NAME, "out row", out.width, params.heads.saturating_mul(params.value_dim))?;
+        if let Some(alibi) = params.alibi {
+            expect_equal(NAME, "alibi slopes", alibi.slopes.length, params.heads)?;
+        }
+        if let Some(sinks) = params.sinks {
+            expect_equal(NAME, "sinks", sinks.length, params.heads)?;
+        }
         if params.window == Some(0) {
             return Err(KernelError::Shape { operation: NAME, operand: "window", actual: 0, expected: 1 });
         }

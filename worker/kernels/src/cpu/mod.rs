@@ -3,6 +3,8 @@
 //! Operations complete before they return. All kernels behind this file trust the checks made here.
 
 mod attention;
+mod experts;
+mod rows;
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +13,7 @@ use attention::AttentionOperands;
 
 use crate::backend::*;
 use crate::batch::AttentionBatch;
-use crate::elementwise::{activate, add_scaled};
+use crate::elementwise::{activate, add_scaled, clamp, scale_and_cap};
 use crate::error::{KernelError, Result};
 use crate::kv::{CpuKvPool, KvWriteTask, write_head};
 use crate::linear::{CheckedProduct, Engine, Input, bias_elements, linear};
@@ -21,6 +23,7 @@ use crate::path::CpuPath;
 use crate::pool::ThreadPool;
 use crate::quantize::Activations;
 use crate::rope::{CpuRopeTable, RopeRow, rope_row};
+use crate::tree::Segments;
 use crate::weight::CpuWeight;
 
 /// Elements below which an operation is not worth a parallel region.
@@ -122,6 +125,22 @@ impl CpuBackend {
         }
         let step = rows.div_ceil(4 * self.pool.threads());
         self.pool.run(rows.div_ceil(step), |task| function(task * step..rows.min((task + 1) * step)));
+    }
+}
+
+impl CpuBackend {
+    /// Calls `function` on runs that cover the first `rows` rows: (first element, count).
+    fn over_elements<F: Fn(*mut f32, usize) + Sync>(&self, x: &mut CpuBuffer, rows: usize, function: F) {
+        let width = x.width;
+        let target = SharedPointer::new(&mut x.values);
+        self.over_rows(rows, width, |rows| function(target.get().wrapping_add(rows.start * width), rows.len() * width));
+    }
+
+    /// Runs checked products of the first `rows` rows of x.
+    fn products(&self, x: &CpuBuffer, rows: usize, products: &[CheckedProduct<'_>]) -> Result<()> {
+        let mut activations = self.activations.lock().unwrap_or_else(PoisonError::into_inner);
+        let engine = Engine { path: self.path, pool: &self.pool, activations: &mut activations };
+        linear(engine, Input { x: &x.values[..rows * x.width], width: x.width, tokens: rows }, products)
     }
 }
 
@@ -258,26 +277,82 @@ impl Backend for CpuBackend {
             if let Some(bias) = product.bias {
                 expect_equal("linear", "bias", bias.length, product.weight.rows)?;
             }
-            let out_width = product.out.width;
             checked.push(CheckedProduct {
                 weight: product.weight,
+                tokens: 0..rows,
                 bias: product.bias.map(|bias| &*bias.values),
-                out: &mut product.out.values[..rows * out_width],
-                out_width,
+                out_width: product.out.width,
+                out: SharedPointer::new(&mut product.out.values),
             });
         }
         if rows == 0 {
             return Ok(());
         }
-        let mut activations = self.activations.lock().unwrap_or_else(PoisonError::into_inner);
-        let engine = Engine { path: self.path, pool: &self.pool, activations: &mut activations };
-        linear(engine, Input { x: &x.values[..rows * x.width], width: x.width, tokens: rows }, &mut checked)
+        self.products(x, rows, &checked)
     }
 
-    fn rope(&self, x: &mut CpuBuffer, heads: usize, head_dim: usize, positions: &[u32], table: &CpuRopeTable) -> Result<()> {
+    fn linear_groups(&self, x: &CpuBuffer, products: &mut [GroupProduct<'_, Self>]) -> Result<()> {
+        experts::linear_groups(self, x, products)
+    }
+
+    fn combine_experts(&self, y: &CpuBuffer, shared: Option<&CpuBuffer>, choices: ExpertChoices<'_>, out: &mut CpuBuffer) -> Result<()> {
+        experts::combine_experts(self, y, shared, choices, out)
+    }
+
+    fn norm_heads(
+        &self,
+        x: &mut CpuBuffer,
+        rows: usize,
+        heads: usize,
+        weight: Option<&CpuVector>,
+        bias: Option<&CpuVector>,
+        params: NormParams,
+    ) -> Result<()> {
+        rows::norm_heads(self, x, rows, heads, (weight, bias), params)
+    }
+
+    fn square_sums(&self, x: &CpuBuffer, rows: usize, segments: &Segments, out: &mut CpuBuffer) -> Result<()> {
+        rows::square_sums(self, x, rows, segments, out)
+    }
+
+    fn scale_by_square_sums(
+        &self,
+        x: &mut CpuBuffer,
+        rows: usize,
+        sums: &CpuBuffer,
+        width: usize,
+        weight: &CpuVector,
+        params: NormParams,
+    ) -> Result<()> {
+        rows::scale_by_square_sums(self, x, rows, (sums, width), weight, params)
+    }
+
+    fn clamp(&self, x: &mut CpuBuffer, rows: usize, limit: f32) -> Result<()> {
+        expect_at_least("clamp", "x", x.rows, rows)?;
+        self.over_elements(x, rows, |values, count| {
+            // SAFETY: `count` elements are this task's own.
+            unsafe { clamp(self.path, values, count, limit) };
+        });
+        Ok(())
+    }
+
+    fn scale_and_cap(&self, x: &mut CpuBuffer, rows: usize, factor: f32, cap: Option<f32>) -> Result<()> {
+        expect_at_least("scale_and_cap", "x", x.rows, rows)?;
+        self.over_elements(x, rows, |values, count| {
+            // SAFETY: `count` elements are this task's own.
+            unsafe { scale_and_cap(self.path, values, count, factor, cap) };
+        });
+        Ok(())
+    }
+
+    fn copy_columns(&self, x: &CpuBuffer, rows: usize, from: Columns, out: &mut CpuBuffer, to: Columns, runs: HeadRuns) -> Result<()> {
+        rows::copy_columns(x, rows, (from, to), runs, out)
+    }
+
+    fn rope(&self, x: &mut CpuBuffer, heads: usize, head_dim: usize, offset: usize, positions: &[u32], table: &CpuRopeTable) -> Result<()> {
         expect_at_least("rope", "x", x.rows, positions.len())?;
         expect_equal("rope", "x row", x.width, heads.saturating_mul(head_dim))?;
-        expect_at_least("rope", "head", head_dim, 2 * table.half)?;
+        expect_at_least("rope", "head", head_dim, offset.saturating_add(2 * table.half))?;
         let greatest = positions.iter().max().map_or(0, |&position| position as usize + 1);
         expect_at_least("rope", "table of positions", table.positions, greatest)?;
         let width = x.width;
@@ -288,11 +363,12 @@ impl Backend for CpuBackend {
                     x: target.get().wrapping_add(row * width),
                     heads,
                     head_dim,
+                    offset,
                     table: table.row(positions[row] as usize).as_ptr(),
                     half: table.half,
                     style: table.style,
                 };
-                // SAFETY: the row has heads · head_dim values, of which 2 · half rotate; each row has one task.
+                // SAFETY: the row has heads · head_dim values, of which 2 · half from offset rotate; each row has one task.
                 unsafe { rope_row(self.path, operands) };
             }
         });
@@ -301,32 +377,34 @@ impl Backend for CpuBackend {
 
     fn kv_write(&self, pool: &mut CpuKvPool, layer: usize, k: &CpuBuffer, v: &CpuBuffer, slots: &[u32]) -> Result<()> {
         let shape = pool.shape;
-        let width = shape.kv_heads * shape.head_dim;
         expect_at_least("kv_write", "layers", shape.layers, layer.saturating_add(1))?;
-        for (operand, buffer) in [("k", k), ("v", v)] {
+        for (operand, buffer, dim) in [("k", k, shape.head_dim), ("v", v, shape.value_dim)] {
             expect_at_least("kv_write", operand, buffer.rows, slots.len())?;
-            expect_equal("kv_write", operand, buffer.width, width)?;
+            expect_equal("kv_write", operand, buffer.width, shape.kv_heads * dim)?;
         }
         let greatest = slots.iter().max().map_or(0, |&slot| slot as usize + 1);
         expect_at_least("kv_write", "pool slots", shape.blocks * shape.block_size, greatest)?;
-        let offset = pool.layer_offset(layer);
-        let keys = SharedPointer::new(&mut pool.keys[offset..]);
-        let values = SharedPointer::new(&mut pool.values[offset..]);
+        let at = pool.offsets(layer, 0, 0);
+        let keys = SharedPointer::new(&mut pool.keys[at.keys..]);
+        let values = SharedPointer::new(&mut pool.values[at.values..]);
+        let key_scales = SharedPointer::new(&mut pool.key_scales[at.scales..]);
+        let value_scales = SharedPointer::new(&mut pool.value_scales[at.scales..]);
         let write = |head: usize| {
             let task = KvWriteTask {
                 shape,
                 head,
                 keys: keys.get(),
                 values: values.get(),
+                key_scales: key_scales.get(),
+                value_scales: value_scales.get(),
                 new_keys: k.values.as_ptr(),
                 new_values: v.values.as_ptr(),
-                width,
                 slots,
             };
             // SAFETY: slots and layer lie in the pool, rows in k and v; each head has one task.
             unsafe { write_head(self.path, task) };
         };
-        if slots.len() * width < PARALLEL_ELEMENTS {
+        if slots.len() * (k.width + v.width) / 2 < PARALLEL_ELEMENTS {
             (0..shape.kv_heads).for_each(write);
         } else {
             self.pool.run(shape.kv_heads, write);
@@ -349,7 +427,7 @@ impl Backend for CpuBackend {
         pool: &CpuKvPool,
         layer: usize,
         batch: AttentionBatch<'_>,
-        params: AttentionParams,
+        params: AttentionParams<'_, Self>,
         out: &mut CpuBuffer,
     ) -> Result<()> {
         attention::attention(self, AttentionOperands { q, pool, layer, batch, params }, out)
@@ -360,6 +438,8 @@ impl Backend for CpuBackend {
         if let Some(up) = up {
             expect_at_least("activate", "up", up.rows, rows)?;
             expect_equal("activate", "up row", up.width, gate.width)?;
+        } else if let ActivationKind::ClampedSwiglu { .. } = kind {
+            return Err(KernelError::Shape { operation: "activate", operand: "up", actual: 0, expected: gate.width });
         }
         let width = gate.width;
         let target = SharedPointer::new(&mut gate.values);

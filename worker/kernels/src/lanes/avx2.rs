@@ -50,6 +50,15 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        unsafe {
+            let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()));
+            let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8).cast()));
+            Avx2(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn from_i32(from: *const i32) -> Self {
         unsafe { Avx2(_mm256_cvtepi32_ps(_mm256_loadu_si256(from.cast())), _mm256_cvtepi32_ps(_mm256_loadu_si256(from.add(8).cast()))) }
     }

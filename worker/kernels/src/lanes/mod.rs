@@ -34,6 +34,7 @@ pub(crate) trait Lanes: Copy + Sum {
     unsafe fn load_partial(from: *const f32, count: usize) -> Self;
     unsafe fn load_f16(from: *const u16) -> Self;
     unsafe fn load_bf16(from: *const u16) -> Self;
+    unsafe fn load_i8(from: *const i8) -> Self;
     /// From sixteen exact integers.
     unsafe fn from_i32(from: *const i32) -> Self;
     unsafe fn store(self, to: *mut f32);
@@ -84,6 +85,17 @@ pub(crate) trait Lanes: Copy + Sum {
         unsafe {
             std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
             Self::load_bf16(values.as_ptr())
+        }
+    }
+
+    /// The first `count` lanes; the rest are zero.
+    #[inline(always)]
+    unsafe fn load_i8_partial(from: *const i8, count: usize) -> Self {
+        let mut values = [0_i8; LANES];
+        // SAFETY: `count` ≤ 16 elements are readable, by contract.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
+            Self::load_i8(values.as_ptr())
         }
     }
 }
@@ -142,29 +154,54 @@ impl<T: Sum, const N: usize> LeafStack<T, N> {
 
 /// An element type in memory that widens exactly to f32: what a dense weight or a KV pool is made of.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
+    /// All bits zero.
+    const ZERO: Self;
+    /// Whether a KV pool has a scale beside the elements of a token and head.
+    const SCALED: bool = false;
     /// # Safety
     /// As [`Lanes::load`].
     unsafe fn load<L: Lanes>(from: *const Self) -> L;
     /// # Safety
     /// As [`Lanes::load_partial`].
     unsafe fn load_partial<L: Lanes>(from: *const Self, count: usize) -> L;
+}
+
+/// An [`Element`] that any f32 can be rounded to.
+pub(crate) trait Rounded: Element {
     /// Rounded to nearest even.
     ///
     /// # Safety
     /// As [`Lanes::store`].
     unsafe fn store<L: Lanes>(value: L, to: *mut Self);
-    /// All bits zero.
-    const ZERO: Self;
 }
 
-impl Element for f32 {
-    const ZERO: f32 = 0.0;
+impl Element for i8 {
+    const ZERO: i8 = 0;
+    const SCALED: bool = true;
 
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const i8) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::load_i8(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial<L: Lanes>(from: *const i8, count: usize) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::load_i8_partial(from, count) }
+    }
+}
+
+impl Rounded for f32 {
     #[inline(always)]
     unsafe fn store<L: Lanes>(value: L, to: *mut f32) {
         // SAFETY: the caller's contract.
         unsafe { value.store(to) }
     }
+}
+
+impl Element for f32 {
+    const ZERO: f32 = 0.0;
 
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const f32) -> L {
@@ -179,14 +216,16 @@ impl Element for f32 {
     }
 }
 
-impl Element for half::f16 {
-    const ZERO: half::f16 = half::f16::ZERO;
-
+impl Rounded for half::f16 {
     #[inline(always)]
     unsafe fn store<L: Lanes>(value: L, to: *mut half::f16) {
         // SAFETY: the caller's contract.
         unsafe { value.store_f16(to.cast()) }
     }
+}
+
+impl Element for half::f16 {
+    const ZERO: half::f16 = half::f16::ZERO;
 
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const half::f16) -> L {
@@ -201,9 +240,7 @@ impl Element for half::f16 {
     }
 }
 
-impl Element for half::bf16 {
-    const ZERO: half::bf16 = half::bf16::ZERO;
-
+impl Rounded for half::bf16 {
     #[inline(always)]
     unsafe fn store<L: Lanes>(value: L, to: *mut half::bf16) {
         let mut wide = [0.0_f32; LANES];
@@ -213,6 +250,10 @@ impl Element for half::bf16 {
             to.cast::<[half::bf16; LANES]>().write_unaligned(wide.map(half::bf16::from_f32));
         }
     }
+}
+
+impl Element for half::bf16 {
+    const ZERO: half::bf16 = half::bf16::ZERO;
 
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const half::bf16) -> L {

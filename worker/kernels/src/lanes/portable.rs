@@ -75,6 +75,13 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: 16 elements are readable, by contract.
+        let values = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
+        Portable(values.map(f32::from))
+    }
+
+    #[inline(always)]
     unsafe fn from_i32(from: *const i32) -> Self {
         // SAFETY: 16 elements are readable, by contract.
         let values = unsafe { from.cast::<[i32; LANES]>().read_unaligned() };

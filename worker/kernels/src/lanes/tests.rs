@@ -1,6 +1,6 @@
-//! The paths against each other, and the exponential and error function against f64.
+//! The paths against each other, and the exponential, error function and hyperbolic tangent against f64.
 
-use crate::elementwise::{erf_in_place, exp_in_place};
+use crate::elementwise::{erf_in_place, exp_in_place, tanh_in_place};
 use crate::lanes::{LANES, Lanes};
 use crate::path::CpuPath;
 
@@ -43,6 +43,8 @@ unsafe fn all_operations<L: Lanes>(x: *const f32, results: &mut Vec<u32>) {
             L::load_f16(x.cast()),
             L::load_f16_partial(x.cast(), 7),
             L::load_bf16(x.cast()),
+            L::load_i8(x.cast()),
+            L::load_i8_partial(x.cast(), 9),
             L::from_i32(x.cast()),
         ];
         for vector in vectors {
@@ -142,4 +144,21 @@ fn erf_is_within_a_millionth() {
         assert!((f64::from(y) - series(f64::from(*x))).abs() < 1e-6, "erf({x}) = {y}");
     }
     assert_eq!(on_all_paths(&[-30.0, 30.0, f32::INFINITY], erf_in_place), [-1.0, 1.0, 1.0]);
+}
+
+#[test]
+fn tanh_is_within_two_units_in_the_last_place() {
+    let mut x: Vec<f32> = (0..400_000).map(|index| -10.0 + index as f32 * (20.0 / 400_000.0)).collect();
+    x.extend((0..40_000).map(|index| 1e-6 * 1.0004_f32.powi(index - 20_000)));
+    let mut worst = 0.0_f64;
+    for (x, y) in x.iter().zip(on_all_paths(&x, tanh_in_place)) {
+        let exact = f64::from(*x).tanh();
+        let magnitude = (exact as f32).abs();
+        let unit = f64::from(f32::from_bits(magnitude.to_bits() + 1)) - f64::from(magnitude);
+        worst = worst.max((f64::from(y) - exact).abs() / unit);
+    }
+    assert!(worst <= 2.0, "{worst} units in the last place");
+    let edges = on_all_paths(&[f32::NEG_INFINITY, f32::INFINITY, -1e30, 1e30, 0.0, -0.0, 1e-40, f32::NAN], tanh_in_place);
+    assert_eq!(edges[..7], [-1.0, 1.0, -1.0, 1.0, 0.0, 0.0, 1e-40]);
+    assert!(edges[7].is_nan());
 }

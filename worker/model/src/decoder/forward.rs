@@ -102,12 +102,22 @@ impl<B: Backend> Pass<'_, B> {
         backend.linear(normed, self.rows(), &mut products)?;
         let (heads, kv_heads, head_dim) = (self.layout.heads.len(), self.layout.kv_heads.len(), spec.head_dim);
         if let Some(table) = &self.weights.rope {
-            backend.rope(q, heads, head_dim, &plan.positions, table)?;
-            backend.rope(k, kv_heads, head_dim, &plan.positions, table)?;
+            backend.rope(q, heads, head_dim, 0, &plan.positions, table)?;
+            backend.rope(k, kv_heads, head_dim, 0, &plan.positions, table)?;
         }
         backend.kv_write(pool, index, k, v, &plan.slots)?;
         let window = spec.windows[self.layout.layers.start + index];
-        let params = AttentionParams { heads, kv_heads, head_dim, scale: spec.scale, window };
+        let params = AttentionParams {
+            heads,
+            kv_heads,
+            head_dim,
+            value_dim: spec.value_dim,
+            scale: spec.scale,
+            window,
+            softcap: spec.softcap,
+            alibi: None,
+            sinks: None,
+        };
         let batch = AttentionBatch { sequences: &plan.sequences, block_tables: &plan.block_tables, block_size: self.block_size };
         backend.attention(q, pool, index, batch, params, out)?;
         Ok(backend.linear(out, self.rows(), &mut [Product { weight: &weights.out, bias: None, out: delta }])?)

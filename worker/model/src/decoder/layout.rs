@@ -9,7 +9,7 @@ use forge_kernels::tree::{self, MAX_LEAVES};
 use forge_kernels::{KvDType, KvShape, Segments};
 
 use super::options::{DecoderOptions, Shard};
-use crate::arch::Architecture;
+use crate::arch::{Architecture, AttentionSpec};
 use crate::error::{ModelError, Result};
 use crate::weights::{DecoderRefs, MatrixRef};
 
@@ -73,7 +73,8 @@ impl Layout {
 
     fn shape_of_blocks(&self, architecture: &Architecture, block_size: usize, blocks: usize, dtype: KvDType) -> KvShape {
         let kv_heads = self.kv_heads.len();
-        KvShape { layers: self.layers.len(), kv_heads, head_dim: architecture.attention.head_dim, block_size, blocks, dtype }
+        let AttentionSpec { head_dim, value_dim, .. } = architecture.attention;
+        KvShape { layers: self.layers.len(), kv_heads, head_dim, value_dim, block_size, blocks, dtype }
     }
 
     /// Runs of rows of the k (or v) matrix that this rank's KV heads are.
