@@ -31,6 +31,7 @@ pub fn banner(replica: &Replica, addresses: &Addresses) -> String {
         KvCacheDtype::F32 => "f32",
         KvCacheDtype::F16 => "f16",
         KvCacheDtype::Bf16 => "bf16",
+        KvCacheDtype::Int8 => "int8",
     };
     let facts = &replica.facts;
     let rows = [

@@ -227,7 +227,7 @@ mod tests {
         for (argument, expected) in [
             ("--port=http", "'--port <N>': expected a whole number from 0 to 65535"),
             ("--kv-memory=2parsecs", "unknown unit"),
-            ("--kv-cache-dtype=f8", "[possible values: f32, f16, bf16]"),
+            ("--kv-cache-dtype=f8", "[possible values: f32, f16, bf16, int8]"),
             ("--max-model-length=5", "--max-model-len"),
         ] {
             let message = parse(&[argument]).expect_err(argument);

@@ -164,6 +164,8 @@ pub enum KvCacheDtype {
     F16,
     /// bfloat16.
     Bf16,
+    /// Signed bytes, with a scale per token and head.
+    Int8,
 }
 
 /// How weights come into memory.

@@ -123,6 +123,7 @@ pub fn kv_dtype(dtype: KvCacheDtype) -> KvDType {
         KvCacheDtype::F32 => KvDType::F32,
         KvCacheDtype::F16 => KvDType::F16,
         KvCacheDtype::Bf16 => KvDType::BF16,
+        KvCacheDtype::Int8 => KvDType::Int8,
     }
 }
 

@@ -74,7 +74,7 @@ pub static KEYS: &[Key] = {
         optional("modelName", Text, Model, "Name in the API; the model's own by default"),
         optional("chatTemplate", Text, Model, "A Jinja file that replaces the model's own chat template"),
         optional("maxModelLen", COUNT, Engine, "Longest sequence in tokens; the model's context by default, less where memory is short"),
-        key("kvCacheDtype", Choice(&["f32", "f16", "bf16"]), Engine, "Storage type of keys and values"),
+        key("kvCacheDtype", Choice(&["f32", "f16", "bf16", "int8"]), Engine, "Storage type of keys and values"),
         optional("kvMemory", Size, Engine, "Memory for keys and values, such as 2GiB; a share of free memory by default"),
         key("blockSize", COUNT, Engine, "Tokens per block of keys and values"),
         key("maxBatchSize", COUNT, Engine, "Sequences running at once"),
