@@ -15,6 +15,7 @@ pub mod gguf;
 mod json;
 pub mod memory;
 pub mod model;
+pub mod routing;
 pub mod safetensors;
 mod scan;
 pub mod session;

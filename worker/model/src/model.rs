@@ -179,7 +179,7 @@ impl Model {
             largest_kv_block_bytes = largest_kv_block_bytes.max(layout(&shard)?.kv_shape(&self.architecture, options).block_bytes());
         }
         let own = layout(&options.shard)?;
-        Ok(ModelMemory { largest_kv_block_bytes, ..memory::of(&self.architecture, &self.refs, &own, options) })
+        Ok(ModelMemory { largest_kv_block_bytes, ..memory::of(&self.architecture, &self.refs, &own, options)? })
     }
 
     /// Loads the weights and builds an unsharded decoder (`options.shard.tp_size` is 1).

@@ -334,9 +334,32 @@ impl Architecture {
         self.attention.heads / self.attention.kv_heads
     }
 
+    /// A number that tells architectures apart (FNV-1a over the whole value).
+    pub fn fingerprint(&self) -> u64 {
+        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        format!("{self:?}").into_bytes().into_iter().fold(0xcbf2_9ce4_8422_2325, step)
+    }
+
     /// Whether a layer has experts.
     pub fn has_experts(&self, layer: usize) -> bool {
         self.experts.as_ref().is_some_and(|experts| experts.layers.get(layer).copied().unwrap_or(false))
+    }
+}
+
+impl PositionSpec {
+    /// Row of the learned table that position 0 reads.
+    pub fn table_offset(&self) -> usize {
+        match *self {
+            PositionSpec::Learned { offset } => offset,
+            PositionSpec::Rope(_) | PositionSpec::Alibi(_) => 0,
+        }
+    }
+}
+
+impl LatentSpec {
+    /// The norm of the latents.
+    pub fn norm(&self) -> NormSpec {
+        NormSpec { kind: NormKind::Rms, eps: self.norm_eps, weight_offset: 0.0, weight: true, bias: false }
     }
 }
 

@@ -2,7 +2,9 @@
 //!
 //! Invariant: after it, no product of two sizes overflows and every division has a divisor.
 
-use super::{Architecture, AttentionSpec, NormSpec, PositionSpec};
+use forge_kernels::NormKind;
+
+use super::{Architecture, AttentionSpec, BlockOrder, NormSpec, PositionSpec, QkNormOver, QkNormSpec};
 use crate::error::{ModelError, Result};
 
 /// A key and what is wrong with it.
@@ -49,6 +51,9 @@ impl Architecture {
             return Err(("head_dim", format!("{heads} heads of {head_dim} are wider than {MOST}")));
         }
         self.check_norms()?;
+        self.check_block()?;
+        self.check_layers()?;
+        self.check_latent()?;
         self.check_experts()?;
         if let PositionSpec::Rope(rope) = &self.position {
             let rotated = self.attention.latent.map_or(head_dim, |latent| latent.rope_dim);
@@ -63,6 +68,67 @@ impl Architecture {
         };
         positive("norm eps", self.norm)?;
         self.attention.qk_norm.map_or(Ok(()), |qk_norm| positive("query and key norm eps", qk_norm.norm))
+    }
+
+    fn check_block(&self) -> std::result::Result<(), Fault> {
+        let block = self.block;
+        let wrong = |reason: &str| Err(("block", reason.to_owned()));
+        match block.order {
+            BlockOrder::Parallel if !block.attention_pre_norm => wrong("attention and MLP in parallel need a norm before them"),
+            BlockOrder::Parallel if block.attention_post_norm || block.mlp_post_norm => {
+                wrong("attention and MLP in parallel have no norms after them")
+            }
+            BlockOrder::NormOfSum if block.attention_pre_norm || block.mlp_pre_norm => wrong("norms of sums come after their parts"),
+            _ => Ok(()),
+        }?;
+        match self.attention.qk_norm {
+            Some(QkNormSpec { over: QkNormOver::Full, norm }) if norm.kind != NormKind::Rms || !norm.weight || norm.bias => {
+                Err(("query and key norm", "over full width is an RMS norm with a weight".to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Lists of layers and heads are as long as there are layers and heads.
+    fn check_layers(&self) -> std::result::Result<(), Fault> {
+        let as_many = |key: &'static str, length: usize, expected: usize| {
+            if length == expected { Ok(()) } else { Err((key, format!("has {length} entries, must have {expected}"))) }
+        };
+        as_many("windows", self.attention.windows.len(), self.layers)?;
+        if let Some(experts) = &self.experts {
+            as_many("layers with experts", experts.layers.len(), self.layers)?;
+        }
+        match &self.position {
+            PositionSpec::Rope(rope) => {
+                as_many("rotary tables", rope.of_layer.len(), self.layers)?;
+                match rope.of_layer.iter().flatten().find(|&&table| table >= rope.tables.len()) {
+                    Some(table) => Err(("rotary tables", format!("are {}, a layer has number {table}", rope.tables.len()))),
+                    None => Ok(()),
+                }
+            }
+            PositionSpec::Alibi(alibi) => as_many("alibi slopes", alibi.slopes.len(), self.attention.heads),
+            PositionSpec::Learned { .. } => Ok(()),
+        }
+    }
+
+    fn check_latent(&self) -> std::result::Result<(), Fault> {
+        let AttentionSpec { heads, kv_heads, head_dim, latent, .. } = self.attention;
+        let Some(latent) = latent else { return Ok(()) };
+        for (key, size) in
+            [("kv_lora_rank", latent.kv_rank), ("q_lora_rank", latent.query_rank.unwrap_or(1)), ("qk_rope_head_dim", latent.rope_dim)]
+        {
+            if size == 0 || size > MOST {
+                return Err((key, format!("is {size}, must be between 1 and {MOST}")));
+            }
+        }
+        if latent.plain_dim == 0 || latent.plain_dim.saturating_add(latent.rope_dim) != head_dim {
+            let reason = format!("is {}, with {} rotated columns a head of {head_dim} needs another", latent.plain_dim, latent.rope_dim);
+            return Err(("qk_nope_head_dim", reason));
+        }
+        if heads != kv_heads {
+            return Err(("kv_heads", format!("are {kv_heads}, latent attention has as many as its {heads} query heads")));
+        }
+        Ok(())
     }
 
     fn check_experts(&self) -> std::result::Result<(), Fault> {

@@ -6,12 +6,12 @@
 use std::ops::Range;
 
 use forge_kernels::tree::{self, MAX_LEAVES};
-use forge_kernels::{KvDType, KvShape, Segments};
+use forge_kernels::{KvShape, Segments};
 
 use super::options::{DecoderOptions, Shard};
-use crate::arch::{Architecture, AttentionSpec};
+use crate::arch::{Architecture, AttentionSpec, MlpSpec};
 use crate::error::{ModelError, Result};
-use crate::weights::{DecoderRefs, MatrixRef};
+use crate::weights::{DecoderRefs, FeedForwardRefs, LinearRef};
 
 /// A rank's part. Ranges may be empty: such a rank only takes part in the collectives.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,12 +29,37 @@ pub(crate) struct Layout {
     pub kv_heads: Vec<usize>,
     /// How the attention output's columns (of this rank) are summed; `None` where it has no heads.
     pub attention_segments: Option<Segments>,
-    /// Inner MLP units.
-    pub mlp: Range<usize>,
-    /// How the down projection's columns are summed; `None` where there are none.
-    pub mlp_segments: Option<Segments>,
+    /// How sums over all query heads and over all key heads are split.
+    pub query_sums: HeadSums,
+    pub key_sums: HeadSums,
+    /// Inner units of layers without experts.
+    pub mlp: Inner,
+    /// Inner units of every expert.
+    pub expert: Inner,
+    /// Inner units of the shared expert.
+    pub shared: Inner,
+    /// Experts: all of them. (Where ranks hold different ones, this will say which.)
+    pub experts: Range<usize>,
     /// Rows of embedding and head.
     pub vocabulary: Range<usize>,
+}
+
+/// A rank's inner units of an MLP.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Inner {
+    pub units: Range<usize>,
+    /// How the down projection's columns (of this rank) are summed; `None` where there are none.
+    pub segments: Option<Segments>,
+}
+
+/// A rank's leaves of a sum over all heads of a kind, where each head counts once.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct HeadSums {
+    /// Which local heads count, ascending. A KV head that several ranks hold counts where its group's first query
+    /// head is.
+    pub heads: Vec<usize>,
+    /// Leaves over the columns of those heads; `None` where there are none.
+    pub segments: Option<Segments>,
 }
 
 impl Layout {
@@ -45,49 +70,97 @@ impl Layout {
     pub fn new(architecture: &Architecture, refs: &DecoderRefs, shard: &Shard) -> Result<Layout> {
         check_degree(shard)?;
         let layers = stage(architecture, shard)?;
-        let head_dim = architecture.attention.head_dim;
+        let (group, head_dim) = (architecture.group_size(), architecture.attention.head_dim);
         // One set of leaves for all layers, by the coarsest block: the KV pool's shape is the same in all of them.
-        let attention_bounds = attention_bounds(architecture, coarsest(refs, |layer| &layer.out.weight));
-        let mlp_bounds = mlp_bounds(architecture, coarsest(refs, |layer| &layer.down.weight));
-        let (columns, attention_segments) = part(&attention_bounds, shard);
-        let (mlp, mlp_segments) = part(&mlp_bounds, shard);
-        let (vocabulary, _) = part(&tree::even_leaves(architecture.vocab_size), shard);
-        let heads = columns.start / head_dim..columns.end / head_dim;
+        let blocks = Blocks::of(refs);
+        let head_bounds = head_bounds(&architecture.attention, blocks.attention);
+        let local_bounds = part(&head_bounds, shard);
+        let heads = local_bounds[0]..local_bounds[local_bounds.len() - 1];
+        let kv_heads = kv_heads(&heads, group);
+        let experts = architecture.experts.as_ref();
+        let inner = |mlp: Option<&MlpSpec>, block| mlp.map_or_else(Inner::default, |mlp| Inner::new(mlp, block, shard));
+        let vocabulary = part(&tree::even_leaves(architecture.vocab_size), shard);
         Ok(Layout {
             first_stage: layers.start == 0,
             last_stage: layers.end == architecture.layers,
             layers,
-            kv_heads: kv_heads(&heads, architecture.group_size()),
+            attention_segments: segments(&local_bounds, architecture.attention.value_dim),
+            query_sums: HeadSums { heads: (0..heads.len()).collect(), segments: segments(&local_bounds, head_dim) },
+            key_sums: key_sums(&local_bounds, &kv_heads, group, head_dim),
+            kv_heads,
             heads,
-            attention_segments,
-            mlp,
-            mlp_segments,
-            vocabulary,
+            mlp: inner(Some(&architecture.mlp), blocks.mlp),
+            expert: inner(experts.map(|experts| &experts.expert), blocks.expert),
+            shared: inner(experts.and_then(|experts| experts.shared.as_ref()).map(|shared| &shared.mlp), blocks.shared),
+            experts: 0..experts.map_or(0, |experts| experts.count),
+            vocabulary: vocabulary[0]..vocabulary[vocabulary.len() - 1],
         })
     }
 
     /// Shape of this rank's KV pool.
     pub fn kv_shape(&self, architecture: &Architecture, options: &DecoderOptions) -> KvShape {
-        self.shape_of_blocks(architecture, options.block_size, options.kv_blocks, options.kv_dtype)
-    }
-
-    fn shape_of_blocks(&self, architecture: &Architecture, block_size: usize, blocks: usize, dtype: KvDType) -> KvShape {
-        let kv_heads = self.kv_heads.len();
         let AttentionSpec { head_dim, value_dim, .. } = architecture.attention;
-        KvShape { layers: self.layers.len(), kv_heads, head_dim, value_dim, block_size, blocks, dtype }
+        KvShape {
+            layers: self.layers.len(),
+            kv_heads: self.kv_heads.len(),
+            head_dim,
+            value_dim,
+            block_size: options.block_size,
+            blocks: options.kv_blocks,
+            dtype: options.kv_dtype,
+        }
     }
 
-    /// Runs of rows of the k (or v) matrix that this rank's KV heads are.
-    pub fn kv_rows(&self, head_dim: usize) -> Vec<Range<usize>> {
+    /// Rows of this rank's query heads, each `width` wide.
+    pub fn head_rows(&self, width: usize) -> Range<usize> {
+        self.heads.start * width..self.heads.end * width
+    }
+
+    /// Runs of rows of this rank's KV heads, each `width` wide.
+    pub fn kv_rows(&self, width: usize) -> Vec<Range<usize>> {
         let mut runs: Vec<Range<usize>> = Vec::new();
         for &head in &self.kv_heads {
-            let rows = head * head_dim..(head + 1) * head_dim;
+            let rows = head * width..(head + 1) * width;
             match runs.last_mut() {
                 Some(run) if run.end == rows.start => run.end = rows.end,
                 _ => runs.push(rows),
             }
         }
         runs
+    }
+}
+
+impl Inner {
+    fn new(mlp: &MlpSpec, block: usize, shard: &Shard) -> Self {
+        let blocks = tree::even_leaves(mlp.intermediate_size / block);
+        let bounds = part(&blocks.iter().map(|bound| bound * block).collect::<Vec<_>>(), shard);
+        Inner { units: bounds[0]..bounds[bounds.len() - 1], segments: segments(&bounds, 1) }
+    }
+}
+
+/// Values per block of the row-split matrices of each kind: the most of any layer.
+struct Blocks {
+    attention: usize,
+    mlp: usize,
+    expert: usize,
+    shared: usize,
+}
+
+impl Blocks {
+    fn of(refs: &DecoderRefs) -> Self {
+        let mut blocks = Blocks { attention: 1, mlp: 1, expert: 1, shared: 1 };
+        let raise = |block: &mut usize, linear: &LinearRef| *block = (*block).max(linear.weight.dtype.block_elements());
+        for layer in &refs.layers {
+            raise(&mut blocks.attention, &layer.attention.out);
+            match &layer.mlp {
+                FeedForwardRefs::Dense(mlp) => raise(&mut blocks.mlp, &mlp.down),
+                FeedForwardRefs::Experts(experts) => {
+                    experts.experts.iter().for_each(|expert| raise(&mut blocks.expert, &expert.down));
+                    experts.shared.iter().for_each(|shared| raise(&mut blocks.shared, &shared.down));
+                }
+            }
+        }
+        blocks
     }
 }
 
@@ -121,31 +194,41 @@ fn stage(architecture: &Architecture, shard: &Shard) -> Result<Range<usize>> {
     Ok(layers)
 }
 
-/// The largest block among the row-split matrices of one kind.
-fn coarsest(refs: &DecoderRefs, matrix: impl Fn(&crate::weights::LayerRefs) -> &MatrixRef) -> usize {
-    refs.layers.iter().map(|layer| matrix(layer).dtype.block_elements()).max().unwrap_or(1)
-}
-
-/// Leaves of the attention output product, in its columns.
-fn attention_bounds(architecture: &Architecture, block: usize) -> Vec<usize> {
-    let attention = &architecture.attention;
+/// Leaves of the attention output product, in heads: none ends inside a quantization block of its columns.
+fn head_bounds(attention: &AttentionSpec, block: usize) -> Vec<usize> {
     let heads = tree::attention_leaves(attention.heads, attention.kv_heads);
-    let columns: Vec<usize> = heads.iter().map(|head| head * attention.head_dim).collect();
-    tree::merge_cut_leaves(&columns, block)
+    let columns: Vec<usize> = heads.iter().map(|head| head * attention.value_dim).collect();
+    tree::merge_cut_leaves(&columns, block).iter().map(|column| column / attention.value_dim).collect()
 }
 
-/// Leaves of the down projection, in its columns.
-fn mlp_bounds(architecture: &Architecture, block: usize) -> Vec<usize> {
-    let blocks = architecture.mlp.intermediate_size / block;
-    tree::even_leaves(blocks).iter().map(|bound| bound * block).collect()
-}
-
-/// This rank's range and how it is split into leaves.
-fn part(bounds: &[usize], shard: &Shard) -> (Range<usize>, Option<Segments>) {
+/// Bounds of this rank's leaves.
+fn part(bounds: &[usize], shard: &Shard) -> Vec<usize> {
     let leaves = tree::share(bounds.len() - 1, shard.tp_rank, shard.tp_size);
-    let range = bounds[leaves.start]..bounds[leaves.end];
-    let local = bounds[leaves.start..=leaves.end].iter().map(|bound| bound - range.start).collect();
-    (range, Segments::from_bounds(local))
+    bounds[leaves.start..=leaves.end].to_vec()
+}
+
+/// Leaves over a rank's own columns, of bounds in units of `width` columns.
+fn segments(bounds: &[usize], width: usize) -> Option<Segments> {
+    Segments::from_bounds(bounds.iter().map(|bound| (bound - bounds[0]) * width).collect())
+}
+
+/// Leaves of a sum over key heads: those of the query heads, a KV head lying where its group's first query head does.
+/// Leaves without any are left out; the tree over the others is the same tree (see the tests).
+fn key_sums(local_bounds: &[usize], kv_heads: &[usize], group: usize, head_dim: usize) -> HeadSums {
+    let (mut heads, mut bounds) = (Vec::new(), vec![0]);
+    for leaf in local_bounds.windows(2) {
+        for (local, &head) in kv_heads.iter().enumerate() {
+            // Where a head is there several times, the first counts.
+            let is_first = local == 0 || kv_heads[local - 1] != head;
+            if is_first && (leaf[0]..leaf[1]).contains(&(head * group)) {
+                heads.push(local);
+            }
+        }
+        if bounds.last() != Some(&(heads.len() * head_dim)) {
+            bounds.push(heads.len() * head_dim);
+        }
+    }
+    HeadSums { heads, segments: Segments::from_bounds(bounds) }
 }
 
 /// KV heads that query heads `heads` read, arranged so that each local KV head serves equally many of them.
@@ -162,8 +245,12 @@ fn kv_heads(heads: &Range<usize>, group: usize) -> Vec<usize> {
 mod tests {
     use super::*;
 
+    fn shards(size: usize) -> impl Iterator<Item = Shard> {
+        (0..size).map(move |tp_rank| Shard { tp_rank, tp_size: size, layers: None })
+    }
+
     fn of(bounds: &[usize], size: usize) -> Vec<Range<usize>> {
-        (0..size).map(|tp_rank| part(bounds, &Shard { tp_rank, tp_size: size, layers: None }).0).collect()
+        shards(size).map(|shard| part(bounds, &shard)).map(|part| part[0]..part[part.len() - 1]).collect()
     }
 
     #[test]
@@ -190,6 +277,61 @@ mod tests {
         assert_eq!(kv_heads(&(0..3), 2), [0, 0, 1]);
         assert_eq!(kv_heads(&(3..6), 2), [1, 2, 2]);
         assert!(kv_heads(&(3..3), 2).is_empty());
+    }
+
+    /// The order in which a tree over leaves adds the heads that they hold, as brackets; empty leaves add nothing.
+    fn tree_of(leaves: &[Vec<usize>]) -> Option<String> {
+        match leaves {
+            [] => None,
+            [leaf] => (!leaf.is_empty()).then(|| format!("{leaf:?}")),
+            _ => {
+                let (left, right) = leaves.split_at(leaves.len().div_ceil(2));
+                match (tree_of(left), tree_of(right)) {
+                    (Some(left), Some(right)) => Some(format!("({left} + {right})")),
+                    (left, right) => left.or(right),
+                }
+            }
+        }
+    }
+
+    /// The same of neighbouring ranks.
+    fn tree_of_ranks(ranks: &[Option<String>]) -> Option<String> {
+        match ranks {
+            [rank] => rank.clone(),
+            _ => {
+                let (left, right) = ranks.split_at(ranks.len() / 2);
+                match (tree_of_ranks(left), tree_of_ranks(right)) {
+                    (Some(left), Some(right)) => Some(format!("({left} + {right})")),
+                    (left, right) => left.or(right),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sum_over_key_heads_is_the_same_for_every_number_of_ranks() {
+        for (heads, group) in (1..=24).flat_map(|heads| (1..=heads).map(move |group| (heads, group))) {
+            if heads % group != 0 {
+                continue;
+            }
+            for block_heads in 1..=4 {
+                let bounds = tree::merge_cut_leaves(&tree::attention_leaves(heads, heads / group), block_heads);
+                let rank = |shard: Shard| {
+                    let local = part(&bounds, &shard);
+                    let kv_heads = kv_heads(&(local[0]..local[local.len() - 1]), group);
+                    let sums = key_sums(&local, &kv_heads, group, 1);
+                    let segments = sums.segments?;
+                    let head = |&index: &usize| kv_heads[sums.heads[index]];
+                    let leaf = |pair: &[usize]| (pair[0]..pair[1]).collect::<Vec<_>>().iter().map(head).collect();
+                    tree_of(&segments.bounds().windows(2).map(leaf).collect::<Vec<_>>())
+                };
+                let expected = shards(1).map(rank).next().flatten();
+                for size in [2, 4, 8] {
+                    let ranks: Vec<_> = shards(size).map(rank).collect();
+                    assert_eq!(tree_of_ranks(&ranks), expected, "{heads} heads in groups of {group}, {size} ranks");
+                }
+            }
+        }
     }
 
     #[test]

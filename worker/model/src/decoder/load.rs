@@ -1,201 +1,256 @@
-//! A rank's weights on the backend, cut from the checkpoint by its layout.
+//! Cuts a rank's weights from the checkpoint by its layout.
+//!
+//! One walk over the layers, for loading ([`BackendStore`]) and for counting bytes beforehand
+//! ([`super::store::ByteCount`]).
 
 use std::ops::Range;
 
-use forge_kernels::{Backend, DType, MatrixSource, RopeParams, Segments};
+use forge_kernels::{Backend, RopeParams, Segments};
 
-use super::layout::Layout;
-use crate::arch::{Architecture, PositionSpec, RopeLayers};
+use super::layout::{Inner, Layout};
+use super::loaded::*;
+use super::store::{BackendStore, Part, Slots, Store};
+use crate::arch::{Architecture, PositionSpec, QkNormOver};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::scan;
-use crate::weights::{DecoderRefs, LayerRefs, LinearRef, MatrixRef, NormRef, VectorRef};
+use crate::weights::*;
 
-pub(crate) struct Norm<B: Backend> {
-    pub weight: B::Vector,
-    pub bias: Option<B::Vector>,
-}
-
-pub(crate) struct Linear<B: Backend> {
-    pub weight: B::Weight,
-    pub bias: Option<B::Vector>,
-}
-
-pub(crate) struct AttentionWeights<B: Backend> {
-    pub q: Linear<B>,
-    pub k: Linear<B>,
-    pub v: Linear<B>,
-    pub out: B::Weight,
-}
-
-pub(crate) struct MlpWeights<B: Backend> {
-    pub gate: Option<Linear<B>>,
-    pub up: Linear<B>,
-    pub down: B::Weight,
-}
-
-/// A layer's weights. Biases of row-split products are tables of one row: they are added once, after the sum over
-/// ranks, and in the same way when there is only one.
-pub(crate) struct Layer<B: Backend> {
-    pub attention_norm: Norm<B>,
-    pub attention: Option<AttentionWeights<B>>,
-    pub out_bias: Option<B::Weight>,
-    pub mlp_norm: Norm<B>,
-    pub mlp: Option<MlpWeights<B>>,
-    pub down_bias: Option<B::Weight>,
-}
-
-/// A rank's weights.
-pub(crate) struct Weights<B: Backend> {
-    /// Rows of the embedding (also the head where tied), where this stage needs them.
-    pub embedding: Option<B::Weight>,
-    pub positions: Option<B::Weight>,
-    pub rope: Option<B::RopeTable>,
-    pub layers: Vec<Layer<B>>,
-    pub final_norm: Option<Norm<B>>,
-    /// `None` where the head is the embedding, or on another stage.
-    pub head: Option<B::Weight>,
-}
-
-/// What is needed to load.
-pub(crate) struct Loader<'a, B: Backend> {
+/// What a rank loads from, and onto which backend.
+pub(crate) struct Origin<'a, B: Backend> {
     pub backend: &'a B,
     pub checkpoint: &'a Checkpoint,
     pub architecture: &'a Architecture,
+    pub refs: &'a DecoderRefs,
     pub layout: &'a Layout,
-    /// Collects the matrices to look through for NaN; `None` where that is turned off.
-    pub scanned: Option<Vec<MatrixSource>>,
 }
 
-impl<B: Backend> Loader<'_, B> {
-    /// Loads everything of this rank.
+impl<B: Backend> Origin<'_, B> {
+    /// Loads all weights of the rank; with `scan_values` it looks through them for NaN and infinities.
     ///
     /// # Errors
-    /// Weights that hold NaN or infinities; what the backend refuses.
-    pub fn load(mut self, refs: &DecoderRefs, max_positions: usize) -> Result<Weights<B>> {
-        let layout = self.layout;
-        let tied = refs.head.is_none();
-        let needs_embedding = layout.first_stage || (layout.last_stage && tied);
-        let embedding = if needs_embedding { self.vocabulary(&refs.embedding)? } else { None };
-        let head = match &refs.head {
-            Some(head) if layout.last_stage => self.vocabulary(head)?,
-            _ => None,
-        };
-        let positions = match &refs.positions {
-            Some(positions) if layout.first_stage => Some(self.matrix(positions, 0..positions.rows.len())?),
-            _ => None,
-        };
-        let rope = self.rope(refs, max_positions)?;
-        let layers = refs.layers[layout.layers.clone()].iter().map(|layer| self.layer(layer)).collect::<Result<_>>()?;
-        let final_norm = if layout.last_stage { Some(self.norm(&refs.final_norm)?) } else { None };
-        if let Some(matrices) = &self.scanned {
+    /// Weights that hold such values; what the backend refuses.
+    pub fn load(&self, scan_values: bool) -> Result<Weights<B>> {
+        let mut store = BackendStore { backend: self.backend, checkpoint: self.checkpoint, scanned: scan_values.then(Vec::new) };
+        let weights = Loader { store: &mut store, architecture: self.architecture, layout: self.layout }.load(self.refs)?;
+        if let Some(matrices) = &store.scanned {
             scan::scan(matrices)?;
         }
-        Ok(Weights { embedding, positions, rope, layers, final_norm, head })
+        Ok(weights)
     }
 
-    fn weight(&mut self, source: MatrixSource) -> Result<B::Weight> {
-        if let Some(scanned) = &mut self.scanned {
-            scanned.push(source.clone());
+    /// Tabulates rotary positions: a table for each of the architecture's.
+    ///
+    /// # Errors
+    /// Stored divisors that are not finite; a backend without the memory.
+    pub fn rope_tables(&self, max_positions: usize) -> Result<Vec<B::RopeTable>> {
+        let PositionSpec::Rope(rope) = &self.architecture.position else { return Ok(Vec::new()) };
+        let mut tables = Vec::with_capacity(rope.tables.len());
+        for (table, stored) in rope.tables.iter().zip(&self.refs.rope_divisors) {
+            let chosen = table.scaling.stored_choice(max_positions).and_then(|choice| stored.get(choice));
+            let divisors = chosen.map(|divisors| divisors.read_all(self.checkpoint)).transpose()?;
+            tables.push(self.backend.rope_table(&RopeParams {
+                style: table.style,
+                rotary_dim: table.rotary_dim,
+                inverse_frequencies: table.inverse_frequencies(max_positions, divisors.as_deref()),
+                attention_factor: table.attention_factor(max_positions),
+                max_positions,
+            })?);
         }
-        Ok(self.backend.weight(source)?)
+        Ok(tables)
     }
+}
 
-    fn matrix(&mut self, matrix: &MatrixRef, rows: Range<usize>) -> Result<B::Weight> {
-        let columns = matrix.columns;
-        self.weight(matrix.slice(self.checkpoint, rows, 0..columns, Segments::whole(columns))?)
-    }
+/// The walk.
+pub(crate) struct Loader<'a, S: Store> {
+    pub store: &'a mut S,
+    pub architecture: &'a Architecture,
+    pub layout: &'a Layout,
+}
 
-    fn vocabulary(&mut self, matrix: &MatrixRef) -> Result<Option<B::Weight>> {
-        let rows = self.layout.vocabulary.clone();
-        if rows.is_empty() { Ok(None) } else { self.matrix(matrix, rows).map(Some) }
-    }
+type Weight<S> = <<S as Store>::Slots as Slots>::Weight;
 
-    fn norm(&self, norm: &NormRef) -> Result<Norm<B>> {
-        let vector = |vector: &VectorRef| -> Result<B::Vector> { Ok(self.backend.vector(&vector.read_all(self.checkpoint)?)?) };
-        Ok(Norm { weight: vector(&norm.weight)?, bias: norm.bias.as_ref().map(vector).transpose()? })
-    }
-
-    /// Runs of rows of a product, with the bias of those rows.
-    fn linear(&mut self, linear: &LinearRef, runs: &[Range<usize>]) -> Result<Linear<B>> {
-        let source = linear.weight.gather(self.checkpoint, runs)?;
-        let bias = match &linear.bias {
-            Some(bias) => Some(self.backend.vector(&bias.read(self.checkpoint, runs)?)?),
-            None => None,
+impl<S: Store> Loader<'_, S> {
+    /// Takes in everything of this rank.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn load(mut self, refs: &DecoderRefs) -> Result<Weights<S::Slots>> {
+        let Layout { first_stage, last_stage, heads, layers, .. } = self.layout;
+        let tied = refs.head.is_none();
+        let embedding = if *first_stage || (*last_stage && tied) { self.vocabulary(&refs.embedding)? } else { None };
+        let head = match &refs.head {
+            Some(head) if *last_stage => self.vocabulary(head)?,
+            _ => None,
         };
-        Ok(Linear { weight: self.weight(source)?, bias })
-    }
-
-    /// Columns of a product that ranks sum together.
-    fn row_split(&mut self, linear: &LinearRef, columns: Range<usize>, segments: &Segments) -> Result<B::Weight> {
-        let rows = 0..linear.weight.rows.len();
-        self.weight(linear.weight.slice(self.checkpoint, rows, columns, segments.clone())?)
-    }
-
-    /// The bias of a row-split product, as a table of one row.
-    fn bias_table(&self, linear: &LinearRef) -> Result<Option<B::Weight>> {
-        let Some(bias) = &linear.bias else { return Ok(None) };
-        let values = bias.read_all(self.checkpoint)?;
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Ok(Some(self.backend.weight(MatrixSource {
-            name: bias.name.clone(),
-            row_stride_bytes: bytes.len(),
-            bytes: std::sync::Arc::new(bytes),
-            offset: 0,
-            rows: 1,
-            columns: values.len(),
-            dtype: DType::F32,
-            scales: None,
-            segments: Segments::whole(values.len()),
-        })?))
-    }
-
-    fn layer(&mut self, layer: &LayerRefs) -> Result<Layer<B>> {
-        let layout = self.layout;
-        let head_dim = self.architecture.attention.head_dim;
-        let q_rows = layout.heads.start * head_dim..layout.heads.end * head_dim;
-        let attention = match &layout.attention_segments {
-            Some(segments) => {
-                let kv_rows = layout.kv_rows(head_dim);
-                Some(AttentionWeights {
-                    q: self.linear(&layer.q, std::slice::from_ref(&q_rows))?,
-                    k: self.linear(&layer.k, &kv_rows)?,
-                    v: self.linear(&layer.v, &kv_rows)?,
-                    out: self.row_split(&layer.out, q_rows, segments)?,
-                })
+        let head_bias = match &refs.head_bias {
+            Some(bias) if *last_stage && !self.layout.vocabulary.is_empty() => {
+                Some(self.store.vector(bias, std::slice::from_ref(&self.layout.vocabulary))?)
             }
-            None => None,
+            _ => None,
         };
-        let mlp_rows = std::slice::from_ref(&layout.mlp);
-        let mlp = match &layout.mlp_segments {
-            Some(segments) => Some(MlpWeights {
-                gate: layer.gate.as_ref().map(|gate| self.linear(gate, mlp_rows)).transpose()?,
-                up: self.linear(&layer.up, mlp_rows)?,
-                down: self.row_split(&layer.down, layout.mlp.clone(), segments)?,
-            }),
-            None => None,
+        let alibi_slopes = match &self.architecture.position {
+            PositionSpec::Alibi(alibi) if !heads.is_empty() => Some(self.store.values(&alibi.slopes[heads.clone()])?),
+            _ => None,
         };
-        Ok(Layer {
-            attention_norm: self.norm(&layer.attention_norm)?,
-            attention,
-            out_bias: self.bias_table(&layer.out)?,
-            mlp_norm: self.norm(&layer.mlp_norm)?,
-            mlp,
-            down_bias: self.bias_table(&layer.down)?,
+        Ok(Weights {
+            embedding,
+            embedding_norm: self.norm_where(*first_stage, refs.embedding_norm.as_ref())?,
+            project_in: self.whole_where(*first_stage, refs.project_in.as_ref().map(|linear| &linear.weight))?,
+            positions: self.whole_where(*first_stage, refs.positions.as_ref())?,
+            alibi_slopes,
+            layers: refs.layers[layers.clone()].iter().map(|layer| self.layer(layer)).collect::<Result<_>>()?,
+            final_norm: self.norm_where(*last_stage, refs.final_norm.as_ref())?,
+            project_out: self.whole_where(*last_stage, refs.project_out.as_ref().map(|linear| &linear.weight))?,
+            head,
+            head_bias,
         })
     }
 
-    fn rope(&self, refs: &DecoderRefs, max_positions: usize) -> Result<Option<B::RopeTable>> {
-        let PositionSpec::Rope(RopeLayers { tables, .. }) = &self.architecture.position else { return Ok(None) };
-        let rope = &tables[0];
-        let divisors = refs.rope_divisors.as_ref().map(|divisors| divisors.read_all(self.checkpoint)).transpose()?;
-        let params = RopeParams {
-            style: rope.style,
-            rotary_dim: rope.rotary_dim,
-            inverse_frequencies: rope.inverse_frequencies(max_positions, divisors.as_deref()),
-            attention_factor: rope.attention_factor(max_positions),
-            max_positions,
+    fn rows(&mut self, matrix: &MatrixRef, rows: &[Range<usize>]) -> Result<Weight<S>> {
+        let columns = matrix.columns;
+        self.store.weight(Part { matrix, rows, columns: 0..columns, segments: Segments::whole(columns) })
+    }
+
+    fn whole(&mut self, matrix: &MatrixRef) -> Result<Weight<S>> {
+        self.rows(matrix, std::slice::from_ref(&matrix.all_rows()))
+    }
+
+    fn whole_where(&mut self, there: bool, matrix: Option<&MatrixRef>) -> Result<Option<Weight<S>>> {
+        matrix.filter(|_| there).map(|matrix| self.whole(matrix)).transpose()
+    }
+
+    fn vocabulary(&mut self, matrix: &MatrixRef) -> Result<Option<Weight<S>>> {
+        let rows = &self.layout.vocabulary;
+        if rows.is_empty() { Ok(None) } else { self.rows(matrix, std::slice::from_ref(rows)).map(Some) }
+    }
+
+    /// Runs of a norm's parameters.
+    fn norm_part(&mut self, norm: &NormRef, wanted: &[Range<usize>]) -> Result<Norm<S::Slots>> {
+        let mut vector = |vector: &Option<VectorRef>| vector.as_ref().map(|vector| self.store.vector(vector, wanted)).transpose();
+        Ok(Norm { weight: vector(&norm.weight)?, bias: vector(&norm.bias)? })
+    }
+
+    fn norm(&mut self, norm: &NormRef) -> Result<Norm<S::Slots>> {
+        let length = norm.weight.as_ref().or(norm.bias.as_ref()).map_or(0, VectorRef::len);
+        self.norm_part(norm, std::slice::from_ref(&(0..length)))
+    }
+
+    fn norm_where(&mut self, there: bool, norm: Option<&NormRef>) -> Result<Option<Norm<S::Slots>>> {
+        norm.filter(|_| there).map(|norm| self.norm(norm)).transpose()
+    }
+
+    /// Runs of rows of a product, with the bias of those rows.
+    fn linear(&mut self, linear: &LinearRef, runs: &[Range<usize>]) -> Result<Linear<S::Slots>> {
+        let weight = self.rows(&linear.weight, runs)?;
+        let bias = linear.bias.as_ref().map(|bias| self.store.vector(bias, runs)).transpose()?;
+        Ok(Linear { weight, bias })
+    }
+
+    fn whole_linear(&mut self, linear: &LinearRef) -> Result<Linear<S::Slots>> {
+        self.linear(linear, std::slice::from_ref(&linear.weight.all_rows()))
+    }
+
+    /// Columns of a product that ranks sum together.
+    fn row_split(&mut self, matrix: &MatrixRef, columns: Range<usize>, segments: &Segments) -> Result<Weight<S>> {
+        let rows = matrix.all_rows();
+        self.store.weight(Part { matrix, rows: std::slice::from_ref(&rows), columns, segments: segments.clone() })
+    }
+
+    /// The bias of a row-split product, as a table of one row.
+    fn bias_table(&mut self, linear: &LinearRef) -> Result<Option<Weight<S>>> {
+        linear.bias.as_ref().map(|bias| self.store.table(&[bias])).transpose()
+    }
+
+    fn layer(&mut self, layer: &LayerRefs) -> Result<Layer<S::Slots>> {
+        Ok(Layer {
+            attention_norm: self.norm_where(true, layer.attention_norm.as_ref())?,
+            attention: self.attention(&layer.attention)?,
+            out_bias: self.bias_table(&layer.attention.out)?,
+            attention_post_norm: self.norm_where(true, layer.attention_post_norm.as_ref())?,
+            mlp_norm: self.norm_where(true, layer.mlp_norm.as_ref())?,
+            feed_forward: match &layer.mlp {
+                FeedForwardRefs::Dense(mlp) => FeedForward::Dense(self.split_mlp(mlp, &self.layout.mlp)?),
+                FeedForwardRefs::Experts(experts) => FeedForward::Experts(Box::new(self.experts(experts)?)),
+            },
+            mlp_post_norm: self.norm_where(true, layer.mlp_post_norm.as_ref())?,
+        })
+    }
+
+    fn attention(&mut self, refs: &AttentionRefs) -> Result<Option<AttentionWeights<S::Slots>>> {
+        let layout = self.layout;
+        let Some(segments) = &layout.attention_segments else { return Ok(None) };
+        let spec = &self.architecture.attention;
+        let q_rows = layout.head_rows(spec.head_dim);
+        let q_rows = std::slice::from_ref(&q_rows);
+        let qkv = match &refs.qkv {
+            QkvRefs::Direct(direct) => {
+                let (k_rows, v_rows) = (layout.kv_rows(spec.head_dim), layout.kv_rows(spec.value_dim));
+                QkvWeights::Direct(DirectWeights {
+                    q: self.linear(&direct.q, q_rows)?,
+                    k: self.linear(&direct.k, &k_rows)?,
+                    v: self.linear(&direct.v, &v_rows)?,
+                    q_norm: self.qk_norm(direct.q_norm.as_ref(), q_rows)?,
+                    k_norm: self.qk_norm(direct.k_norm.as_ref(), &k_rows)?,
+                })
+            }
+            QkvRefs::Latent(latent) => {
+                let expanded = spec.latent.map_or(0, |latent| latent.plain_dim) + spec.value_dim;
+                let query_latent = match &latent.query_latent {
+                    Some((down, norm)) => Some((self.whole_linear(down)?, self.norm(norm)?)),
+                    None => None,
+                };
+                QkvWeights::Latent(LatentWeights {
+                    query_latent,
+                    q: self.linear(&latent.q, q_rows)?,
+                    latent: self.whole_linear(&latent.latent)?,
+                    latent_norm: self.norm(&latent.latent_norm)?,
+                    rotary_key: self.whole_linear(&latent.rotary_key)?,
+                    expand: self.linear(&latent.expand, std::slice::from_ref(&layout.head_rows(expanded)))?,
+                })
+            }
         };
-        Ok(Some(self.backend.rope_table(&params)?))
+        let out = self.row_split(&refs.out.weight, layout.head_rows(spec.value_dim), segments)?;
+        let sinks = refs.sinks.as_ref().map(|sinks| self.store.vector(sinks, std::slice::from_ref(&layout.heads))).transpose()?;
+        Ok(Some(AttentionWeights { qkv, out, sinks }))
+    }
+
+    /// A norm of queries or keys: one weight for all heads, or that of the rank's own heads.
+    fn qk_norm(&mut self, norm: Option<&NormRef>, own: &[Range<usize>]) -> Result<Option<Norm<S::Slots>>> {
+        let (Some(norm), Some(spec)) = (norm, self.architecture.attention.qk_norm) else { return Ok(None) };
+        match spec.over {
+            QkNormOver::Head => self.norm(norm),
+            QkNormOver::EachHead | QkNormOver::Full => self.norm_part(norm, own),
+        }
+        .map(Some)
+    }
+
+    /// This rank's inner units of an MLP; `None` where it has none.
+    fn mlp(&mut self, mlp: &MlpRefs, inner: &Inner) -> Result<Option<MlpWeights<S::Slots>>> {
+        let Some(segments) = &inner.segments else { return Ok(None) };
+        let rows = std::slice::from_ref(&inner.units);
+        Ok(Some(MlpWeights {
+            gate: mlp.gate.as_ref().map(|gate| self.linear(gate, rows)).transpose()?,
+            up: self.linear(&mlp.up, rows)?,
+            down: self.row_split(&mlp.down.weight, inner.units.clone(), segments)?,
+        }))
+    }
+
+    fn split_mlp(&mut self, mlp: &MlpRefs, inner: &Inner) -> Result<SplitMlp<S::Slots>> {
+        Ok(SplitMlp { mlp: self.mlp(mlp, inner)?, bias: self.bias_table(&mlp.down)? })
+    }
+
+    fn experts(&mut self, refs: &ExpertsRefs) -> Result<ExpertsWeights<S::Slots>> {
+        let layout = self.layout;
+        let held = &refs.experts[layout.experts.clone()];
+        let biases: Option<Vec<&VectorRef>> = held.iter().map(|expert| expert.down.bias.as_ref()).collect();
+        Ok(ExpertsWeights {
+            router: self.whole_linear(&refs.router)?,
+            correction: refs.correction.as_ref().map(|correction| self.store.host(correction)).transpose()?,
+            experts: held.iter().map(|expert| self.mlp(expert, &layout.expert)).collect::<Result<_>>()?,
+            biases: biases.map(|biases| self.store.table(&biases)).transpose()?,
+            shared: refs.shared.as_ref().map(|shared| self.split_mlp(shared, &layout.shared)).transpose()?,
+            shared_gate: self.whole_where(true, refs.shared_gate.as_ref())?,
+        })
     }
 }

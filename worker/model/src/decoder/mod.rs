@@ -6,11 +6,16 @@
 //! Invariant (P2): a row's logits depend on its sequence's tokens and the weights alone: not on the batch, the
 //! chunks, the blocks' size or place, nor on how many ranks share the work.
 
+mod attention;
+mod choices;
+mod feed_forward;
 mod forward;
 pub(crate) mod layout;
-mod load;
+pub(crate) mod load;
+mod loaded;
 pub mod options;
 mod plan;
+pub(crate) mod store;
 pub(crate) mod workspace;
 
 use std::sync::Arc;
@@ -25,7 +30,8 @@ use crate::model::Model;
 use crate::step::{StepModel, StepModelInfo, StepPlan};
 use forward::Pass;
 use layout::Layout;
-use load::{Loader, Weights};
+use load::Origin;
+use loaded::Weights;
 use options::DecoderOptions;
 use workspace::Workspace;
 
@@ -36,7 +42,8 @@ pub struct Decoder<B: Backend> {
     architecture: Architecture,
     layout: Layout,
     weights: Weights<B>,
-    workspace: Workspace<B>,
+    rope_tables: Vec<B::RopeTable>,
+    workspace: Workspace<B::Buffer>,
     /// `None` where this rank has no KV heads.
     pool: Option<B::KvPool>,
     zero_ids: Vec<u32>,
@@ -75,16 +82,10 @@ impl<B: Backend> Decoder<B> {
         let refs = model.refs();
         let layout = Layout::new(&architecture, refs, &options.shard)?;
         let memory = model.memory(options)?;
-        let loader = Loader {
-            backend: &*backend,
-            checkpoint: model.checkpoint(),
-            architecture: &architecture,
-            layout: &layout,
-            scanned: options.scan_values.then(Vec::new),
-        };
-        let weights = loader.load(refs, options.max_model_len)?;
-        let sizes = options.workspace(&architecture, &layout);
-        let workspace = Workspace::new(&*backend, &sizes)?;
+        let origin = Origin { backend: &*backend, checkpoint: model.checkpoint(), architecture: &architecture, refs, layout: &layout };
+        let weights = origin.load(options.scan_values)?;
+        let rope_tables = origin.rope_tables(options.max_model_len)?;
+        let workspace = Workspace::new(&*backend, &architecture, &layout, options)?;
         let pool = match layout.kv_heads.len() {
             0 => None,
             _ => Some(backend.kv_pool(layout.kv_shape(&architecture, options))?),
@@ -101,7 +102,7 @@ impl<B: Backend> Decoder<B> {
         };
         let zero_ids = vec![0; options.max_step_rows];
         let epoch = options.epoch;
-        Ok(Decoder { backend, collective, architecture, layout, weights, workspace, pool, zero_ids, epoch, info })
+        Ok(Decoder { backend, collective, architecture, layout, weights, rope_tables, workspace, pool, zero_ids, epoch, info })
     }
 
     /// The backend.
@@ -162,6 +163,7 @@ impl<B: Backend> Decoder<B> {
             architecture: &self.architecture,
             layout: &self.layout,
             weights: &self.weights,
+            rope_tables: &self.rope_tables,
             block_size: self.info.block_size,
             plan,
             zero_ids: &self.zero_ids,
@@ -169,7 +171,7 @@ impl<B: Backend> Decoder<B> {
         let rows = plan.tokens.len();
         if rows > 0 {
             match input {
-                StageInput::Tokens => pass.embed(&mut self.workspace.x)?,
+                StageInput::Tokens => pass.embed(&mut self.workspace)?,
                 StageInput::Hidden(values) => self.backend.write_rows(&mut self.workspace.x, 0..rows, values)?,
             }
             pass.layers(&mut self.workspace, &mut self.pool)?;
@@ -213,13 +215,18 @@ fn check_group<B: Backend>(options: &DecoderOptions, collective: &dyn Collective
     Ok(())
 }
 
-/// Equal ids promise equal bits: device path, KV type, rope choice and weights.
+/// Equal ids promise equal bits: device path, KV type, rope choice, architecture (which an operator may override) and
+/// weights.
 fn numerics_id<B: Backend>(backend: &B, architecture: &Architecture, options: &DecoderOptions) -> String {
     let rope = match &architecture.position {
-        PositionSpec::Rope(rope) => rope.tables[0].scaling.name(),
-        PositionSpec::Learned { .. } => "learned",
-        PositionSpec::Alibi(_) => "alibi",
+        PositionSpec::Rope(rope) => {
+            let names: Vec<String> = rope.tables.iter().map(|table| table.numerics_name(options.max_model_len)).collect();
+            names.join("+")
+        }
+        PositionSpec::Learned { .. } => "learned".to_owned(),
+        PositionSpec::Alibi(_) => "alibi".to_owned(),
     };
     let digest = if options.weights_digest.is_empty() { "unnamed" } else { &options.weights_digest };
-    format!("{};kv={};rope={rope};weights={digest}", backend.numerics_id(), options.kv_dtype)
+    let fingerprint = architecture.fingerprint();
+    format!("{};kv={};rope={rope};architecture={fingerprint:016x};weights={digest}", backend.numerics_id(), options.kv_dtype)
 }

@@ -5,8 +5,6 @@ use std::ops::Range;
 use forge_kernels::KvDType;
 use forge_shared::ids::Epoch;
 
-use super::layout::Layout;
-use super::workspace::WorkspaceSizes;
 use crate::arch::Architecture;
 use crate::error::{ModelError, Result};
 
@@ -95,10 +93,5 @@ impl DecoderOptions {
             return wrong("max_model_len", self.max_model_len, format!("the model's context is {}", architecture.context_length));
         }
         Ok(())
-    }
-
-    /// Sizes of a rank's workspace.
-    pub(crate) fn workspace(&self, architecture: &Architecture, layout: &Layout) -> WorkspaceSizes {
-        WorkspaceSizes::new(architecture, layout, self.shard.tp_size, self.max_step_rows, self.max_logits_rows)
     }
 }
