@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use forge_kernels::DType;
 
-use crate::arch::families::{self, Family};
+use crate::arch::families::{Family, Ignored};
 use crate::error::{ModelError, Result};
 use crate::gguf::{self, Metadata};
 use crate::safetensors;
@@ -125,20 +125,20 @@ impl Checkpoint {
         Ok(Checkpoint { path: path.to_owned(), config: RawConfig::Gguf(file.metadata), tensors, sources: vec![bytes] })
     }
 
-    fn open_folder(path: &Path, mode: LoadMode, family: Option<&Family>) -> Result<Checkpoint> {
+    fn open_folder(path: &Path, mode: LoadMode, family: Option<&'static Family>) -> Result<Checkpoint> {
         let config = source::read_json(&path.join("config.json"))?;
         let generation = path.join("generation_config.json");
         let generation = if generation.is_file() { Some(source::read_json(&generation)?) } else { None };
         // Buffers that some exporters save have types no decoder needs (boolean masks); the family knows them.
-        let family = family.or_else(|| families::by_model_type(&config).ok());
+        let ignored = Ignored::new(family, &config);
         let files = shard_files(path)?;
         let mut sources = Vec::new();
         let mut tensors: BTreeMap<String, TensorEntry> = BTreeMap::new();
         for name in &files {
             let file = path.join(name);
             let bytes = source::open(&file, mode)?;
-            let found = safetensors::parse_header((*bytes).as_ref(), |tensor| !families::is_ignored(family, tensor))
-                .map_err(|error| in_file(name, error))?;
+            let found =
+                safetensors::parse_header((*bytes).as_ref(), |tensor| !ignored.has(tensor)).map_err(|error| in_file(name, error))?;
             for (name, tensor) in found {
                 let entry = TensorEntry { dtype: tensor.dtype, shape: tensor.shape, source: sources.len(), bytes: tensor.bytes };
                 if tensors.insert(name.clone(), entry).is_some() {

@@ -1,4 +1,6 @@
 //! Typed getters over a JSON object, with errors that name file and key.
+//!
+//! A key may be a path, `attn_config.clip_qkv`. `null` counts as absent but where a getter says otherwise.
 
 use serde_json::Value;
 
@@ -16,9 +18,24 @@ impl<'a> Json<'a> {
         ModelError::Config { file: self.file.to_owned(), key: key.to_owned(), reason: reason.into() }
     }
 
-    /// The value of a key; `null` counts as absent.
+    /// The value of a key, also where it is `null`.
+    pub fn find(&self, key: &str) -> Option<&'a Value> {
+        key.split('.').try_fold(self.value, |value, part| value.get(part))
+    }
+
+    /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
-        self.value.get(key).filter(|value| !value.is_null())
+        self.find(key).filter(|value| !value.is_null())
+    }
+
+    /// The first of some keys that has a value.
+    pub fn first<'k>(&self, keys: &[&'k str]) -> Option<&'k str> {
+        keys.iter().find(|key| self.get(key).is_some()).copied()
+    }
+
+    /// Whether any of some keys is there, also as `null`.
+    pub fn any(&self, keys: &[&str]) -> bool {
+        keys.iter().any(|key| self.find(key).is_some())
     }
 
     pub fn optional_size(&self, key: &str) -> Result<Option<usize>> {
@@ -27,8 +44,9 @@ impl<'a> Json<'a> {
         number.map(Some).ok_or_else(|| self.error(key, format!("is {value}, a whole number ≥ 0 is needed")))
     }
 
-    pub fn size(&self, key: &str) -> Result<usize> {
-        self.optional_size(key)?.ok_or_else(|| self.error(key, "is missing"))
+    /// As [`Json::optional_size`] of the first of some keys.
+    pub fn first_size(&self, keys: &[&str]) -> Result<Option<usize>> {
+        self.first(keys).map_or(Ok(None), |key| self.optional_size(key))
     }
 
     pub fn optional_id(&self, key: &str) -> Result<Option<u32>> {
@@ -52,6 +70,20 @@ impl<'a> Json<'a> {
     pub fn optional_str(&self, key: &str) -> Result<Option<&'a str>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.error(key, format!("is {value}, a string is needed")))
+    }
+
+    /// A list of numbers.
+    pub fn floats(&self, key: &str) -> Result<Vec<f64>> {
+        let list = self.get(key).ok_or_else(|| self.error(key, "is missing"))?;
+        let numbers = list.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+        numbers.ok_or_else(|| self.error(key, "must be a list of numbers"))
+    }
+
+    /// A list of whole numbers ≥ 0; empty where absent.
+    pub fn sizes(&self, key: &str) -> Result<Vec<u64>> {
+        let Some(list) = self.get(key) else { return Ok(Vec::new()) };
+        let numbers = list.as_array().and_then(|list| list.iter().map(Value::as_u64).collect());
+        numbers.ok_or_else(|| self.error(key, "must be a list of whole numbers ≥ 0"))
     }
 
     /// One id or a list of ids.

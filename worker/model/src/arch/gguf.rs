@@ -3,9 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use forge_kernels::NormKind;
-
-use super::families::{self, Bias, Family};
+use super::families::row::{Flag, PositionRow};
+use super::families::{self, Family};
 use super::rope::ROPE_FREQS;
 use super::{Architecture, AttentionSpec, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec, PositionSpec, RopeLayers, RopeScaling, RopeSpec};
 use crate::checkpoint::TensorEntry;
@@ -32,6 +31,12 @@ pub(crate) fn architecture_name(metadata: &Metadata) -> Result<&str> {
 /// As [`from_gguf`].
 pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTreeMap<String, TensorEntry>) -> Result<Architecture> {
     let name = architecture_name(metadata)?;
+    if !["llama", "qwen2", "gpt2"].contains(&family.name) {
+        return Err(ModelError::Unsupported {
+            what: format!("a GGUF file of family {}", family.name),
+            remedy: "take the Hugging Face folder of this model".to_owned(),
+        });
+    }
     let keys = Keys { metadata, name };
     if let Some(parts) = metadata.optional_u32("split.count")?
         && parts > 1
@@ -56,10 +61,7 @@ pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTree
     }
     let heads = keys.size("attention.head_count")?;
     let head_dim = head_dim(&keys, hidden_size, heads)?;
-    let eps = match family.norm {
-        NormKind::Rms => "attention.layer_norm_rms_epsilon",
-        NormKind::Layer => "attention.layer_norm_epsilon",
-    };
+    let [eps, _] = family.gguf_eps_keys();
     let eps = keys.optional_float(eps)?.ok_or_else(|| config_error(&keys.key(eps), "is missing"))?;
     if let Some(window) = keys.optional_size("attention.sliding_window")?
         && window > 0
@@ -74,10 +76,10 @@ pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTree
     let embedding = format!("{}.weight", names.embedding[0]);
     let vocab_size = tensors.get(&embedding).and_then(|tensor| tensor.shape.first().copied());
     let vocab_size = vocab_size.ok_or_else(|| ModelError::MissingTensors { names: vec![embedding] })?;
-    let bias = |bias: Bias, bases: &[&str]| match bias {
-        Bias::Always => true,
-        Bias::Never => false,
-        Bias::Key(_) => bases.iter().any(|base| has(&format!("{}{base}", names.layer.replace("{}", "0")), "bias")),
+    let bias = |flag: Flag, bases: &[&str]| match flag {
+        Flag::Always => true,
+        Flag::Never => false,
+        Flag::Key(..) => bases.iter().any(|base| has(&format!("{}{base}", names.layer.replace("{}", "0")), "bias")),
     };
     Architecture {
         family: family.name,
@@ -86,7 +88,7 @@ pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTree
         vocab_size,
         context_length: keys.size("context_length")?,
         embedding: EmbeddingSpec { width: hidden_size, scale: 1.0, norm: false },
-        norm: family.norm_spec(eps as f32),
+        norm: family.norm_spec(eps as f32, 0.0),
         block: BlockSpec::PRE_NORM,
         attention: AttentionSpec {
             heads,
@@ -94,8 +96,8 @@ pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTree
             head_dim,
             value_dim: head_dim,
             scale: ((head_dim as f64).powf(-0.5)) as f32,
-            qkv_bias: bias(family.qkv_bias, &["attn_q", "attn_qkv"]),
-            out_bias: bias(family.out_bias, names.out),
+            qkv_bias: bias(family.attention.qkv_bias, &["attn_q", "attn_qkv"]),
+            out_bias: bias(family.attention.out_bias, names.out),
             qk_norm: None,
             clip: None,
             softcap: None,
@@ -106,9 +108,9 @@ pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTree
         position: position(&keys, family, tensors, head_dim, layers)?,
         mlp: MlpSpec {
             intermediate_size: keys.size("feed_forward_length")?,
-            gated: family.gated,
+            gated: family.mlp.gated,
             activation: family.gguf.activation,
-            bias: bias(family.mlp_bias, &["ffn_up"]),
+            bias: bias(family.mlp.bias, &["ffn_up"]),
         },
         experts: None,
         head: HeadSpec { tied: !names.head.iter().any(|head| has(head, "weight")), bias: false, scale: 1.0, softcap: None },
@@ -166,7 +168,7 @@ fn position(
     layers: usize,
 ) -> Result<PositionSpec> {
     const DEFAULT_THETA: f64 = 10_000.0;
-    if !family.rope {
+    if matches!(family.position, PositionRow::Learned { .. }) {
         return Ok(PositionSpec::Learned { offset: 0 });
     }
     let kind_key = keys.key("rope.scaling.type");

@@ -206,6 +206,17 @@ impl RopeLayers {
     pub fn uniform(table: RopeSpec, layers: usize) -> Self {
         RopeLayers { tables: vec![table], of_layer: vec![Some(0); layers] }
     }
+
+    /// One table for layers that see everything and one for layers with a window; equal ones are one.
+    pub fn by_window(full: RopeSpec, windowed: RopeSpec, windows: &[Option<u32>]) -> Self {
+        let all_alike = windows.iter().all(Option::is_some) || windows.iter().all(Option::is_none);
+        if full == windowed || all_alike {
+            let table = if windows.first().copied().flatten().is_some() { windowed } else { full };
+            return Self::uniform(table, windows.len());
+        }
+        let of_layer = windows.iter().map(|window| Some(usize::from(window.is_some()))).collect();
+        RopeLayers { tables: vec![full, windowed], of_layer }
+    }
 }
 
 /// Linear biases (ALiBi): score += slope(head) · distance.
@@ -217,6 +228,18 @@ pub struct AlibiSpec {
     pub factor: f32,
     /// The bias is slope · key position, the product rounded to bfloat16, as Falcon-RW was trained.
     pub rounded: bool,
+}
+
+impl AlibiSpec {
+    /// The usual slopes: a geometric sequence that ends at 2^−`max_bias`; for a number of heads that is no power of two
+    /// that of the power below, then every second one of the power above.
+    pub fn new(heads: usize, max_bias: f64, factor: f32, rounded: bool) -> Self {
+        let below = (heads + 1).next_power_of_two() / 2;
+        let slope = |step: usize, of: usize| (-max_bias * step as f64 / of as f64).exp2() as f32;
+        let extra = heads.saturating_sub(below);
+        let slopes = (1..=below).map(|step| slope(step, below)).chain((0..extra).map(|index| slope(2 * index + 1, 2 * below)));
+        AlibiSpec { slopes: slopes.take(heads).collect(), factor, rounded }
+    }
 }
 
 /// Rotary positions.

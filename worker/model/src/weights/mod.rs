@@ -138,7 +138,7 @@ impl DecoderRefs {
     /// # Errors
     /// [`crate::ModelError::MissingTensors`], [`crate::ModelError::TensorShape`],
     /// [`crate::ModelError::UnexpectedTensors`].
-    pub fn resolve(architecture: &Architecture, family: &Family, checkpoint: &Checkpoint) -> Result<Self> {
+    pub fn resolve(architecture: &Architecture, family: &'static Family, checkpoint: &Checkpoint) -> Result<Self> {
         let mut resolver = Resolver::new(family, checkpoint);
         let names = resolver.names;
         let Architecture { hidden_size, vocab_size, embedding, norm, .. } = *architecture;

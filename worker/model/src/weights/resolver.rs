@@ -9,9 +9,9 @@ use super::matrix::Order;
 use super::runs::Runs;
 use super::vector::VectorPiece;
 use super::{LinearRef, MatrixRef, NormRef, VectorRef};
-use crate::arch::families::{Family, Names, TensorNames};
+use crate::arch::families::{Family, Names, Naming, TensorNames};
 use crate::arch::{Architecture, NormSpec, PositionSpec, RopeSpec};
-use crate::checkpoint::{Checkpoint, Format, TensorEntry};
+use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::error::{ModelError, Result};
 
 pub(super) struct Resolver<'a> {
@@ -26,17 +26,9 @@ pub(super) struct Resolver<'a> {
 }
 
 impl<'a> Resolver<'a> {
-    pub fn new(family: &Family, checkpoint: &'a Checkpoint) -> Self {
-        // The table is static, so its rows are; going through the name gives that lifetime.
-        let family = crate::arch::families::by_name(family.name).expect("a row of the table is found by its own name");
-        let (names, prefix, transposed) = match checkpoint.format() {
-            Format::Gguf => (&family.gguf.names, "", false),
-            Format::HuggingFace => {
-                let prefixed = format!("{}{}.weight", family.hf.prefix, family.hf.names.embedding[0]);
-                let prefix = if checkpoint.tensors().contains_key(&prefixed) { family.hf.prefix } else { "" };
-                (&family.hf.names, prefix, family.hf.transposed)
-            }
-        };
+    pub fn new(family: &'static Family, checkpoint: &'a Checkpoint) -> Self {
+        let naming = family.naming(checkpoint.format(), |name| checkpoint.tensors().contains_key(name));
+        let Naming { names, prefix, transposed } = naming;
         Resolver { checkpoint, names, prefix, transposed, consumed: BTreeSet::new(), missing: Vec::new() }
     }
 
