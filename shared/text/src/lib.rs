@@ -15,13 +15,14 @@
 //! | keys of the prefix cache | [`PrefixHasher`] |
 
 mod decoding;
+mod engine;
 mod error;
 mod gguf;
 mod hugging_face;
 mod incremental;
 mod model_text;
-mod pre_tokenizer;
 mod prefix_hash;
+mod sentencepiece;
 mod stop;
 mod template;
 mod tokenizer;

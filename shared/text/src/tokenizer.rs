@@ -1,12 +1,13 @@
 //! [`Tokenizer`]: text to token ids and back.
 //!
-//! A thin shell over the `tokenizers` library that adds what serving needs: a cap on the input,
-//! raw bytes by id, the ids that end an answer, a digest. Cloning shares everything.
+//! A thin shell over [`Engine`] that adds what serving needs: a cap on the input, raw bytes by
+//! id, the ids that end an answer, a digest. Cloning shares everything.
 //! Invariant: encoding and decoding are pure functions of the text or the ids.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use crate::decoding::{ByteText, Decoding};
+use crate::engine::Engine;
 use crate::vocabulary::Vocabulary;
 use crate::{Result, TextError};
 
@@ -21,7 +22,7 @@ const MAX_WHITESPACE_RUN: usize = 500_000;
 /// Text to token ids and back. Cheap to clone, usable from all threads.
 #[derive(Clone)]
 pub struct Tokenizer {
-    inner: Arc<Inner>,
+    parts: Arc<TokenizerParts>,
     max_text_bytes: usize,
 }
 
@@ -37,24 +38,18 @@ pub(crate) struct SpecialIds {
 
 /// What the loaders hand over.
 pub(crate) struct TokenizerParts {
-    pub(crate) library: tokenizers::Tokenizer,
+    pub(crate) engine: Engine,
     pub(crate) vocabulary: Vocabulary,
     pub(crate) decoding: Decoding,
     pub(crate) special: SpecialIds,
-    /// Ids put before and behind a text on request, where the library does not do it.
+    /// Ids put before and behind a text on request, where the engine does not do it.
     pub(crate) prefix: Vec<u32>,
     pub(crate) suffix: Vec<u32>,
 }
 
-struct Inner {
-    parts: TokenizerParts,
-    /// The same tokenizer that takes special tokens' text for plain text; built on first use.
-    without_special: OnceLock<tokenizers::Tokenizer>,
-}
-
 impl Tokenizer {
     pub(crate) fn new(parts: TokenizerParts) -> Self {
-        Self { inner: Arc::new(Inner { parts, without_special: OnceLock::new() }), max_text_bytes: DEFAULT_MAX_TEXT_BYTES }
+        Self { parts: Arc::new(parts), max_text_bytes: DEFAULT_MAX_TEXT_BYTES }
     }
 
     /// The same tokenizer with another cap on the bytes of a text.
@@ -70,7 +65,12 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::TextTooLong`], [`TextError::WhitespaceRun`], or the library's error.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        self.encode_by(&self.inner.parts.library, text, add_special)
+        let encoded = self.encode_by(text, add_special, true)?;
+        if !add_special {
+            return Ok(encoded);
+        }
+        let parts = &self.parts;
+        Ok([parts.prefix.as_slice(), &encoded, &parts.suffix].concat())
     }
 
     /// Ids of a text, without anything around it. `allow_special` says whether the text of a
@@ -80,29 +80,15 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::TextTooLong`], [`TextError::WhitespaceRun`], or the library's error.
     pub fn encode_with_special_parsing(&self, text: &str, allow_special: bool) -> Result<Vec<u32>> {
-        if allow_special {
-            return self.encode(text, false);
-        }
-        let library = self.inner.without_special.get_or_init(|| {
-            let mut library = self.inner.parts.library.clone();
-            library.set_encode_special_tokens(true);
-            library
-        });
-        self.encode_by(library, text, false)
+        self.encode_by(text, false, allow_special)
     }
 
-    fn encode_by(&self, library: &tokenizers::Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>> {
+    fn encode_by(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<u32>> {
         if text.len() > self.max_text_bytes {
             return Err(TextError::TextTooLong { bytes: text.len(), limit_bytes: self.max_text_bytes });
         }
         check_whitespace(text)?;
-        let encoding =
-            library.encode_fast(text, add_special).map_err(|error| TextError::Tokenize { action: "encode", reason: error.to_string() })?;
-        if !add_special {
-            return Ok(encoding.get_ids().to_vec());
-        }
-        let parts = &self.inner.parts;
-        Ok([&parts.prefix, encoding.get_ids(), &parts.suffix].concat())
+        self.parts.engine.encode(text, add_special, parse_special)
     }
 
     /// Text of ids; invalid UTF-8 becomes U+FFFD. Ids that stand for nothing give no text.
@@ -111,12 +97,9 @@ impl Tokenizer {
     /// # Errors
     /// The library's error.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        let parts = &self.inner.parts;
+        let parts = &self.parts;
         let Decoding::Bytes(start) = parts.decoding else {
-            return parts
-                .library
-                .decode(ids, skip_special)
-                .map_err(|error| TextError::Tokenize { action: "decode", reason: error.to_string() });
+            return parts.engine.decode(ids, skip_special);
         };
         let mut text = String::with_capacity(ids.len() * 4);
         let mut bytes = ByteText::new(start);
@@ -132,7 +115,7 @@ impl Tokenizer {
     /// The raw bytes a token stands for, perhaps a part of a character; none for an id that
     /// stands for nothing. For `logprobs`' `bytes`.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
-        self.inner.parts.vocabulary.bytes(id)
+        self.parts.vocabulary.bytes(id)
     }
 
     /// [`Self::token_bytes`] as text, with U+FFFD for what is no character.
@@ -142,56 +125,56 @@ impl Tokenizer {
 
     /// The token as the vocabulary writes it, such as `Ġthe`.
     pub fn token_name(&self, id: u32) -> Option<String> {
-        self.inner.parts.library.id_to_token(id)
+        self.parts.engine.id_to_token(id)
     }
 
     /// The id of a token as the vocabulary writes it, such as `<|im_end|>` or `Ġthe`.
     pub fn token_id(&self, name: &str) -> Option<u32> {
-        self.inner.parts.library.token_to_id(name)
+        self.parts.engine.token_to_id(name)
     }
 
     /// Highest id plus one; a model's logits may have more rows, which stand for nothing.
     pub fn vocab_size(&self) -> usize {
-        self.inner.parts.vocabulary.size()
+        self.parts.vocabulary.size()
     }
 
     /// Whether an id stands for a token.
     pub fn is_known(&self, id: u32) -> bool {
-        self.inner.parts.vocabulary.is_known(id)
+        self.parts.vocabulary.is_known(id)
     }
 
     /// Whether a token is a special one, left out of text meant for people.
     pub fn is_special(&self, id: u32) -> bool {
-        self.inner.parts.vocabulary.is_special(id)
+        self.parts.vocabulary.is_special(id)
     }
 
     /// Every id that ends an answer.
     pub fn eos_ids(&self) -> &[u32] {
-        &self.inner.parts.special.eos
+        &self.parts.special.eos
     }
 
     /// The id that starts a text.
     pub fn bos_id(&self) -> Option<u32> {
-        self.inner.parts.special.bos
+        self.parts.special.bos
     }
 
     /// The id for padding.
     pub fn padding_id(&self) -> Option<u32> {
-        self.inner.parts.special.padding
+        self.parts.special.padding
     }
 
     /// The id for what the vocabulary cannot express.
     pub fn unknown_id(&self) -> Option<u32> {
-        self.inner.parts.special.unknown
+        self.parts.special.unknown
     }
 
     /// Hex digest of ids, tokens and special flags: equal digests, equal vocabularies.
     pub fn vocabulary_digest(&self) -> &str {
-        self.inner.parts.vocabulary.digest()
+        self.parts.vocabulary.digest()
     }
 
     pub(crate) fn decoding(&self) -> Decoding {
-        self.inner.parts.decoding
+        self.parts.decoding
     }
 }
 
@@ -212,7 +195,7 @@ impl std::fmt::Debug for Tokenizer {
         f.debug_struct("Tokenizer")
             .field("vocab_size", &self.vocab_size())
             .field("decoding", &self.decoding())
-            .field("special", &self.inner.parts.special)
+            .field("special", &self.parts.special)
             .finish_non_exhaustive()
     }
 }

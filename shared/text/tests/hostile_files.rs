@@ -14,7 +14,7 @@ fn load(json: &Value) -> Result<Tokenizer, TextError> {
 }
 
 fn load_bytes(tokenizer_json: Vec<u8>) -> Result<Tokenizer, TextError> {
-    Tokenizer::from_hugging_face(&HuggingFaceFiles { tokenizer_json, ..HuggingFaceFiles::default() })
+    Tokenizer::from_hugging_face(&HuggingFaceFiles { tokenizer_json: Some(tokenizer_json), ..HuggingFaceFiles::default() })
 }
 
 fn valid_json() -> Value {
@@ -99,7 +99,7 @@ fn decoders_that_cannot_be_streamed_are_refused() {
 fn side_files_are_checked_too() {
     let tokenizer_json = valid_json().to_string().into_bytes();
     let with = |set: fn(&mut HuggingFaceFiles, Vec<u8>), bytes: &str| {
-        let mut files = HuggingFaceFiles { tokenizer_json: tokenizer_json.clone(), ..HuggingFaceFiles::default() };
+        let mut files = HuggingFaceFiles { tokenizer_json: Some(tokenizer_json.clone()), ..HuggingFaceFiles::default() };
         set(&mut files, bytes.as_bytes().to_vec());
         ModelText::from_hugging_face(&files).expect_err(bytes).to_string()
     };
@@ -133,10 +133,10 @@ fn gguf_error(change: impl FnOnce(&mut GgufTokenizer)) -> TextError {
 
 #[test]
 fn unknown_gguf_kinds_are_refused_by_name_with_what_is_supported() {
-    let error = gguf_error(|metadata| metadata.model = "llama".to_string()).to_string();
-    assert!(error.contains("tokenizer.ggml.model") && error.contains("\"llama\"") && error.contains("gpt2"), "{error}");
-    let error = gguf_error(|metadata| metadata.pre = "viking".to_string()).to_string();
-    assert!(error.contains("tokenizer.ggml.pre") && error.contains("\"viking\"") && error.contains("smollm"), "{error}");
+    let error = gguf_error(|metadata| metadata.model = "rwkv".to_string()).to_string();
+    assert!(error.contains("tokenizer.ggml.model") && error.contains("\"rwkv\"") && error.contains("gpt2"), "{error}");
+    let error = gguf_error(|metadata| metadata.pre = "viking-2".to_string()).to_string();
+    assert!(error.contains("tokenizer.ggml.pre") && error.contains("\"viking-2\"") && error.contains("smollm"), "{error}");
 }
 
 #[test]

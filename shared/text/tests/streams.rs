@@ -9,7 +9,7 @@ use forge_text::{IncrementalDecoder, StopMatcher, StopOutcome, Tokenizer};
 use proptest::prelude::*;
 
 static TOKENIZERS: LazyLock<Vec<Tokenizer>> =
-    LazyLock::new(|| ["byte_level", "sentencepiece", "metaspace", "wordpiece"].map(hugging_face).into());
+    LazyLock::new(|| ["byte_level", "sentencepiece", "metaspace", "wordpiece", "spm_bpe", "spm_unigram"].map(hugging_face).into());
 
 fn stream(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> String {
     let mut decoder = IncrementalDecoder::new(tokenizer.clone(), skip_special);
@@ -26,7 +26,7 @@ proptest! {
     /// Random ids, most of them no valid UTF-8, some outside the vocabulary.
     #[test]
     fn pieces_of_random_ids_join_to_the_whole(
-        which in 0usize..4,
+        which in 0usize..6,
         ids in prop::collection::vec(0u32..620, 0..60),
         skip_special in any::<bool>(),
     ) {

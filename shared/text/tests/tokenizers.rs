@@ -46,7 +46,7 @@ fn decoding_gives_what_the_library_in_python_gives() {
 }
 
 #[test]
-fn every_gguf_pre_tokenizer_encodes_as_llama_cpp() {
+fn every_gguf_pre_tokenizer_encodes_as_its_references() {
     let mut names = 0;
     for group in fixture("gguf_pre.json").as_array().unwrap() {
         for pre in group["pre"].as_array().unwrap() {

@@ -100,5 +100,5 @@ pub use engine::{Completion, Engine, Events, Generation, Piece, TokenStream};
 pub use error::EngineError;
 pub use handle::{EngineHandle, EngineTimes};
 pub use options::EngineOptions;
-pub use text::open_text;
+pub use text::{gguf_tokenizer, open_text};
 pub use thread::{EngineExit, EngineSetup, EngineThread};

@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
-use forge_model::Model;
-use forge_text::{GgufTokenizer, ModelText};
+use forge_model::{GgufTokenizerData, Model};
+use forge_text::{GgufTokenizer, ModelText, TextError, Tokenizer};
 
 use crate::EngineError;
 
@@ -16,10 +16,18 @@ use crate::EngineError;
 /// # Errors
 /// A tokenizer that is missing, malformed or of a kind that is not supported.
 pub fn open_text(model: &Model, path: &Path) -> Result<ModelText, EngineError> {
-    let Some(data) = model.gguf_tokenizer()? else {
-        return Ok(ModelText::from_hugging_face_folder(path)?);
+    let text = match model.gguf_tokenizer()? {
+        Some(data) => ModelText::from_gguf(&gguf_tokenizer(data))?,
+        None => ModelText::from_hugging_face_folder(path)?,
     };
-    Ok(ModelText::from_gguf(&GgufTokenizer {
+    check_ids(text.tokenizer(), model.architecture().vocab_size)?;
+    Ok(text)
+}
+
+/// The text crate's form of a GGUF file's tokenizer.
+pub fn gguf_tokenizer(data: GgufTokenizerData) -> GgufTokenizer {
+    GgufTokenizer {
+        name: data.name,
         model: data.model,
         pre: data.pre,
         tokens: data.tokens,
@@ -34,6 +42,44 @@ pub fn open_text(model: &Model, path: &Path) -> Result<ModelText, EngineError> {
         add_bos_token: data.add_bos_token,
         add_eos_token: data.add_eos_token,
         add_space_prefix: data.add_space_prefix,
+        remove_extra_whitespaces: data.remove_extra_whitespaces,
+        precompiled_charsmap: data.precompiled_charsmap,
         chat_template: data.chat_template,
-    })?)
+    }
+}
+
+/// Ids that begin or end a text must have a row in the model. Others may lie behind its last row (image tokens of
+/// a model without its image part do): a request that brings one is refused.
+fn check_ids(tokenizer: &Tokenizer, vocab_size: usize) -> Result<(), TextError> {
+    for (field, ids) in [("eos_token_id", tokenizer.eos_ids()), ("bos_token_id", tokenizer.bos_id().as_slice())] {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(TextError::Invalid {
+                field: field.to_owned(),
+                reason: format!("{id} is outside the model's vocabulary of {vocab_size}; take tokenizer and weights from one source"),
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_end_or_begin_a_text_need_a_row_in_the_model() {
+        let tokenizer = Tokenizer::from_gguf(&GgufTokenizer {
+            model: "gpt2".to_owned(),
+            pre: "gpt-2".to_owned(),
+            tokens: ["a", "b", "ab", "<end>"].map(str::to_owned).to_vec(),
+            merges: vec!["a b".to_owned()],
+            bos_id: Some(1),
+            eos_id: Some(3),
+            ..GgufTokenizer::default()
+        })
+        .unwrap();
+        assert_eq!(check_ids(&tokenizer, 4), Ok(()));
+        let message = check_ids(&tokenizer, 3).unwrap_err().to_string();
+        assert!(message.contains("eos_token_id: 3 is outside the model's vocabulary of 3"), "{message}");
+    }
 }

@@ -1,7 +1,6 @@
 //! Sampling a model's makers recommend, from `generation_config.json`. (GGUF metadata holds none.)
 //!
-//! What it is not: the ids that end or begin a text. Those are the tokenizer's; here they are only held against
-//! the vocabulary.
+//! What it is not: the ids that end or begin a text. Those are the tokenizer's, read by forge-text.
 //!
 //! Invariant: a request that gives none of these parameters is valid under them.
 
@@ -31,19 +30,9 @@ impl GenerationDefaults {
     /// From a folder's JSON files. Ranges are a request's own: [`SamplingParams::check`].
     ///
     /// # Errors
-    /// A key of another type, a number out of range, or an id that ends or begins a text but is no token of the
-    /// vocabulary, by file and key.
-    pub(crate) fn from_json(config: &Value, generation: Option<&Value>, vocab_size: usize) -> Result<Self> {
-        let config = Json { file: "config.json", value: config };
+    /// A key of another type or a number out of range, by file and key.
+    pub(crate) fn from_json(generation: Option<&Value>) -> Result<Self> {
         let generation = Json { file: "generation_config.json", value: generation.unwrap_or(&Value::Null) };
-        for file in [config, generation] {
-            // Padding is never computed with.
-            for key in ["eos_token_id", "bos_token_id"] {
-                if let Some(id) = file.ids(key)?.into_iter().find(|&id| id as usize >= vocab_size) {
-                    return Err(file.error(key, format!("is {id}, outside the vocabulary of {vocab_size}")));
-                }
-            }
-        }
         let float = |key: &str| -> Result<_> { Ok(generation.optional_float(key)?.map(|value| value as f32)) };
         let mut defaults = GenerationDefaults {
             temperature: float("temperature")?,
@@ -84,7 +73,7 @@ mod tests {
     use super::*;
 
     fn read(generation: Value) -> Result<GenerationDefaults> {
-        GenerationDefaults::from_json(&json!({}), Some(&generation), 10)
+        GenerationDefaults::from_json(Some(&generation))
     }
 
     #[test]
@@ -98,8 +87,6 @@ mod tests {
             ("min_p", json!(-0.1)),
             ("repetition_penalty", json!(0.001)),
             ("repetition_penalty", json!("1")),
-            ("eos_token_id", json!([2, 10])),
-            ("bos_token_id", json!(10)),
         ] {
             let message = read(json!({ key: value })).unwrap_err().to_string();
             assert!(message.contains("generation_config.json") && message.contains(key), "{message}");
@@ -116,6 +103,6 @@ mod tests {
         assert_eq!(temperature(json!({"do_sample": true, "temperature": 0.6})), Some(0.6));
         assert_eq!(temperature(json!({"temperature": 0.6})), Some(0.6));
         assert_eq!(temperature(json!({"do_sample": null})), None);
-        assert_eq!(GenerationDefaults::from_json(&json!({}), None, 10).unwrap(), GenerationDefaults::default());
+        assert_eq!(GenerationDefaults::from_json(None).unwrap(), GenerationDefaults::default());
     }
 }

@@ -85,15 +85,4 @@ impl<'a> Json<'a> {
         let numbers = list.as_array().and_then(|list| list.iter().map(Value::as_u64).collect());
         numbers.ok_or_else(|| self.error(key, "must be a list of whole numbers ≥ 0"))
     }
-
-    /// One id or a list of ids.
-    pub fn ids(&self, key: &str) -> Result<Vec<u32>> {
-        let wrong = |value: &Value| self.error(key, format!("is {value}, a token id or a list of them is needed"));
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| wrong(value));
-        match self.get(key) {
-            None => Ok(Vec::new()),
-            Some(Value::Array(ids)) => ids.iter().map(id).collect(),
-            Some(single) => Ok(vec![id(single)?]),
-        }
-    }
 }

@@ -104,7 +104,7 @@ impl Model {
             RawConfig::HuggingFace { config, generation } => {
                 let family = named.map_or_else(|| families::by_model_type(config), Ok)?;
                 let architecture = overrides.apply(crate::arch::hf::from_config_json_as(family, config)?)?;
-                let generation = GenerationDefaults::from_json(config, generation.as_ref(), architecture.vocab_size)?;
+                let generation = GenerationDefaults::from_json(generation.as_ref())?;
                 (architecture, generation)
             }
         };

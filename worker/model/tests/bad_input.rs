@@ -256,7 +256,6 @@ fn a_config_of_another_model_is_refused_by_shape_or_name() {
     assert!(config("num_hidden_layers", 2.into()).contains("does not use: model.layers.2."));
     assert!(config("num_key_value_heads", 4.into()).contains("k_proj.weight has shape"));
     assert!(config("attention_bias", true.into()).contains("lacks model.layers.0.self_attn.q_proj.bias"));
-    assert!(config("eos_token_id", 96.into()).contains("outside the vocabulary of 96"));
     // A tied head's own copy is not needed and not an error.
     let mut tied: serde_json::Value = serde_json::from_str(&llama_config()).unwrap();
     tied["tie_word_embeddings"] = true.into();

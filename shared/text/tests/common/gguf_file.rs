@@ -84,11 +84,11 @@ pub fn tokenizer_metadata(path: &Path) -> GgufTokenizer {
         _ => Vec::new(),
     };
     GgufTokenizer {
+        name: text("general.name"),
         model: text("tokenizer.ggml.model").expect("a tokenizer"),
         pre: text("tokenizer.ggml.pre").unwrap_or_default(),
         tokens: texts("tokenizer.ggml.tokens"),
         token_types: types,
-        scores: None,
         merges: texts("tokenizer.ggml.merges"),
         bos_id: number("bos_token_id").map(|id| id as u32),
         eos_id: number("eos_token_id").map(|id| id as u32),
@@ -99,5 +99,6 @@ pub fn tokenizer_metadata(path: &Path) -> GgufTokenizer {
         add_eos_token: number("add_eos_token").map(|flag| flag != 0),
         add_space_prefix: number("add_space_prefix").map(|flag| flag != 0),
         chat_template: text("tokenizer.chat_template"),
+        ..GgufTokenizer::default()
     }
 }

@@ -229,6 +229,19 @@ impl Metadata {
         }
     }
 
+    /// An array of bytes; `None` where the key is absent.
+    ///
+    /// # Errors
+    /// The key is there with another type.
+    pub fn optional_bytes(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(Array::U8(bytes))) => Ok(Some(bytes.clone())),
+            Some(Value::Array(Array::I8(bytes))) => Ok(Some(bytes.iter().map(|&byte| byte as u8).collect())),
+            Some(other) => Err(Self::wrong(key, "an array of bytes", other)),
+        }
+    }
+
     /// An array of f32; `None` where the key is absent.
     ///
     /// # Errors

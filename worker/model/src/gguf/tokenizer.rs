@@ -6,7 +6,9 @@ use crate::error::Result;
 /// The tokenizer's part of the metadata (`tokenizer.ggml.*`), field by field, unchecked but for types.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GgufTokenizerData {
-    /// `tokenizer.ggml.model`; `gpt2` is byte-level BPE.
+    /// `general.name`.
+    pub name: Option<String>,
+    /// `tokenizer.ggml.model`; `gpt2` is byte-level BPE, `llama` SentencePiece.
     pub model: String,
     /// `tokenizer.ggml.pre`: how text is cut into words; empty where absent.
     pub pre: String,
@@ -34,6 +36,10 @@ pub struct GgufTokenizerData {
     pub add_eos_token: Option<bool>,
     /// `tokenizer.ggml.add_space_prefix`.
     pub add_space_prefix: Option<bool>,
+    /// `tokenizer.ggml.remove_extra_whitespaces`.
+    pub remove_extra_whitespaces: Option<bool>,
+    /// `tokenizer.ggml.precompiled_charsmap`.
+    pub precompiled_charsmap: Option<Vec<u8>>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
 }
@@ -48,6 +54,7 @@ impl GgufTokenizerData {
         let model = metadata.optional_string("tokenizer.ggml.model")?.ok_or_else(|| required("tokenizer.ggml.model"))?;
         let tokens = metadata.optional_strings("tokenizer.ggml.tokens")?.ok_or_else(|| required("tokenizer.ggml.tokens"))?;
         Ok(GgufTokenizerData {
+            name: metadata.optional_string("general.name")?.map(str::to_owned),
             model: model.to_owned(),
             pre: metadata.optional_string("tokenizer.ggml.pre")?.unwrap_or_default().to_owned(),
             tokens: tokens.to_vec(),
@@ -62,6 +69,8 @@ impl GgufTokenizerData {
             add_bos_token: metadata.optional_bool("tokenizer.ggml.add_bos_token")?,
             add_eos_token: metadata.optional_bool("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: metadata.optional_bool("tokenizer.ggml.add_space_prefix")?,
+            remove_extra_whitespaces: metadata.optional_bool("tokenizer.ggml.remove_extra_whitespaces")?,
+            precompiled_charsmap: metadata.optional_bytes("tokenizer.ggml.precompiled_charsmap")?,
             chat_template: metadata.optional_string("tokenizer.chat_template")?.map(str::to_owned),
         })
     }
