@@ -73,6 +73,73 @@ def gguf_seeds():
     yield "other_type", gguf(3, {}, [("q6_k", [256], 14, bytes(210))])
 
 
+def vocabulary():
+    """Pieces, their scores and their types: what SentencePiece writes for a handful of letters."""
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<t>", 0.0, 4), ("\u2581", -3.0, 1), ("a", -4.0, 1), ("b", -5.0, 1)]
+    return pieces + [("\u2581a", -1.0, 1), ("ab", -2.0, 1), ("aa", -2.5, 1)]
+
+
+def charsmap():
+    """One rule, A to a: a trie of 256 units in which only the unit of A leads on."""
+    units = [0] * 512
+    units[0] = 256 << 10
+    units[256 ^ ord("A")] = ord("A") | 1 << 8 | (256 ^ 300) << 10
+    units[(256 ^ ord("A")) ^ (256 ^ 300)] = 1 << 31
+    blob = struct.pack("<512I", *units)
+    return struct.pack("<I", len(blob)) + blob + b"a\0"
+
+
+def gguf_tokenizer_seeds():
+    def file(model, **more):
+        texts, scores, kinds = zip(*vocabulary())
+        entries = {
+            "tokenizer.ggml.model": (STRING, model),
+            "tokenizer.ggml.tokens": array(STRING, texts),
+            "tokenizer.ggml.scores": array(F32, scores),
+            "tokenizer.ggml.token_type": array(I32, kinds),
+            "tokenizer.ggml.bos_token_id": (U32, 1),
+            "tokenizer.ggml.eos_token_id": (U32, 2),
+            "tokenizer.ggml.unknown_token_id": (U32, 0),
+        }
+        return gguf(3, entries | {f"tokenizer.ggml.{key}": value for key, value in more.items()}, [])
+
+    yield "llama", file("llama", add_space_prefix=(BOOL, False), add_bos_token=(BOOL, True))
+    yield "t5", file("t5", remove_extra_whitespaces=(BOOL, True), precompiled_charsmap=array(U8, charsmap()))
+    yield "gpt2", file("gpt2", pre=(STRING, "bloom"), merges=array(STRING, ["a b", "a a"]))
+
+
+def varint(value):
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def message(fields):
+    """Protobuf: field number and value, by the value's type."""
+    out = b""
+    for number, value in fields:
+        if isinstance(value, float):
+            out += varint(number << 3 | 5) + struct.pack("<f", value)
+        elif isinstance(value, int):
+            out += varint(number << 3) + varint(value)
+        else:
+            raw = value.encode() if isinstance(value, str) else value
+            out += varint(number << 3 | 2) + varint(len(raw)) + raw
+    return out
+
+
+def sentencepiece_seeds():
+    pieces = [(1, message([(1, text), (2, score), (3, kind)])) for text, score, kind in vocabulary()]
+    bytes_ = [(1, message([(1, f"<0x{byte:02X}>"), (2, 0.0), (3, 6)])) for byte in range(256)]
+    yield "bpe", message(pieces + [(2, message([(3, 2)])), (3, message([(4, 0)]))])
+    yield "byte_fallback", message(pieces + bytes_ + [(2, message([(3, 2), (35, 1)])), (3, message([(3, 0)]))])
+    yield "unigram", message(pieces + [(2, message([(3, 1), (24, 1)])), (3, message([(2, charsmap())]))])
+    yield "unused", message(pieces + [(1, message([(1, "abab"), (2, -0.5), (3, 5)])), (2, message([(3, 2)]))])
+    yield "other_algorithm", message(pieces + [(2, message([(3, 3)]))])
+
+
 def safetensors_seeds():
     def file(header, data=b""):
         raw = json.dumps(header).encode() if isinstance(header, dict) else header
@@ -119,6 +186,8 @@ def main():
 
     targets = {
         "gguf": gguf_seeds(),
+        "gguf_tokenizer": gguf_tokenizer_seeds(),
+        "sentencepiece": sentencepiece_seeds(),
         "safetensors": safetensors_seeds(),
         "chat_request": encoded(chat_seeds()),
         "completion_request": encoded(completion_seeds()),

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use forge_tests::fuzzing::{self, Numbers, mutate};
+use forge_text::{HuggingFaceFiles, Tokenizer};
 
 const MUTATIONS: u64 = 10_000;
 
@@ -48,6 +49,16 @@ fn safetensors_headers() {
 }
 
 #[test]
+fn sentencepiece_models() {
+    smoke("sentencepiece", fuzzing::sentencepiece);
+}
+
+#[test]
+fn gguf_tokenizers() {
+    smoke("gguf_tokenizer", fuzzing::gguf_tokenizer);
+}
+
+#[test]
 fn chat_requests() {
     smoke("chat_request", fuzzing::chat_request);
 }
@@ -66,6 +77,16 @@ fn seeds_reach_behind_the_first_check() {
     for (name, seed) in seeds("safetensors") {
         let refused = ["other_type", "gap", "scalar"].contains(&name.as_str());
         assert_eq!(forge_model::safetensors::parse_header(&seed, |_| true).is_err(), refused, "{name}");
+    }
+    for (name, seed) in seeds("sentencepiece") {
+        let files = HuggingFaceFiles { tokenizer_model: Some(seed), ..HuggingFaceFiles::default() };
+        let built = Tokenizer::from_hugging_face(&files);
+        assert_eq!(built.is_err(), name == "other_algorithm", "{name}: {:?}", built.err());
+    }
+    for (name, seed) in seeds("gguf_tokenizer") {
+        let data = forge_model::GgufTokenizerData::from_metadata(&forge_model::gguf::parse(&seed).unwrap().metadata).unwrap();
+        let built = Tokenizer::from_gguf(&forge_engine::gguf_tokenizer(data));
+        assert!(built.is_ok(), "{name}: {:?}", built.err());
     }
     for (name, seed) in seeds("chat_request") {
         let parsed = forge_gateway::request::parse_chat_request(&seed);

@@ -5,6 +5,8 @@
 
 use forge_gateway::RequestLimits;
 use forge_gateway::request::{parse_chat_request, parse_completion_request};
+use forge_model::GgufTokenizerData;
+use forge_text::{HuggingFaceFiles, Tokenizer};
 
 /// A GGUF file: must be taken or refused, and what is taken must lie within the file.
 pub fn gguf(bytes: &[u8]) {
@@ -17,6 +19,34 @@ pub fn gguf(bytes: &[u8]) {
 pub fn safetensors(bytes: &[u8]) {
     if let Ok(tensors) = forge_model::safetensors::parse_header(bytes, |_| true) {
         assert!(tensors.values().all(|tensor| tensor.bytes.end <= bytes.len()), "a tensor lies outside the file");
+    }
+}
+
+/// A SentencePiece model file: must be taken or refused, and what is taken must encode and decode.
+pub fn sentencepiece(bytes: &[u8]) {
+    let files = HuggingFaceFiles { tokenizer_model: Some(bytes.to_vec()), ..HuggingFaceFiles::default() };
+    if let Ok(tokenizer) = Tokenizer::from_hugging_face(&files) {
+        use_tokenizer(&tokenizer);
+    }
+}
+
+/// The tokenizer of a GGUF file: as [`sentencepiece`].
+pub fn gguf_tokenizer(bytes: &[u8]) {
+    let Ok(file) = forge_model::gguf::parse(bytes) else { return };
+    let Ok(data) = GgufTokenizerData::from_metadata(&file.metadata) else { return };
+    if let Ok(tokenizer) = Tokenizer::from_gguf(&forge_engine::gguf_tokenizer(data)) {
+        use_tokenizer(&tokenizer);
+    }
+}
+
+/// Every id it gives must be one that it knows.
+fn use_tokenizer(tokenizer: &Tokenizer) {
+    for text in ["", " ab  a\u{0}<s>é\u{1f642}▁", "aaaabbbb\n\t123"] {
+        for parse_special in [true, false] {
+            let Ok(ids) = tokenizer.encode_with_special_parsing(text, parse_special) else { continue };
+            assert!(ids.iter().all(|&id| tokenizer.is_known(id)), "an id without a token");
+            assert!(tokenizer.decode(&ids, false).is_ok());
+        }
     }
 }
 
