@@ -14,9 +14,9 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "fixtures" / "text"))
-from make_templates import CASES, MORE_CASES, NOW, SPECIAL_TOKENS, FixedClock, chat_template_utils, render  # noqa: E402
+from make_templates import CASES, NOW, SPECIAL_TOKENS, FixedClock, chat_template_utils, render  # noqa: E402
 
-ALL_CASES = CASES + MORE_CASES
+ALL_CASES = CASES
 
 
 def ours(program, source):
