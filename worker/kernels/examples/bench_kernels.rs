@@ -1,7 +1,8 @@
 //! Speed of the CPU kernels beside the machine's measured read bandwidth.
 //!
 //! `cargo run --release -p forge-kernels --example bench_kernels [threads] [model]`. Prints GFLOP/s (2 · weights ·
-//! tokens / time) and GB/s of weights for every type, with the shapes of the default model and 4096²,
+//! tokens / time) and GB/s of weights for every type, with the shapes of the default model and of one of
+//! half a billion parameters,
 //! then one decode step's products and one prefill's, and attention (only these with `model`). Each matrix has enough copies that
 //! its weights come from memory, as they do when a model is decoded.
 
@@ -17,7 +18,25 @@ use forge_kernels::{
 const RESIDENT_BYTES: usize = 128 << 20;
 /// Seconds per measurement.
 const SECONDS: f64 = 0.15;
-const TYPES: [DType; 6] = [DType::Q4_0, DType::Q4_1, DType::Q8_0, DType::F16, DType::BF16, DType::F32];
+const TYPES: [DType; 17] = [
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q2_K,
+    DType::Q3_K,
+    DType::Q4_K,
+    DType::Q5_K,
+    DType::Q6_K,
+    DType::IQ4_NL,
+    DType::IQ4_XS,
+    DType::MXFP4,
+    DType::F8E4M3,
+    DType::F16,
+    DType::BF16,
+    DType::F32,
+];
 
 fn main() -> Result<(), KernelError> {
     let threads = std::env::args().nth(1).and_then(|threads| threads.parse().ok());
@@ -30,8 +49,8 @@ fn main() -> Result<(), KernelError> {
         return bench_attention(&backend);
     }
     println!("{:>6} {:>12} {:>6} {:>10} {:>8} {:>6}", "type", "shape", "tokens", "GFLOP/s", "GB/s", "of bw");
-    for (rows, columns) in [(960, 576), (3072, 576), (576, 1536), (4096, 4096)] {
-        for dtype in TYPES {
+    for (rows, columns) in [(960, 576), (3072, 576), (576, 1536), (4096, 1024), (1024, 4096)] {
+        for dtype in TYPES.into_iter().filter(|dtype| columns % dtype.block_elements() == 0) {
             bench_products(&backend, dtype, rows, columns, bandwidth)?;
         }
     }

@@ -5,15 +5,15 @@
 
 use std::ops::Range;
 
-use crate::dense::{DenseTask, dense_rows};
+use crate::dense::{DenseTask, ElementRows, ScaledRows, dense_rows};
 use crate::dtype::DType;
-use crate::error::{KernelError, Result};
+use crate::error::Result;
 use crate::lanes::LANES;
 use crate::memory::SharedPointer;
 use crate::path::CpuPath;
 use crate::pool::ThreadPool;
 use crate::quantize::{Activations, BLOCK, QuantizedRow, quantize_row};
-use crate::quantized::{ActivationView, MatrixView, Q4_0, Q4_1, Q8_0, QuantizedTask, quantized_rows};
+use crate::quantized::{ActivationView, MatrixView, QuantizedTask, quantized_rows};
 use crate::weight::CpuWeight;
 
 /// Tasks per thread: enough that the slowest does not keep the others waiting, few enough to stay cheap.
@@ -74,13 +74,6 @@ pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &[CheckedPr
     if products.iter().any(|product| product.weight.dtype.is_quantized()) {
         quantize_input(&engine.path, engine.pool, engine.activations, input)?;
     }
-    if let Some(product) = products.iter().find(|product| !has_product(product.weight.dtype)) {
-        return Err(KernelError::Unsupported {
-            backend: "cpu",
-            what: format!("a product with a weight of {}", product.weight.dtype),
-            remedy: "take the model in another type".into(),
-        });
-    }
     let tasks = cut(products, engine.pool.threads());
     let activations = &*engine.activations;
     engine.pool.run_in_order(tasks.len(), |index| {
@@ -96,11 +89,6 @@ pub(crate) fn linear(engine: Engine<'_>, input: Input<'_>, products: &[CheckedPr
         }
     });
     Ok(())
-}
-
-/// Types that products are written for.
-fn has_product(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::Q4_0 | DType::Q4_1 | DType::Q8_0)
 }
 
 /// Cuts the products' rows, in multiples of 16, into about [`TASKS_PER_THREAD`] tasks per thread.
@@ -144,8 +132,6 @@ fn quantize_input(path: &CpuPath, pool: &ThreadPool, activations: &mut Activatio
 unsafe fn run_dense(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usize>, input: Input<'_>) {
     let weight = product.weight;
     let task = DenseTask {
-        weight: weight.base(),
-        stride_bytes: weight.stride_bytes,
         rows,
         bounds: &weight.bounds,
         merges: &weight.merges,
@@ -156,12 +142,14 @@ unsafe fn run_dense(path: CpuPath, product: &CheckedProduct<'_>, rows: Range<usi
         out: product.first_output(),
         out_width: product.out_width,
     };
+    let (base, stride_bytes) = (weight.base(), weight.stride_bytes);
     // SAFETY: the caller's contract.
     unsafe {
-        match weight.dtype {
-            DType::F16 => dense_rows::<half::f16>(path, task),
-            DType::BF16 => dense_rows::<half::bf16>(path, task),
-            _ => dense_rows::<f32>(path, task),
+        match (weight.dtype, &weight.scales) {
+            (_, Some(scales)) => dense_rows(path, ScaledRows { base, stride_bytes, scales }, task),
+            (DType::F16, None) => dense_rows(path, ElementRows::<half::f16> { base: base.cast(), stride_bytes }, task),
+            (DType::BF16, None) => dense_rows(path, ElementRows::<half::bf16> { base: base.cast(), stride_bytes }, task),
+            (_, None) => dense_rows(path, ElementRows::<f32> { base: base.cast(), stride_bytes }, task),
         }
     }
 }
@@ -177,7 +165,7 @@ unsafe fn run_quantized(path: CpuPath, product: &CheckedProduct<'_>, rows: Range
             base: weight.base(),
             stride: weight.stride_bytes,
             rows: weight.stored_rows(),
-            blocks: activations.blocks,
+            parts: activations.blocks,
             leaf_ends: &weight.leaf_ends,
             merges: &weight.merges,
         },
@@ -185,8 +173,9 @@ unsafe fn run_quantized(path: CpuPath, product: &CheckedProduct<'_>, rows: Range
         activations: ActivationView {
             values: activations.values[first_block * BLOCK..].as_ptr(),
             scales: activations.scales[first_block..].as_ptr(),
-            scaled_sums: activations.scaled_sums[first_block..].as_ptr(),
+            rounded_sums: activations.rounded_sums[first_block..].as_ptr(),
             sums: activations.sums[first_block..].as_ptr(),
+            half_sums: activations.half_sums[first_block..].as_ptr(),
         },
         tokens: product.tokens.len(),
         bias: product.bias.map(<[f32]>::as_ptr),
@@ -194,11 +183,5 @@ unsafe fn run_quantized(path: CpuPath, product: &CheckedProduct<'_>, rows: Range
         out_width: product.out_width,
     };
     // SAFETY: the caller's contract.
-    unsafe {
-        match weight.dtype {
-            DType::Q4_0 => quantized_rows::<Q4_0>(path, task),
-            DType::Q4_1 => quantized_rows::<Q4_1>(path, task),
-            _ => quantized_rows::<Q8_0>(path, task),
-        }
-    }
+    unsafe { quantized_rows(path, weight.dtype, task) }
 }

@@ -1,8 +1,9 @@
 //! Activations as signed bytes, 32 to a block: the left factor of products with quantized weights.
 //!
 //! For a block with greatest magnitude a: scale d = a/127, values round(x · (127/a)) to nearest even, d kept
-//! rounded to f16; for types with a minimum also s = f16(d · Σ values). This is what llama.cpp's x86 code
-//! computes (`quantize_row_q8_0`, `quantize_row_q8_1`), so that results can be compared closely. Only a block with
+//! rounded to f16; for types with a minimum also s = f16(d · Σ values), of d before it is rounded. This is what
+//! llama.cpp's x86 code computes (`quantize_row_q8_0`, `quantize_row_q8_1`), so that results can be compared closely.
+//! Types of 256 values per block take the sums unrounded, as they do there, but keep a scale for every 32 values. Only a block with
 //! a below [`LEAST_MAGNITUDE`] counts as zeros: its 127/a could overflow, and its d is 0 in f16 anyway.
 
 use crate::error::Result;
@@ -24,9 +25,11 @@ pub(crate) struct Activations {
     /// `[tokens][blocks]`: the f16-rounded scale d.
     pub(crate) scales: AlignedBuffer<f32>,
     /// `[tokens][blocks]`: the f16-rounded d · Σ values.
-    pub(crate) scaled_sums: AlignedBuffer<f32>,
-    /// `[tokens][blocks]`: Σ values.
-    pub(crate) sums: AlignedBuffer<i32>,
+    pub(crate) rounded_sums: AlignedBuffer<f32>,
+    /// `[tokens][blocks]`: f16-rounded d · Σ values.
+    pub(crate) sums: AlignedBuffer<f32>,
+    /// `[tokens][blocks]`: Σ of the first 16 values in the lower half, of the last 16 in the upper.
+    pub(crate) half_sums: AlignedBuffer<i32>,
 }
 
 impl Activations {
@@ -35,8 +38,9 @@ impl Activations {
             blocks: 0,
             values: AlignedBuffer::empty(),
             scales: AlignedBuffer::empty(),
-            scaled_sums: AlignedBuffer::empty(),
+            rounded_sums: AlignedBuffer::empty(),
             sums: AlignedBuffer::empty(),
+            half_sums: AlignedBuffer::empty(),
         }
     }
 
@@ -46,8 +50,9 @@ impl Activations {
         self.blocks = columns / BLOCK;
         self.values.reserve(tokens * columns, WHAT)?;
         self.scales.reserve(tokens * self.blocks, WHAT)?;
-        self.scaled_sums.reserve(tokens * self.blocks, WHAT)?;
-        self.sums.reserve(tokens * self.blocks, WHAT)
+        self.rounded_sums.reserve(tokens * self.blocks, WHAT)?;
+        self.sums.reserve(tokens * self.blocks, WHAT)?;
+        self.half_sums.reserve(tokens * self.blocks, WHAT)
     }
 
     /// Where token `token` goes.
@@ -56,8 +61,9 @@ impl Activations {
         QuantizedRow {
             values: self.values[start * BLOCK..(start + self.blocks) * BLOCK].as_mut_ptr(),
             scales: self.scales[start..start + self.blocks].as_mut_ptr(),
-            scaled_sums: self.scaled_sums[start..start + self.blocks].as_mut_ptr(),
+            rounded_sums: self.rounded_sums[start..start + self.blocks].as_mut_ptr(),
             sums: self.sums[start..start + self.blocks].as_mut_ptr(),
+            half_sums: self.half_sums[start..start + self.blocks].as_mut_ptr(),
             blocks: self.blocks,
         }
     }
@@ -68,8 +74,9 @@ impl Activations {
 pub(crate) struct QuantizedRow {
     pub(crate) values: *mut i8,
     pub(crate) scales: *mut f32,
-    pub(crate) scaled_sums: *mut f32,
-    pub(crate) sums: *mut i32,
+    pub(crate) rounded_sums: *mut f32,
+    pub(crate) sums: *mut f32,
+    pub(crate) half_sums: *mut i32,
     pub(crate) blocks: usize,
 }
 
@@ -85,8 +92,9 @@ impl QuantizedRow {
             QuantizedRow {
                 values: self.values.add(blocks * BLOCK),
                 scales: self.scales.add(blocks),
-                scaled_sums: self.scaled_sums.add(blocks),
+                rounded_sums: self.rounded_sums.add(blocks),
                 sums: self.sums.add(blocks),
+                half_sums: self.half_sums.add(blocks),
                 blocks: self.blocks,
             }
         }
@@ -114,11 +122,14 @@ unsafe fn quantize_body<L: Lanes>(x: *const f32, row: QuantizedRow) {
             let high = high.mul(inverse).round_ties_even();
             low.store_i8(row.values.add(block * BLOCK));
             high.store_i8(row.values.add(block * BLOCK + LANES));
-            // Integers below 2²⁴: exact in f32.
-            let sum = low.add(high).sum();
-            *row.sums.add(block) = sum as i32;
-            *row.scales.add(block) = half::f16::from_f32(scale).to_f32();
-            *row.scaled_sums.add(block) = half::f16::from_f32(scale * sum).to_f32();
+            // Small integers: exact in f32, and a half's in 16 bits.
+            let (first, last) = (low.sum(), high.sum());
+            let sum = first + last;
+            *row.half_sums.add(block) = (last as i32) << 16 | (first as i32 & 0xffff);
+            let rounded = half::f16::from_f32(scale).to_f32();
+            *row.scales.add(block) = rounded;
+            *row.sums.add(block) = rounded * sum;
+            *row.rounded_sums.add(block) = half::f16::from_f32(scale * sum).to_f32();
         }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub struct BlockScales {
     /// Rows that share a scale; `usize::MAX` where all do.
     pub block_rows: usize,
-    /// Columns that share a scale; `usize::MAX` where all do.
+    /// Columns that share a scale: a power of two, or `usize::MAX` where all do.
     pub block_columns: usize,
     /// Scales of one row of blocks: `values` is `[blocks of rows][blocks_per_row]`.
     pub blocks_per_row: usize,
@@ -60,10 +60,18 @@ impl BlockScales {
         self.of_row(row)[(self.first_column + column) / self.block_columns]
     }
 
+    /// How far to shift a column of the matrix right to have the number of its block.
+    pub(crate) fn column_shift(&self) -> u32 {
+        if self.block_columns.is_power_of_two() { self.block_columns.trailing_zeros() } else { usize::BITS - 1 }
+    }
+
     /// Why these scales do not fit a shard of that size, if they do not.
     pub(crate) fn misfit(&self, rows: usize, columns: usize) -> Option<String> {
         if self.block_rows == 0 || self.block_columns == 0 {
             return Some("its blocks of scales are empty".to_owned());
+        }
+        if !self.block_columns.is_power_of_two() && self.first_column.saturating_add(columns) > self.block_columns {
+            return Some(format!("a scale for every {} columns; a power of two is needed", self.block_columns));
         }
         let last = |first: usize, count: usize, block: usize| first.checked_add(count - 1).map(|last| last / block);
         let needed = last(self.first_row, rows, self.block_rows)
@@ -104,6 +112,8 @@ mod tests {
         assert!(scales.part(1, 0).misfit(6, 8).is_some());
         assert!(scales.part(usize::MAX, 0).misfit(6, 8).is_some());
         assert!(BlockScales { block_columns: 0, ..scales.clone() }.misfit(6, 8).is_some());
+        assert!(BlockScales { block_columns: 6, ..scales.clone() }.misfit(6, 8).is_some_and(|why| why.contains("power of two")));
+        assert_eq!(BlockScales { block_columns: 9, blocks_per_row: 1, ..scales.clone() }.misfit(6, 8), None);
         let bad = BlockScales { values: [1.0, f32::NAN, 1.0, 1.0, 1.0, 1.0].into(), ..scales };
         assert!(bad.misfit(6, 8).is_some_and(|why| why.contains("scale 1")));
     }

@@ -25,7 +25,7 @@ pub struct CpuWeight {
     /// Where each leaf ends, in blocks of the type.
     pub(crate) leaf_ends: Vec<usize>,
     pub(crate) merges: Vec<u8>,
-    /// Scales beside the bytes.
+    /// Scales beside the bytes: always for 8-bit floats, never else.
     pub(crate) scales: Option<BlockScales>,
     base: *const u8,
     row_bytes: usize,
@@ -89,7 +89,7 @@ impl CpuWeight {
             bounds: source.segments.bounds().to_vec(),
             leaf_ends: source.segments.bounds()[1..].iter().map(|bound| bound / block).collect(),
             merges: merges_after(source.segments.leaves()),
-            scales: source.scales,
+            scales: source.scales.or_else(|| (dtype == DType::F8E4M3).then(|| BlockScales::whole(1.0))),
             base: padded.as_ref().map_or(data.as_ptr(), |padded| padded.as_ptr()),
             row_bytes,
             _bytes: source.bytes,

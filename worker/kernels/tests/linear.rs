@@ -8,11 +8,13 @@ use forge_kernels::{Backend, CpuPath, DType, Product, Segments};
 use half::f16;
 use proptest::prelude::*;
 
-/// A block of activations as the format's products see it: values, scale, f16(scale · sum).
+/// A block of activations as the format's products see it: values, scale, scale · sum, and that before the scale was
+/// rounded, in f16.
 struct QuantizedBlock {
     values: Vec<i32>,
     scale: f32,
-    scaled_sum: f32,
+    sum: f32,
+    rounded_sum: f32,
 }
 
 fn quantize_block(x: &[f32]) -> QuantizedBlock {
@@ -22,7 +24,82 @@ fn quantize_block(x: &[f32]) -> QuantizedBlock {
     let inverse = if tiny { 0.0 } else { 127.0 / greatest };
     let values: Vec<i32> = x.iter().map(|x| (x * inverse).round_ties_even() as i32).collect();
     let sum: i32 = values.iter().sum();
-    QuantizedBlock { scale: f16::from_f32(scale).to_f32(), scaled_sum: f16::from_f32(scale * sum as f32).to_f32(), values }
+    let rounded_sum = f16::from_f32(scale * sum as f32).to_f32();
+    let scale = f16::from_f32(scale).to_f32();
+    QuantizedBlock { values, scale, sum: scale * sum as f32, rounded_sum }
+}
+
+/// 32 weights as the documentation splits them: value = scale · integer + minimum, or, where `minima` holds an integer
+/// of each half, scale · integer + minimum · minima.
+struct WeightPart {
+    integers: Vec<i32>,
+    scale: f32,
+    minimum: Option<f32>,
+    minima: Option<[i32; 2]>,
+    /// Whether the minimum multiplies the sum that was rounded to f16.
+    rounded: bool,
+}
+
+/// A type's block with its f16 scales replaced: by `d`, and all minima by `minimum`.
+fn with_scales(dtype: DType, block: &[u8], d: f32, minimum: f32) -> Vec<u8> {
+    let mut changed = block.to_vec();
+    for (&at, scale) in half_scales(dtype).iter().zip([d, minimum]) {
+        changed[at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+    }
+    changed
+}
+
+/// The parts of a block, found through its dequantized values, which golden files pin: at d = 1 and no minimum a value
+/// is its integer, at d = 0 it is its minimum.
+fn weight_parts(dtype: DType, block: &[u8]) -> Vec<WeightPart> {
+    let half_at = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    if dtype == DType::MXFP4 {
+        let mut at_one = block.to_vec();
+        at_one[0] = 128;
+        let integers = dequantize(&at_one, dtype).iter().map(|&value| value as i32).collect();
+        let scale = 2.0_f32.powi(i32::from(block[0]) - 128);
+        return vec![WeightPart { integers, scale, minimum: None, minima: None, rounded: false }];
+    }
+    let scales = half_scales(dtype);
+    let d = half_at(scales[0]);
+    let integers = dequantize(&with_scales(dtype, block, 1.0, 0.0), dtype);
+    let minima = dequantize(&with_scales(dtype, block, 0.0, 1.0), dtype);
+    let minimum = scales.get(1).map(|&at| half_at(at));
+    let parts = integers.chunks_exact(32).zip(minima.chunks_exact(32)).enumerate();
+    parts
+        .map(|(part, (integers, minima))| {
+            let mut integers: Vec<i32> = integers.iter().map(|&value| value as i32).collect();
+            // Types with one integer scale for the part have it in their f32 scale.
+            let part_scale = match dtype {
+                DType::Q4_K | DType::Q5_K => i32::from(six_bit_scale(&block[4..16], part)),
+                DType::IQ4_XS => {
+                    let low = block[4 + part / 2] >> (part % 2 * 4) & 15;
+                    let high = u16::from_le_bytes([block[2], block[3]]) >> (2 * part) & 3;
+                    i32::from(low) + i32::from(high) * 16 - 32
+                }
+                _ => 1,
+            };
+            if part_scale != 0 {
+                integers.iter_mut().for_each(|integer| *integer /= part_scale);
+            }
+            let scale = d * part_scale as f32;
+            match (dtype, minimum) {
+                (DType::Q2_K, Some(dmin)) => {
+                    let minima = [minima[0] as i32, minima[16] as i32].map(|minimum| -minimum);
+                    WeightPart { integers, scale, minimum: Some(-dmin), minima: Some(minima), rounded: false }
+                }
+                (_, Some(factor)) => {
+                    WeightPart { integers, scale, minimum: Some(minima[0] * factor), minima: None, rounded: dtype.block_elements() == 32 }
+                }
+                _ => WeightPart { integers, scale, minimum: None, minima: None, rounded: false },
+            }
+        })
+        .collect()
+}
+
+/// The integer scale of part `part` of Q4_K and Q5_K.
+fn six_bit_scale(scales: &[u8], part: usize) -> u8 {
+    if part < 4 { scales[part] & 63 } else { scales[part + 4] & 15 | scales[part - 4] >> 6 << 4 }
 }
 
 /// Adds leaves in the tree's order.
@@ -40,28 +117,23 @@ fn tree_sum(leaves: &[f32]) -> f32 {
 }
 
 /// One output of a quantized product, by the formulas of the crate's documentation.
-fn quantized_reference(dtype: DType, row: &[u8], x: &[f32], bounds: &[usize]) -> f32 {
+fn quantized_reference(parts: &[WeightPart], x: &[QuantizedBlock], bounds: &[usize]) -> f32 {
     let leaves: Vec<f32> = bounds
         .windows(2)
         .map(|leaf| {
             (leaf[0] / 32..leaf[1] / 32).fold(0.0_f32, |sum, index| {
-                let block = &row[index * dtype.block_bytes()..][..dtype.block_bytes()];
-                let a = quantize_block(&x[index * 32..][..32]);
-                let weights: Vec<i32> = match dtype {
-                    DType::Q8_0 => block[2..].iter().map(|&q| i32::from(q as i8)).collect(),
-                    _ => {
-                        let (start, offset) = if dtype == DType::Q4_0 { (2, 8) } else { (4, 0) };
-                        let low = block[start..].iter().map(|q| i32::from(q & 15) - offset);
-                        low.chain(block[start..].iter().map(|q| i32::from(q >> 4) - offset)).collect()
+                let (part, a) = (&parts[index], &x[index]);
+                let dot: i32 = part.integers.iter().zip(&a.values).map(|(w, a)| w * a).sum();
+                let sum = (dot as f32).mul_add(part.scale * a.scale, sum);
+                match (part.minimum, part.minima) {
+                    (None, _) => sum,
+                    (Some(minimum), None) => minimum.mul_add(if part.rounded { a.rounded_sum } else { a.sum }, sum),
+                    (Some(minimum), Some(minima)) => {
+                        let half = |half: usize| -> i32 { a.values[16 * half..16 * half + 16].iter().sum() };
+                        let minima = minima[0] * half(0) + minima[1] * half(1);
+                        (minima as f32).mul_add(minimum * a.scale, sum)
                     }
-                };
-                let dot: i32 = weights.iter().zip(&a.values).map(|(w, a)| w * a).sum();
-                let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-                let sum = (dot as f32).mul_add(scale * a.scale, sum);
-                if dtype != DType::Q4_1 {
-                    return sum;
                 }
-                f16::from_le_bytes([block[2], block[3]]).to_f32().mul_add(a.scaled_sum, sum)
             })
         })
         .collect();
@@ -90,13 +162,17 @@ fn dense_reference(weights: &[f32], x: &[f32], bounds: &[usize]) -> f32 {
 }
 
 fn reference(dtype: DType, bytes: &[u8], x: &[f32], rows: usize, columns: usize, bounds: &[usize], bias: Option<&[f32]>) -> Vec<f32> {
-    let row_bytes = dtype.row_bytes(columns).unwrap();
     let dense = dequantize(bytes, dtype);
+    let parts: Vec<WeightPart> = match dtype.is_quantized() {
+        true => bytes.chunks_exact(dtype.block_bytes()).flat_map(|block| weight_parts(dtype, block)).collect(),
+        false => Vec::new(),
+    };
     let mut out = Vec::new();
     for x in x.chunks_exact(columns) {
+        let blocks: Vec<QuantizedBlock> = x.chunks(32).map(quantize_block).collect();
         for row in 0..rows {
             let sum = if dtype.is_quantized() {
-                quantized_reference(dtype, &bytes[row * row_bytes..][..row_bytes], x, bounds)
+                quantized_reference(&parts[row * columns / 32..][..columns / 32], &blocks, bounds)
             } else {
                 dense_reference(&dense[row * columns..][..columns], x, bounds)
             };
@@ -115,13 +191,21 @@ fn bounds(dtype: DType, columns: usize, split: bool) -> Vec<usize> {
     even_leaves(columns / block).into_iter().map(|bound| bound * block).collect()
 }
 
+/// Columns of about `blocks` · 32 values: whole blocks, or `tail` fewer for a dense type.
+fn columns(dtype: DType, blocks: usize, tail: usize) -> usize {
+    match dtype.block_elements() {
+        1 => blocks * 32 - tail,
+        block => (blocks * 32).next_multiple_of(block),
+    }
+}
+
 #[test]
 fn every_path_equals_the_formulas_bit_for_bit() {
     let mut random = Random(1);
     for backend in backends() {
         for dtype in DTYPES {
             for (rows, blocks, tokens) in [(1, 1, 1), (5, 3, 2), (16, 2, 3), (17, 9, 5), (40, 18, 9), (67, 11, 37)] {
-                let columns = if dtype.is_quantized() { blocks * 32 } else { blocks * 32 - 5 };
+                let columns = columns(dtype, blocks, 5);
                 let bytes = random_matrix(&mut random, dtype, rows, columns);
                 let x = random.normals(tokens * columns);
                 let bias = random.normals(rows);
@@ -142,11 +226,11 @@ fn every_path_equals_the_formulas_bit_for_bit() {
 /// One token of such a row is more than the activations that a core keeps at hand.
 #[test]
 fn rows_wider_than_the_cache_end() {
-    let (rows, columns, tokens) = (3, 8193 * 32, 2);
+    let (rows, columns, tokens) = (3, 8200 * 32, 2);
     let mut random = Random(2);
     for path in CpuPath::ALL.into_iter().filter(|path| path.is_supported()) {
         let backend = backend(path, 2);
-        for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+        for dtype in quantized() {
             let bytes = random_matrix(&mut random, dtype, rows, columns);
             let x = random.normals(tokens * columns);
             let bounds = bounds(dtype, columns, true);
@@ -161,14 +245,14 @@ fn rows_wider_than_the_cache_end() {
 /// From subnormal to small: 127 over the greatest must not overflow, and zeros beside it must stay zeros.
 #[test]
 fn tiny_activations_make_no_infinity_and_no_nan() {
-    let (rows, columns) = (17, 64);
+    let (rows, columns) = (17, 256);
     let mut random = Random(3);
     for magnitude in [f32::from_bits(1), 1e-40, f32::MIN_POSITIVE, 3.6e-37, 1.49e-36, 1.5e-36, 1e-30, 1e-6] {
         let mut x = vec![0.0; columns];
         x[3] = -magnitude;
         x[40] = magnitude;
         x[41] = magnitude / 2.0;
-        for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+        for dtype in quantized() {
             let bytes = random_matrix(&mut random, dtype, rows, columns);
             let expected = reference(dtype, &bytes, &x, rows, columns, &[0, columns], None);
             assert!(expected.iter().all(|value| value.is_finite()));
@@ -212,7 +296,7 @@ fn shards_added_in_the_tree_equal_the_whole() {
     let backend = backend(CpuPath::fastest(), 2);
     for dtype in DTYPES {
         for blocks in [3, 8, 11, 48] {
-            let (rows, columns, tokens) = (20, blocks * 32, 3);
+            let (rows, columns, tokens) = (20, blocks * dtype.block_elements().max(32), 3);
             let bounds = bounds(dtype, columns, true);
             let leaves = bounds.len() - 1;
             let bytes = random_matrix(&mut random, dtype, rows, columns);
@@ -250,9 +334,9 @@ fn shards_added_in_the_tree_equal_the_whole() {
 fn several_products_of_one_call_equal_single_calls() {
     let mut random = Random(4);
     for backend in backends() {
-        let (columns, tokens) = (96, 19);
+        let (columns, tokens) = (512, 19);
         let x = random.normals(tokens * columns);
-        let shapes = [(DType::Q4_1, 40), (DType::Q8_0, 7), (DType::F16, 33), (DType::Q4_0, 100)];
+        let shapes = [(DType::Q4_1, 40), (DType::Q6_K, 7), (DType::F16, 33), (DType::F8E4M3, 5), (DType::Q2_K, 100)];
         let weights: Vec<_> = shapes
             .iter()
             .map(|&(dtype, rows)| {
@@ -277,12 +361,12 @@ proptest! {
     /// A row's result is the same alone and in any batch, on any path, with any number of threads.
     #[test]
     fn a_row_does_not_see_its_batch(
-        seed in any::<u64>(), dtype in 0..6_usize, rows in 1..70_usize, blocks in 1..20_usize,
+        seed in any::<u64>(), dtype in 0..DTYPES.len(), rows in 1..70_usize, blocks in 1..20_usize,
         tail in 0..31_usize, tokens in 2..64_usize, split in any::<bool>(),
     ) {
         let mut random = Random(seed);
         let dtype = DTYPES[dtype];
-        let columns = if dtype.is_quantized() { blocks * 32 } else { blocks * 32 - tail };
+        let columns = columns(dtype, blocks, tail);
         let bytes = random_matrix(&mut random, dtype, rows, columns);
         let segments = Segments::from_bounds(bounds(dtype, columns, split)).unwrap();
         let x = random.normals(tokens * columns);
@@ -301,16 +385,16 @@ proptest! {
 #[test]
 fn extreme_activations_stay_equal_on_every_path() {
     let mut random = Random(5);
-    for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
-        let bytes = random_matrix(&mut random, dtype, 33, 128);
-        let mut x = random.normals(4 * 128);
+    for dtype in quantized() {
+        let bytes = random_matrix(&mut random, dtype, 33, 512);
+        let mut x = random.normals(4 * 512);
         x[..32].fill(0.0);
         x[32..64].iter_mut().for_each(|x| *x *= 1e-12);
-        x[64..96].iter_mut().for_each(|x| *x *= 1e4);
-        x[128..160].fill(-7.0);
+        x[64..96].iter_mut().for_each(|x| *x *= 1e3);
+        x[512..544].fill(-7.0);
         let mut first: Option<Vec<u32>> = None;
         for backend in backends() {
-            let weight = backend.weight(source(bytes.clone(), dtype, 33, 128, Segments::whole(128))).unwrap();
+            let weight = backend.weight(source(bytes.clone(), dtype, 33, 512, Segments::whole(512))).unwrap();
             let all = product(&backend, &weight, &x, 4, 33, None);
             assert!(all.iter().all(|value| value.is_finite()));
             assert_eq!(first.get_or_insert_with(|| bits(&all)), &bits(&all), "{dtype} {}", backend.path());
@@ -320,16 +404,21 @@ fn extreme_activations_stay_equal_on_every_path() {
 
 #[test]
 fn extreme_weights_have_exact_dot_products() {
-    for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+    for dtype in quantized() {
         for byte in [0x00_u8, 0x80, 0x7f, 0xff] {
-            let mut bytes = random_matrix(&mut Random(6), dtype, 16, 64);
-            let header = dtype.block_bytes() - if dtype == DType::Q8_0 { 32 } else { 16 };
-            bytes.chunks_exact_mut(dtype.block_bytes()).for_each(|block| block[header..].fill(byte));
+            let mut bytes = random_matrix(&mut Random(6), dtype, 16, 256);
+            for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
+                let whole = with_scales(dtype, &vec![byte; block.len()], 0.1, 0.2);
+                block.copy_from_slice(&whole);
+                if dtype == DType::MXFP4 {
+                    block[0] = 127;
+                }
+            }
             for sign in [1.0, -1.0] {
-                let x = vec![sign * 127.0; 64];
-                let expected = reference(dtype, &bytes, &x, 16, 64, &[0, 64], None);
+                let x = vec![sign * 127.0; 256];
+                let expected = reference(dtype, &bytes, &x, 16, 256, &[0, 256], None);
                 for backend in backends() {
-                    let weight = backend.weight(source(bytes.clone(), dtype, 16, 64, Segments::whole(64))).unwrap();
+                    let weight = backend.weight(source(bytes.clone(), dtype, 16, 256, Segments::whole(256))).unwrap();
                     assert_eq!(bits(&product(&backend, &weight, &x, 1, 16, None)), bits(&expected), "{dtype}");
                 }
             }

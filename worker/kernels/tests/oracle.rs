@@ -7,7 +7,19 @@ use candle_core::{Device, Module, Tensor};
 use common::*;
 use forge_kernels::{Backend, CpuPath, DType, Segments};
 
-const FORMATS: [(DType, GgmlDType); 3] = [(DType::Q4_0, GgmlDType::Q4_0), (DType::Q4_1, GgmlDType::Q4_1), (DType::Q8_0, GgmlDType::Q8_0)];
+/// The types that candle has too.
+const FORMATS: [(DType, GgmlDType); 10] = [
+    (DType::Q4_0, GgmlDType::Q4_0),
+    (DType::Q4_1, GgmlDType::Q4_1),
+    (DType::Q5_0, GgmlDType::Q5_0),
+    (DType::Q5_1, GgmlDType::Q5_1),
+    (DType::Q8_0, GgmlDType::Q8_0),
+    (DType::Q2_K, GgmlDType::Q2K),
+    (DType::Q3_K, GgmlDType::Q3K),
+    (DType::Q4_K, GgmlDType::Q4K),
+    (DType::Q5_K, GgmlDType::Q5K),
+    (DType::Q6_K, GgmlDType::Q6K),
+];
 
 /// A random matrix as candle quantizes it.
 fn quantized(random: &mut Random, format: GgmlDType, rows: usize, columns: usize) -> QTensor {
@@ -20,7 +32,7 @@ fn dequantized_rows_equal_candles_bit_for_bit() {
     let mut random = Random(31);
     let backend = backend(CpuPath::fastest(), 1);
     for (dtype, format) in FORMATS {
-        let (rows, columns) = (6, 160);
+        let (rows, columns) = (6, 768);
         let tensor = quantized(&mut random, format, rows, columns);
         let expected = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let bytes = tensor.data().unwrap().into_owned();
@@ -35,7 +47,7 @@ fn dequantized_rows_equal_candles_bit_for_bit() {
 fn products_agree_with_candles() {
     let mut random = Random(32);
     for (dtype, format) in FORMATS {
-        let (rows, columns, tokens) = (33, 192, 5);
+        let (rows, columns, tokens) = (33, 512, 5);
         let tensor = quantized(&mut random, format, rows, columns);
         let bytes = tensor.data().unwrap().into_owned();
         let x = random.normals(tokens * columns);
@@ -45,7 +57,9 @@ fn products_agree_with_candles() {
         for backend in backends() {
             let weight = backend.weight(source(bytes.clone(), dtype, rows, columns, Segments::whole(columns))).unwrap();
             let error = relative_error(&product(&backend, &weight, &x, tokens, rows, None), &expected);
-            assert!(error < 2e-3, "{dtype} on {}: {error}", backend.path());
+            // For blocks of 256 candle rounds activations with one scale for all of them.
+            let bound = if dtype.block_elements() == 32 { 2e-3 } else { 2e-2 };
+            assert!(error < bound, "{dtype} on {}: {error}", backend.path());
         }
     }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{QUANTIZED, backend, bits, read, source};
+use common::{backend, bits, quantized, read, source};
 use forge_kernels::{Backend, BlockScales, CpuPath, DType, Segments, dequantize, holds_non_finite};
 
 /// The bytes of a golden file.
@@ -20,7 +20,7 @@ fn golden_values(dtype: DType) -> Vec<f32> {
 
 #[test]
 fn values_equal_the_reference_bit_for_bit() {
-    for dtype in QUANTIZED {
+    for dtype in quantized() {
         let expected = golden_values(dtype);
         let mut actual = vec![0.0; expected.len()];
         dequantize(dtype, &golden(dtype, "blocks"), &mut actual);
@@ -42,7 +42,7 @@ fn eight_bit_floats_equal_torchs() {
 
 #[test]
 fn golden_blocks_are_finite_and_damaged_scales_are_found() {
-    for dtype in QUANTIZED {
+    for dtype in quantized() {
         let blocks = golden(dtype, "blocks");
         assert!(!holds_non_finite(dtype, &blocks), "{dtype}");
         // Every pair of bytes of the last block in turn becomes a half infinity; what is no scale may hold any bits.

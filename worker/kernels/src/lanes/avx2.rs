@@ -8,6 +8,22 @@ use super::{LANES, Lanes, Sum};
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 
+/// Sixteen 8-bit floats as f16 of 2⁻⁸ of their values, which is exact; NaN stays NaN.
+///
+/// # Safety
+/// AVX2 is available and 16 bytes are readable.
+#[inline(always)]
+pub(super) unsafe fn f8e4m3_to_f16(from: *const u8) -> __m256i {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()));
+        let magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+        let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)));
+        let nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7e00));
+        _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16::<7>(magnitude), sign), nan)
+    }
+}
+
 // SAFETY (all blocks): AVX2, FMA and F16C are available and pointers hold what is read or written: the
 // contract of `Lanes`.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -55,6 +71,16 @@ impl Lanes for Avx2 {
             let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()));
             let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8).cast()));
             Avx2(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f8e4m3(from: *const u8) -> Self {
+        unsafe {
+            let (halves, factor) = (f8e4m3_to_f16(from), _mm256_set1_ps(256.0));
+            let low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+            let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves));
+            Avx2(_mm256_mul_ps(low, factor), _mm256_mul_ps(high, factor))
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::avx2::f8e4m3_to_f16;
 use super::{Lanes, Sum};
 
 /// Sixteen f32 values in a register.
@@ -49,6 +50,11 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn load_i8(from: *const i8) -> Self {
         unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f8e4m3(from: *const u8) -> Self {
+        unsafe { Avx512(_mm512_mul_ps(_mm512_cvtph_ps(f8e4m3_to_f16(from)), _mm512_set1_ps(256.0))) }
     }
 
     #[inline(always)]

@@ -35,6 +35,8 @@ pub(crate) trait Lanes: Copy + Sum {
     unsafe fn load_f16(from: *const u16) -> Self;
     unsafe fn load_bf16(from: *const u16) -> Self;
     unsafe fn load_i8(from: *const i8) -> Self;
+    /// Of 8-bit floats ([`crate::DType::F8E4M3`]).
+    unsafe fn load_f8e4m3(from: *const u8) -> Self;
     /// From sixteen exact integers.
     unsafe fn from_i32(from: *const i32) -> Self;
     unsafe fn store(self, to: *mut f32);

@@ -1,6 +1,7 @@
 //! [`Lanes`] in plain Rust: the definition the other paths must equal.
 
 use super::{LANES, Lanes, Sum};
+use crate::dequantize::f8e4m3_to_f32;
 
 /// Sixteen f32 values in an array.
 #[derive(Clone, Copy)]
@@ -79,6 +80,12 @@ impl Lanes for Portable {
         // SAFETY: 16 elements are readable, by contract.
         let values = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
         Portable(values.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f8e4m3(from: *const u8) -> Self {
+        // SAFETY: 16 elements are readable, by contract.
+        Portable(unsafe { from.cast::<[u8; LANES]>().read() }.map(f8e4m3_to_f32))
     }
 
     #[inline(always)]

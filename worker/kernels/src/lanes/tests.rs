@@ -45,6 +45,7 @@ unsafe fn all_operations<L: Lanes>(x: *const f32, results: &mut Vec<u32>) {
             L::load_bf16(x.cast()),
             L::load_i8(x.cast()),
             L::load_i8_partial(x.cast(), 9),
+            L::load_f8e4m3(x.cast()),
             L::from_i32(x.cast()),
         ];
         for vector in vectors {

@@ -1,152 +1,29 @@
-//! Products with quantized weights (Q4_0, Q4_1, Q8_0), read in place where they are mapped.
+//! Products with quantized weights, read in place where they are mapped.
 //!
-//! A block's dot product is an exact integer. In f32, per leaf and in the order of its blocks, there is one
-//! accumulator per (row, token): acc = fma(dot, d_weight · d_activation, acc), and for Q4_1 then
-//! acc = fma(m_weight, s_activation, acc). Leaves are added in the tree's order. Vector lanes are different
-//! outputs (16 rows), never parts of one sum: every path gives equal bits.
+//! Sixteen rows over 256 columns at a time are unpacked into [`part::Part`]s, which know no format any more, and
+//! multiplied with all tokens. A part is 32 columns, a block of the activations; its dot product, integer scales of 16
+//! columns included, is an exact integer. In f32, per leaf and in the order of its parts, there is one accumulator
+//! per (row, token): acc = fma(dot, d_weight · d_activation, acc), where d_weight is exact too. For a type with
+//! minima then acc = fma(m_weight, s_activation, acc), s being d · Σ values, for Q4_1 and Q5_1 rounded to f16; for
+//! Q2_K, whose minima are integers of 16 columns, acc = fma(Σ minimum · Σ values, −dmin · d_activation, acc). Leaves are added in the tree's order.
+//! Vector lanes are different outputs (16 rows), never parts of one sum: every path gives equal bits.
 
 // Indices name the rows, tokens and vectors of a register tile; several arrays share them.
 #![allow(clippy::needless_range_loop)]
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
-mod portable;
+mod blocks256;
+mod blocks32;
+mod part;
+mod words;
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use crate::lanes::{LANES, Lanes, LeafStack, kernel};
-use crate::quantize::BLOCK;
-
-/// A block format of weights.
-pub(crate) trait Format: Copy + Send + Sync + 'static {
-    /// Bytes of a block.
-    const BYTES: usize;
-    /// Where the 4- or 8-bit values begin in it.
-    const VALUES: usize;
-    /// Whether values are nibbles (else signed bytes).
-    const NIBBLES: bool;
-    /// Subtracted from every nibble.
-    const OFFSET: i32;
-    /// Whether a minimum follows the scale.
-    const MINIMUM: bool;
-}
-
-/// See [`crate::DType::Q4_0`].
-#[derive(Clone, Copy)]
-pub(crate) struct Q4_0;
-/// See [`crate::DType::Q4_1`].
-#[derive(Clone, Copy)]
-pub(crate) struct Q4_1;
-/// See [`crate::DType::Q8_0`].
-#[derive(Clone, Copy)]
-pub(crate) struct Q8_0;
-
-impl Format for Q4_0 {
-    const BYTES: usize = 18;
-    const VALUES: usize = 2;
-    const NIBBLES: bool = true;
-    const OFFSET: i32 = 8;
-    const MINIMUM: bool = false;
-}
-
-impl Format for Q4_1 {
-    const BYTES: usize = 20;
-    const VALUES: usize = 4;
-    const NIBBLES: bool = true;
-    const OFFSET: i32 = 0;
-    const MINIMUM: bool = true;
-}
-
-impl Format for Q8_0 {
-    const BYTES: usize = 34;
-    const VALUES: usize = 2;
-    const NIBBLES: bool = false;
-    const OFFSET: i32 = 0;
-    const MINIMUM: bool = false;
-}
-
-/// Activations of consecutive tokens at one block.
-#[derive(Clone, Copy)]
-pub(crate) struct TokenBlocks {
-    /// 32 values of the first token.
-    pub(crate) values: *const i8,
-    /// Σ values of the first token.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the portable path needs no correction"))]
-    pub(crate) sums: *const i32,
-    /// Blocks per token: the next token is this many blocks on.
-    pub(crate) blocks: usize,
-}
-
-/// One block of each of 16 rows: lanes are rows.
-#[derive(Clone, Copy)]
-pub(crate) struct RowBlocks<L: BlockDots> {
-    /// The integers, as the path likes them.
-    pub(crate) values: L::Values,
-    /// The scales.
-    pub(crate) scale: L,
-    /// The minima, for a format with one; else zero.
-    pub(crate) minimum: L,
-}
-
-/// The only part that each path writes for itself.
-pub(crate) trait BlockDots: Lanes {
-    /// The integers of 16 rows' blocks.
-    type Values: Copy;
-
-    /// Reads one block of 16 rows.
-    ///
-    /// # Safety
-    /// As [`Lanes`]. `weights` is the block in the first row; the next row is `stride` bytes on.
-    unsafe fn load_rows<F: Format>(weights: *const u8, stride: usize) -> RowBlocks<Self>;
-
-    /// Integer dot products of 16 rows' blocks with M tokens.
-    ///
-    /// # Safety
-    /// As [`Lanes`]; M tokens exist, and so do the rows that were loaded.
-    unsafe fn dots<F: Format, const M: usize>(values: &Self::Values, tokens: TokenBlocks) -> [Self; M];
-}
-
-/// Where 16 rows' blocks lie: for paths that read the integers when they need them.
-#[derive(Clone, Copy)]
-pub(crate) struct RowPointers {
-    pub(crate) first: *const u8,
-    pub(crate) stride: usize,
-}
-
-impl RowPointers {
-    /// [`BlockDots::load_rows`], leaving the integers where they are.
-    ///
-    /// # Safety
-    /// As [`BlockDots::load_rows`].
-    #[inline(always)]
-    unsafe fn load<L: BlockDots<Values = RowPointers>, F: Format>(weights: *const u8, stride: usize) -> RowBlocks<L> {
-        // SAFETY: the caller's contract.
-        unsafe {
-            RowBlocks {
-                values: RowPointers { first: weights, stride },
-                scale: load_halves(weights, stride),
-                minimum: if F::MINIMUM { load_halves(weights.add(2), stride) } else { L::splat(0.0) },
-            }
-        }
-    }
-}
-
-/// An f16 of each of 16 rows.
-///
-/// # Safety
-/// As [`BlockDots::load_rows`], for the f16 at `first`.
-#[inline(always)]
-unsafe fn load_halves<L: Lanes>(first: *const u8, stride: usize) -> L {
-    let mut halves = [0_u16; LANES];
-    for (row, half) in halves.iter_mut().enumerate() {
-        // SAFETY: the caller's contract.
-        *half = unsafe { first.add(row * stride).cast::<u16>().read_unaligned() };
-    }
-    // SAFETY: 16 values.
-    unsafe { L::load_f16(halves.as_ptr()) }
-}
+use self::part::{Format, PART, Part, TokenBlocks, multiply};
+use self::words::{IntegerLanes, Words};
+use crate::dtype::DType;
+use crate::lanes::{LANES, Lanes, kernel};
+use crate::path::CpuPath;
 
 /// A matrix as the kernels see it: at least 16 rows of whole blocks.
 #[derive(Clone, Copy)]
@@ -155,8 +32,9 @@ pub(crate) struct MatrixView<'a> {
     pub(crate) base: *const u8,
     pub(crate) stride: usize,
     pub(crate) rows: usize,
-    pub(crate) blocks: usize,
-    /// Where each leaf ends, in blocks; merges after each.
+    /// Columns in parts of 32: whole blocks of the format.
+    pub(crate) parts: usize,
+    /// Where each leaf ends, in blocks of the format; merges after each.
     pub(crate) leaf_ends: &'a [usize],
     pub(crate) merges: &'a [u8],
 }
@@ -164,12 +42,13 @@ pub(crate) struct MatrixView<'a> {
 /// Quantized activations of the tokens of one task.
 #[derive(Clone, Copy)]
 pub(crate) struct ActivationView {
-    /// `[tokens][blocks · 32]`
+    /// `[tokens][parts · 32]`
     pub(crate) values: *const i8,
-    /// `[tokens][blocks]`, each.
+    /// `[tokens][parts]`, each.
     pub(crate) scales: *const f32,
-    pub(crate) scaled_sums: *const f32,
-    pub(crate) sums: *const i32,
+    pub(crate) rounded_sums: *const f32,
+    pub(crate) sums: *const f32,
+    pub(crate) half_sums: *const i32,
 }
 
 /// One task: some rows times all its tokens.
@@ -187,6 +66,12 @@ pub(crate) struct QuantizedTask<'a> {
 /// Bytes of activations that stay in a core's cache while a task's rows pass over them.
 const TOKEN_BLOCK_BYTES: usize = 256 << 10;
 
+/// Most tokens that share one unpacking.
+const TOKEN_BLOCK: usize = 64;
+
+/// Parts that are unpacked together: the largest block.
+const CHUNK: usize = 8;
+
 /// 16 rows, of which lanes `first_lane..end_lane` are the task's.
 struct RowTile {
     first_row: usize,
@@ -194,12 +79,57 @@ struct RowTile {
     end_lane: usize,
 }
 
+/// Sums of 16 rows with a block of tokens: of the current leaf, and those that wait for their neighbours while leaves
+/// are added in the tree's order ([`crate::tree::merges_after`]). Eight leaves never leave more than four waiting.
+/// Only what the tokens need is written and read.
+struct Sums<L> {
+    leaf: [MaybeUninit<L>; TOKEN_BLOCK],
+    waiting: [[MaybeUninit<L>; TOKEN_BLOCK]; 4],
+    depth: usize,
+}
+
+impl<L: Lanes> Sums<L> {
+    /// Starts a leaf of `tokens` tokens.
+    ///
+    /// # Safety
+    /// As [`Lanes`].
+    #[inline(always)]
+    unsafe fn begin_leaf(&mut self, tokens: usize) {
+        for sum in &mut self.leaf[..tokens] {
+            // SAFETY: the caller's contract.
+            sum.write(unsafe { L::splat(0.0) });
+        }
+    }
+
+    /// Puts the leaf with those that wait, then adds the two topmost `merges` times, lower one first.
+    ///
+    /// # Safety
+    /// As [`Lanes`]; the leaf was begun with as many tokens, as were those before it.
+    #[inline(always)]
+    unsafe fn end_leaf(&mut self, tokens: usize, merges: u8) {
+        let kept = self.depth - usize::from(merges);
+        for token in 0..tokens {
+            // SAFETY: the leaf and all below `depth` were written for these tokens.
+            unsafe {
+                let mut top = self.leaf[token].assume_init();
+                for lower in self.waiting[kept..self.depth].iter().rev() {
+                    top = lower[token].assume_init().add(top);
+                }
+                self.waiting[kept][token].write(top);
+            }
+        }
+        self.depth = kept + 1;
+    }
+}
+
 /// # Safety
 /// All pointers hold what the task's numbers say; nobody else writes the task's rows of `out`.
 #[inline(always)]
-unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>) {
+unsafe fn rows_body<L: IntegerLanes, F: Format>(task: QuantizedTask<'_>) {
+    let mut parts = [const { Part::unwritten() }; CHUNK];
+    let mut sums = Sums::<L> { leaf: [MaybeUninit::uninit(); TOKEN_BLOCK], waiting: [[MaybeUninit::uninit(); TOKEN_BLOCK]; 4], depth: 0 };
     // At least one token tile, for rows so wide that the cache does not hold one token.
-    let token_block = (TOKEN_BLOCK_BYTES / (task.matrix.blocks * BLOCK)).next_multiple_of(8).max(8);
+    let token_block = (TOKEN_BLOCK_BYTES / (task.matrix.parts * PART)).next_multiple_of(8).clamp(8, TOKEN_BLOCK);
     let mut first_token = 0;
     while first_token < task.tokens {
         let tokens = first_token..task.tokens.min(first_token + token_block);
@@ -211,92 +141,119 @@ unsafe fn rows_body<L: BlockDots, F: Format>(task: QuantizedTask<'_>) {
             let tile = RowTile { first_row, first_lane: row - first_row, end_lane: LANES.min(task.rows.end - first_row) };
             row = first_row + tile.end_lane;
             // SAFETY: 16 rows from `first_row` exist, and the tokens do.
-            unsafe { tile_tokens::<L, F>(&task, &tile, tokens.clone()) };
+            unsafe {
+                sum_tile::<L, F>(&task, tile.first_row, tokens.clone(), &mut parts, &mut sums);
+                for (index, token) in tokens.clone().enumerate() {
+                    store_lanes(&task, &tile, token, sums.waiting[0][index].assume_init());
+                }
+            }
         }
     }
 }
 
-/// 16 rows × some tokens, as many at a time as the registers hold.
+/// Sums 16 rows with some tokens, all leaves: the totals are then the first that wait.
 ///
 /// # Safety
-/// As [`rows_body`]; the tokens exist.
+/// As [`rows_body`]; the rows and the tokens exist.
 #[inline(always)]
-unsafe fn tile_tokens<L: BlockDots, F: Format>(task: &QuantizedTask<'_>, tile: &RowTile, tokens: Range<usize>) {
-    let mut token = tokens.start;
-    while token < tokens.end {
+unsafe fn sum_tile<L: IntegerLanes, F: Format>(
+    task: &QuantizedTask<'_>,
+    first_row: usize,
+    tokens: Range<usize>,
+    parts: &mut [Part; CHUNK],
+    sums: &mut Sums<L>,
+) {
+    let MatrixView { base, stride, parts: row_parts, leaf_ends, merges, .. } = task.matrix;
+    let count = tokens.len();
+    sums.depth = 0;
+    let mut block = 0;
+    // SAFETY: block < leaf_end, the last of which is the row's, and the caller's contract.
+    unsafe {
+        let weights = base.add(first_row * stride);
+        for (&leaf_end, &merges) in leaf_ends.iter().zip(merges) {
+            sums.begin_leaf(count);
+            while block < leaf_end {
+                let blocks = (CHUNK / F::PARTS).min(leaf_end - block);
+                prefetch_next_rows::<F>(weights, stride, block..block + blocks, row_parts);
+                for index in 0..blocks {
+                    let parts = &mut parts[index * F::PARTS..(index + 1) * F::PARTS];
+                    F::unpack::<L::Words>(weights.add((block + index) * F::BYTES), stride, parts);
+                }
+                let at = tokens.start * row_parts + block * F::PARTS;
+                let tokens = TokenBlocks {
+                    values: task.activations.values.add(at * PART),
+                    scales: task.activations.scales.add(at),
+                    rounded_sums: task.activations.rounded_sums.add(at),
+                    sums: task.activations.sums.add(at),
+                    half_sums: task.activations.half_sums.add(at),
+                    blocks: row_parts,
+                };
+                multiply_tokens::<L::Words, F>(&parts[..blocks * F::PARTS], tokens, count, sums.leaf.as_mut_ptr().cast());
+                block += blocks;
+            }
+            sums.end_leaf(count, merges);
+        }
+    }
+}
+
+/// Parts × `count` tokens, as many at a time as the registers hold.
+///
+/// # Safety
+/// As [`multiply`].
+#[inline(always)]
+unsafe fn multiply_tokens<W: Words, F: Format>(parts: &[Part], tokens: TokenBlocks, count: usize, sums: *mut W::Floats) {
+    let mut token = 0;
+    while token < count {
         // SAFETY: no more tokens are asked for than there are.
         unsafe {
-            token += match tokens.end - token {
-                8.. => row_tile::<L, F, 8>(task, tile, token),
-                4.. => row_tile::<L, F, 4>(task, tile, token),
-                2.. => row_tile::<L, F, 2>(task, tile, token),
-                _ => row_tile::<L, F, 1>(task, tile, token),
+            let from = token * tokens.blocks;
+            let tokens = TokenBlocks {
+                values: tokens.values.add(from * PART),
+                scales: tokens.scales.add(from),
+                rounded_sums: tokens.rounded_sums.add(from),
+                sums: tokens.sums.add(from),
+                half_sums: tokens.half_sums.add(from),
+                blocks: tokens.blocks,
+            };
+            let sums = sums.add(token);
+            token += match count - token {
+                8.. if W::TOKENS >= 8 => {
+                    multiply::<W, F, 8>(parts, tokens, sums);
+                    8
+                }
+                4.. => {
+                    multiply::<W, F, 4>(parts, tokens, sums);
+                    4
+                }
+                2.. => {
+                    multiply::<W, F, 2>(parts, tokens, sums);
+                    2
+                }
+                _ => {
+                    multiply::<W, F, 1>(parts, tokens, sums);
+                    1
+                }
             };
         }
     }
 }
 
-/// 16 rows × M tokens; returns M.
-///
-/// # Safety
-/// As [`rows_body`]; tokens token..token + M exist.
+/// Asks for the part of the next 16 rows that lies as far on as these blocks.
 #[inline(always)]
-unsafe fn row_tile<L: BlockDots, F: Format, const M: usize>(task: &QuantizedTask<'_>, tile: &RowTile, token: usize) -> usize {
-    let MatrixView { base, stride, blocks, leaf_ends, merges, .. } = task.matrix;
-    // SAFETY: block < blocks, and the caller's contract.
-    unsafe {
-        let weights = base.add(tile.first_row * stride);
-        let values = task.activations.values.add(token * blocks * BLOCK);
-        let scales = task.activations.scales.add(token * blocks);
-        let scaled_sums = task.activations.scaled_sums.add(token * blocks);
-        let sums = task.activations.sums.add(token * blocks);
-        let mut stack = LeafStack::<L, M>::new(L::splat(0.0));
-        let mut block = 0;
-        for (&leaf_end, &merges) in leaf_ends.iter().zip(merges) {
-            let mut accumulators = [L::splat(0.0); M];
-            while block < leaf_end {
-                prefetch_next_rows::<F>(weights, stride, block, blocks);
-                let rows = L::load_rows::<F>(weights.add(block * F::BYTES), stride);
-                let tokens = TokenBlocks { values: values.add(block * BLOCK), sums: sums.add(block), blocks };
-                let dots = L::dots::<F, M>(&rows.values, tokens);
-                for m in 0..M {
-                    let scale = rows.scale.mul(L::splat(*scales.add(m * blocks + block)));
-                    accumulators[m] = dots[m].mul_add(scale, accumulators[m]);
-                }
-                if F::MINIMUM {
-                    for m in 0..M {
-                        let sum = L::splat(*scaled_sums.add(m * blocks + block));
-                        accumulators[m] = rows.minimum.mul_add(sum, accumulators[m]);
-                    }
-                }
-                block += 1;
-            }
-            stack.push(accumulators, merges);
-        }
-        let totals = stack.total();
-        for (m, total) in totals.into_iter().enumerate() {
-            store_lanes(task, tile, token + m, total);
-        }
-    }
-    M
-}
-
-/// Asks for the part of the next 16 rows that lies as far on as this block.
-#[inline(always)]
-fn prefetch_next_rows<F: Format>(weights: *const u8, stride: usize, block: usize, blocks: usize) {
+fn prefetch_next_rows<F: Format>(weights: *const u8, stride: usize, blocks: Range<usize>, row_parts: usize) {
     #[cfg(target_arch = "x86_64")]
-    if stride == blocks * F::BYTES {
+    if stride * F::PARTS == row_parts * F::BYTES {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let start = weights.wrapping_add((LANES * blocks + LANES * block) * F::BYTES);
+        let start = weights.wrapping_add(LANES * (stride + blocks.start * F::BYTES));
         let mut line = 0;
-        while line < LANES * F::BYTES {
+        while line < LANES * blocks.len() * F::BYTES {
             // SAFETY: a prefetch may name any address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
             line += 64;
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (weights, stride, block, blocks);
+    let _ = (weights, stride, blocks, row_parts);
 }
 
 /// Adds the bias and stores the tile's own lanes.
@@ -329,5 +286,33 @@ kernel! {
     ///
     /// # Safety
     /// All pointers hold what the task's numbers say; nobody else writes the task's rows of `out`.
-    pub(crate) unsafe fn quantized_rows<F: Format>(task: QuantizedTask<'_>) = rows_body
+    unsafe fn format_rows<F: Format>(task: QuantizedTask<'_>) = rows_body
+}
+
+/// Computes a task whose weight is of a quantized type.
+///
+/// # Safety
+/// All pointers hold what the task's numbers say; nobody else writes the task's rows of `out`.
+pub(crate) unsafe fn quantized_rows(path: CpuPath, dtype: DType, task: QuantizedTask<'_>) {
+    use blocks32::{Iq4Nl, Mxfp4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+    use blocks256::{Iq4Xs, Q2K, Q3K, Q4K, Q5K, Q6K};
+    // SAFETY: the caller's contract.
+    unsafe {
+        match dtype {
+            DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3 => unreachable!("{dtype} is not quantized"),
+            DType::Q4_0 => format_rows::<Q4_0>(path, task),
+            DType::Q4_1 => format_rows::<Q4_1>(path, task),
+            DType::Q5_0 => format_rows::<Q5_0>(path, task),
+            DType::Q5_1 => format_rows::<Q5_1>(path, task),
+            DType::Q8_0 => format_rows::<Q8_0>(path, task),
+            DType::Q2_K => format_rows::<Q2K>(path, task),
+            DType::Q3_K => format_rows::<Q3K>(path, task),
+            DType::Q4_K => format_rows::<Q4K>(path, task),
+            DType::Q5_K => format_rows::<Q5K>(path, task),
+            DType::Q6_K => format_rows::<Q6K>(path, task),
+            DType::IQ4_NL => format_rows::<Iq4Nl>(path, task),
+            DType::IQ4_XS => format_rows::<Iq4Xs>(path, task),
+            DType::MXFP4 => format_rows::<Mxfp4>(path, task),
+        }
+    }
 }

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use forge_kernels::{Backend, CpuBackend, CpuBuffer, CpuOptions, CpuPath, CpuWeight, DType, MatrixSource, Product, Segments};
 use half::{bf16, f16};
 
-pub const DTYPES: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q4_1, DType::Q8_0];
-
-/// Every quantized type.
-pub const QUANTIZED: [DType; 13] = [
+pub const DTYPES: [DType; 17] = [
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::F8E4M3,
     DType::Q4_0,
     DType::Q4_1,
     DType::Q5_0,
@@ -25,6 +26,11 @@ pub const QUANTIZED: [DType; 13] = [
     DType::IQ4_XS,
     DType::MXFP4,
 ];
+
+/// Every quantized type.
+pub fn quantized() -> impl Iterator<Item = DType> {
+    DTYPES.into_iter().filter(|dtype| dtype.is_quantized())
+}
 
 /// SplitMix64: small and repeatable.
 pub struct Random(pub u64);
@@ -63,23 +69,38 @@ pub fn backend(path: CpuPath, threads: usize) -> CpuBackend {
     CpuBackend::new(CpuOptions { threads, path: Some(path) }).unwrap()
 }
 
+/// Where the f16 scales of a block lie.
+pub fn half_scales(dtype: DType) -> &'static [usize] {
+    match dtype {
+        DType::F16 | DType::Q4_0 | DType::Q5_0 | DType::Q8_0 | DType::IQ4_NL | DType::IQ4_XS => &[0],
+        DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+        DType::Q2_K => &[80, 82],
+        DType::Q3_K => &[108],
+        DType::Q6_K => &[208],
+        _ => &[],
+    }
+}
+
 /// Random bytes of `rows` × `columns` in a format, with sensible scales.
 pub fn random_matrix(random: &mut Random, dtype: DType, rows: usize, columns: usize) -> Vec<u8> {
     let blocks = rows * columns / dtype.block_elements();
     let mut bytes = Vec::new();
     for _ in 0..blocks {
+        let start = bytes.len();
         match dtype {
             DType::F32 => bytes.extend(random.normal().to_le_bytes()),
-            DType::F16 => bytes.extend(f16::from_f32(random.normal()).to_le_bytes()),
             DType::BF16 => bytes.extend(bf16::from_f32(random.normal()).to_le_bytes()),
-            _ => {
-                bytes.extend(f16::from_f32(random.normal() * 0.1).to_le_bytes());
-                if dtype == DType::Q4_1 {
-                    bytes.extend(f16::from_f32(random.normal()).to_le_bytes());
-                }
-                let values = if dtype == DType::Q8_0 { 32 } else { 16 };
-                bytes.extend((0..values).map(|_| random.next() as u8));
-            }
+            _ => bytes.extend((0..dtype.block_bytes()).map(|_| random.next() as u8)),
+        }
+        let block = &mut bytes[start..];
+        match dtype {
+            // No NaN, nothing above 15.
+            DType::F8E4M3 => block[0] &= 0xbf,
+            DType::MXFP4 => block[0] = 120 + block[0] % 8,
+            _ => {}
+        }
+        for &at in half_scales(dtype) {
+            block[at..at + 2].copy_from_slice(&f16::from_f32(random.normal() * 0.1).to_le_bytes());
         }
     }
     bytes
