@@ -164,7 +164,6 @@ fn unknown_families_and_missing_keys_are_named() {
         ("llama.rope.dimension_count", number(17), "rotary_dim: is 17"),
         ("split.count", number(3), "split into 3 files"),
         ("llama.rope.scaling.type", text("longrope"), "llama.rope.scaling.type = \"longrope\""),
-        ("llama.attention.sliding_window", number(9), "llama.attention.sliding_window = 9"),
         ("llama.attention.value_length", number(8), "keys of 16 and values of 8"),
     ] {
         let found = set(key, Some(value));

@@ -219,6 +219,18 @@ impl RopeLayers {
     }
 }
 
+impl PositionSpec {
+    /// The context of a model whose configuration gives this one: dynamic scaling is made to go beyond it.
+    pub(crate) fn context_length(&self, given: usize) -> usize {
+        let PositionSpec::Rope(rope) = self else { return given };
+        let stretched = rope.tables.iter().filter_map(|table| match table.scaling {
+            RopeScaling::Dynamic { factor, trained_context } => Some((factor * trained_context) as usize),
+            _ => None,
+        });
+        stretched.max().unwrap_or(given).max(given)
+    }
+}
+
 /// Linear biases (ALiBi): score += slope(head) · distance.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AlibiSpec {

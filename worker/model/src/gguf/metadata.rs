@@ -127,6 +127,12 @@ impl Metadata {
         Ok(Metadata { values })
     }
 
+    /// Metadata of given values; a later one of the same key counts.
+    #[cfg(test)]
+    pub(crate) fn of(values: Vec<(String, Value)>) -> Metadata {
+        Metadata { values: values.into_iter().collect() }
+    }
+
     /// All keys and values.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.values.iter().map(|(key, value)| (key.as_str(), value))

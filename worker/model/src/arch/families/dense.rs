@@ -30,6 +30,7 @@ const LLAMA_GGUF: GgufRow = GgufRow {
     activation: ActivationKind::Silu,
     names: names::GGUF,
     layers_scaled_by_share: None,
+    yarn_truncates: true,
     normalize: false,
 };
 

@@ -300,6 +300,7 @@ pub(super) const GPT_OSS: Family = Family {
     },
     gguf: GgufRow {
         names: TensorNames { mlp_norm: &["post_attention_norm", "ffn_norm"], attention_post_norm: &[], ..names::GGUF },
+        yarn_truncates: false,
         ..NO_BIAS.gguf
     },
     ..LLAMA

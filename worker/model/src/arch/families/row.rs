@@ -366,6 +366,8 @@ pub(crate) struct GgufRow {
     pub names: super::TensorNames,
     /// Layers of the one size whose scores are scaled by hidden size / heads, which no key says (Gemma 27B).
     pub layers_scaled_by_share: Option<usize>,
+    /// Whether YaRN's ramp has whole ends, which no key says.
+    pub yarn_truncates: bool,
     /// Whether the chosen experts' weights are divided by their sum where no key says it.
     pub normalize: bool,
 }

@@ -54,14 +54,15 @@ pub(crate) fn from_config_json_as(family: &Family, config: &Value) -> Result<Arc
     let context_length = config.size(&sizes.context_length)?;
     let attention = config.attention(config.kv_heads(&sizes.kv_heads)?)?;
     let mlp = config.mlp()?;
+    let position = config.position(&attention, context_length)?;
     Architecture {
         family: family.name,
         hidden_size,
         layers,
         vocab_size: json.first_size(&["vocab_size"])?.ok_or_else(|| json.error("vocab_size", "is missing"))?,
-        context_length,
+        context_length: position.context_length(context_length),
         embedding: config.embedding()?,
-        position: config.position(&attention, context_length)?,
+        position,
         norm: family.norm_spec(config.norm_eps()?, family.norm.weight_offset),
         block: config.block()?,
         experts: config.experts(&mlp)?,
