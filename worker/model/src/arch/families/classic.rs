@@ -107,6 +107,43 @@ pub(super) const GPT_NEOX: Family = Family {
     ..GPT2
 };
 
+/// GPT-Neo, whose scores are not scaled.
+pub(super) const GPT_NEO: Family = Family {
+    name: "gpt_neo",
+    model_types: &["gpt_neo"],
+    gguf_architectures: &[],
+    sizes: SizeKeys {
+        hidden_size: &["hidden_size"],
+        layers: &["num_layers", "num_hidden_layers"],
+        heads: &["num_heads", "num_attention_heads"],
+        context_length: Size::or(&["max_position_embeddings"], 2048),
+        intermediate_size: Size::derived(&["intermediate_size"], Derived::TimesHidden(4)),
+        ..GPT2.sizes
+    },
+    attention: AttentionRow {
+        scale: ScoreScale::Key(Number::constant(1.0)),
+        qkv_bias: Flag::Never,
+        windows: Some(WindowRow {
+            size: Number::key(&["window_size"], 256.0),
+            switch: None,
+            layers: WindowLayers::Repeated { key: "attention_types", full: "global", windowed: "local" },
+        }),
+        ..GPT2.attention
+    },
+    fixed: &[],
+    hf: HfRow {
+        transposed: false,
+        names: TensorNames {
+            qkv: &[QkvNames::Separate { q: "attn.attention.q_proj", k: "attn.attention.k_proj", v: "attn.attention.v_proj" }],
+            out: &["attn.attention.out_proj"],
+            ..names::GPT
+        },
+        ignored: &[".attn.attention.bias", ".attn.attention.masked_bias"],
+        ..GPT2.hf
+    },
+    ..GPT2
+};
+
 /// GPT-J.
 pub(super) const GPTJ: Family = Family {
     name: "gptj",

@@ -331,6 +331,26 @@ pub(super) const OLMO2: Family = Family {
     ..LLAMA
 };
 
+/// OLMo 3.
+pub(super) const OLMO3: Family = Family {
+    name: "olmo3",
+    model_types: &["olmo3"],
+    position: PositionRow::Rope(RopeRow {
+        theta: Number::key(&["rope_theta"], 500_000.0),
+        local: Some(LocalRope::SameTheta),
+        ..RopeRow::NEOX
+    }),
+    attention: AttentionRow {
+        windows: Some(WindowRow {
+            size: Number::key(&["sliding_window"], 4096.0),
+            switch: None,
+            layers: WindowLayers::AllButEvery(&[], 4),
+        }),
+        ..OLMO2.attention
+    },
+    ..OLMO2
+};
+
 /// Granite 3.
 pub(super) const GRANITE: Family = Family {
     name: "granite",

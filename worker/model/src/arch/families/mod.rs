@@ -66,7 +66,7 @@ pub(crate) struct HfRow {
 }
 
 /// All rows.
-pub static FAMILIES: [&Family; 30] = [
+pub static FAMILIES: [&Family; 32] = [
     &dense::LLAMA,
     &dense::MISTRAL,
     &mixture::MIXTRAL,
@@ -81,6 +81,7 @@ pub static FAMILIES: [&Family; 30] = [
     &dense::GEMMA2,
     &dense::GEMMA3,
     &classic::GPT2,
+    &classic::GPT_NEO,
     &classic::GPT_NEOX,
     &classic::GPTJ,
     &classic::OPT,
@@ -91,6 +92,7 @@ pub static FAMILIES: [&Family; 30] = [
     &dense::STARCODER2,
     &dense::OLMO,
     &dense::OLMO2,
+    &dense::OLMO3,
     &mixture::OLMOE,
     &dense::GRANITE,
     &dense::COHERE,
@@ -206,8 +208,8 @@ pub fn by_model_type(config: &Value) -> Result<&'static Family> {
     }
 }
 
-/// The row for a GGUF file's `general.architecture`. Where several share one, whether there are experts, and how their
-/// router scores, decides.
+/// The row for a GGUF file's `general.architecture`. Where several share one, whether there are experts, how their
+/// router scores and whether there is a window decides.
 ///
 /// # Errors
 /// [`ModelError::UnknownFamily`], or no such key.
@@ -216,12 +218,16 @@ pub fn of_gguf(metadata: &Metadata) -> Result<&'static Family> {
     let found = super::gguf::architecture_name(metadata)?;
     let number = |key: &str| metadata.optional_u32(&format!("{found}.{key}")).map(Option::unwrap_or_default);
     let (experts, sigmoid) = (number("expert_count")? > 0, number("expert_gating_func")? == SIGMOID);
-    let rows = || FAMILIES.iter().filter(|family| family.gguf_architectures.contains(&found));
-    let fits = |family: &&&Family| match family.experts {
-        Some(row) => experts && sigmoid == matches!(row.score, ScoreRow::Sigmoid),
-        None => !experts,
+    let window = number("attention.sliding_window")? > 0;
+    let unfit = |family: &Family| {
+        let by_experts = match family.experts {
+            Some(row) => !experts || sigmoid != matches!(row.score, ScoreRow::Sigmoid),
+            None => experts,
+        };
+        (by_experts, window != family.attention.windows.is_some())
     };
-    rows().find(fits).or_else(|| rows().next()).copied().ok_or_else(|| unknown(found))
+    let rows = FAMILIES.iter().filter(|family| family.gguf_architectures.contains(&found));
+    rows.min_by_key(|family| unfit(family)).copied().ok_or_else(|| unknown(found))
 }
 
 fn unknown(found: &str) -> ModelError {

@@ -256,6 +256,12 @@ pub(crate) enum WindowLayers {
     AlternateBelow(&'static str, usize),
     /// All but every n-th; n by keys, and its default.
     AllButEvery(Keys, usize),
+    /// By a list of [names, how often]; absent: full and windowed by turns.
+    Repeated {
+        key: &'static str,
+        full: &'static str,
+        windowed: &'static str,
+    },
 }
 
 /// Multi-head latent attention.

@@ -137,7 +137,7 @@ impl Keys<'_> {
             (Some(_), _) => self.all_but_every(self.size(PATTERN)?),
             (None, Some(WindowLayers::AllButEvery(_, period))) => self.all_but_every(period),
             (None, Some(WindowLayers::All) | None) => vec![true; self.layers],
-            (None, Some(WindowLayers::From(..) | WindowLayers::AlternateBelow(..))) => {
+            (None, Some(WindowLayers::From(..) | WindowLayers::AlternateBelow(..) | WindowLayers::Repeated { .. })) => {
                 return Err(ModelError::Unsupported {
                     what: format!("GGUF metadata: {} = {window}", self.key(WINDOW)),
                     remedy: "take the Hugging Face folder of this model, whose configuration says which layers have the window".to_owned(),

@@ -118,6 +118,9 @@ fn windows_follow_the_architecture_or_the_files_own_pattern() {
     assert_eq!(windows(file("phi3").with("attention.sliding_window", number(9))), [Some(9); 6]);
     assert_eq!(windows(file("phi3").with("attention.sliding_window", number(0))), [None; 6]);
     assert_eq!(windows(file("llama")), [None; 6]);
+    let olmo3 = file("olmo2").with("attention.sliding_window", number(9)).read().unwrap();
+    assert_eq!((olmo3.family, &olmo3.attention.windows[2..4]), ("olmo3", &[Some(9), None][..]));
+    assert_eq!(file("olmo2").read().unwrap().family, "olmo2");
     assert!(file("qwen2").with("attention.sliding_window", number(9)).refused().contains("qwen2.attention.sliding_window = 9"));
     let short = Value::Array(Array::Bool(vec![true]));
     assert!(gemma3().with("attention.sliding_window_pattern", short).refused().contains("6 booleans"));

@@ -127,8 +127,11 @@ impl Config<'_> {
 
     fn windowed_by_rule(&self, layers: WindowLayers) -> Result<Vec<bool>> {
         let bound = |key: &str, absent| -> Result<usize> { Ok(self.json.optional_size(key)?.unwrap_or(absent)) };
+        if let WindowLayers::Repeated { key, full, windowed } = layers {
+            return self.windowed_by_repetition(key, full, windowed);
+        }
         let rule: Box<dyn Fn(usize) -> bool> = match layers {
-            WindowLayers::All => Box::new(|_| true),
+            WindowLayers::All | WindowLayers::Repeated { .. } => Box::new(|_| true),
             WindowLayers::From(key, absent) => {
                 let first = bound(key, absent)?;
                 Box::new(move |layer| layer >= first)
@@ -146,5 +149,30 @@ impl Config<'_> {
             }
         };
         Ok((0..self.layers).map(rule).collect())
+    }
+
+    /// From `[[["global", "local"], 12]]`.
+    fn windowed_by_repetition(&self, key: &str, full: &str, windowed: &str) -> Result<Vec<bool>> {
+        let Some(value) = self.json.get(key) else {
+            return Ok((0..self.layers).map(|layer| !layer.is_multiple_of(2)).collect());
+        };
+        let wrong =
+            || self.json.error(key, format!("must be a list of [names, how often] for {} layers: {full} or {windowed}", self.layers));
+        let mut layers = Vec::new();
+        for item in value.as_array().ok_or_else(wrong)? {
+            let names = item.get(0).and_then(Value::as_array).ok_or_else(wrong)?;
+            let names: Vec<&str> = names.iter().filter_map(Value::as_str).collect();
+            let times = item.get(1).and_then(Value::as_u64).filter(|times| *times <= self.layers as u64).ok_or_else(wrong)?;
+            if names.is_empty() || names.len() > self.layers || !names.iter().all(|name| *name == full || *name == windowed) {
+                return Err(wrong());
+            }
+            for _ in 0..times {
+                layers.extend(names.iter().map(|name| *name == windowed));
+                if layers.len() > self.layers {
+                    return Err(wrong());
+                }
+            }
+        }
+        if layers.len() == self.layers { Ok(layers) } else { Err(wrong()) }
     }
 }
