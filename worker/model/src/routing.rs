@@ -67,7 +67,8 @@ fn softmax(logits: &[f32]) -> Vec<f32> {
 /// The `count` greatest, best first; the lower index of equal ones.
 fn best(values: &[f32], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
+    // Adding zero makes both zeros the same; a NaN still has a place in the order.
+    order.sort_by(|&a, &b| (values[b] + 0.0).total_cmp(&(values[a] + 0.0)));
     order.truncate(count);
     order
 }
@@ -154,6 +155,8 @@ mod tests {
         for score in [RouterScore::Softmax, RouterScore::Sigmoid, RouterScore::SoftmaxOfChosen, RouterScore::SparseMixer { jitter: 0.1 }] {
             let chosen: Vec<u32> = routed(&spec(score, 2), &[0.5; 6], None).iter().map(|&(expert, _)| expert).collect();
             assert_eq!(chosen, [0, 1], "{score:?}");
+            let zeros: Vec<u32> = routed(&spec(score, 1), &[-0.0, 0.0], None).iter().map(|&(expert, _)| expert).collect();
+            assert_eq!(zeros, [0], "{score:?}: zeros are equal, whatever their sign");
         }
         // Sigmoids that round to 1 are equal, whatever their logits are.
         let saturated = routed(&spec(RouterScore::Sigmoid, 1), &[0.0, 30.0, 50.0], None);
