@@ -83,7 +83,7 @@ pub(crate) fn of(architecture: &Architecture, refs: &DecoderRefs, layout: &Layou
     let kv_block_bytes = layout.kv_shape(architecture, options).block_bytes();
     Ok(ModelMemory {
         weights_bytes: count.mapped,
-        copied_bytes: count.copied,
+        copied_bytes: count.gathered + count.converted,
         kv_block_bytes,
         largest_kv_block_bytes: kv_block_bytes,
         workspace_bytes: workspace::bytes(architecture, layout, options)?,

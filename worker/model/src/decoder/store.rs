@@ -101,10 +101,12 @@ impl<B: Backend> Store for BackendStore<'_, B> {
 /// Bytes of what would be loaded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct ByteCount {
-    /// Read where they lie in the file.
+    /// Matrices read where they lie in the file.
     pub mapped: usize,
-    /// Copied or converted.
-    pub copied: usize,
+    /// Matrices put together in memory.
+    pub gathered: usize,
+    /// Vectors, as f32.
+    pub converted: usize,
 }
 
 /// What a counted matrix and vector are: nothing.
@@ -116,8 +118,8 @@ impl Slots for Nothing {
 }
 
 impl ByteCount {
-    fn copy_floats(&mut self, count: usize) {
-        self.copied += count * size_of::<f32>();
+    fn floats(&mut self, count: usize) {
+        self.converted += count * size_of::<f32>();
     }
 }
 
@@ -127,28 +129,77 @@ impl Store for ByteCount {
     fn weight(&mut self, part: Part<'_>) -> Result<()> {
         match part.matrix.place(part.rows, part.columns.len()) {
             Place::Mapped(bytes) => self.mapped += bytes,
-            Place::Copied(bytes) => self.copied += bytes,
+            Place::Copied(bytes) => self.gathered += bytes,
         }
         Ok(())
     }
 
     fn vector(&mut self, _vector: &VectorRef, wanted: &[Range<usize>]) -> Result<()> {
-        self.copy_floats(wanted.iter().map(Range::len).sum());
+        self.floats(wanted.iter().map(Range::len).sum());
         Ok(())
     }
 
     fn table(&mut self, rows: &[&VectorRef]) -> Result<()> {
-        self.copy_floats(rows.iter().map(|row| row.len()).sum());
+        self.floats(rows.iter().map(|row| row.len()).sum());
         Ok(())
     }
 
     fn values(&mut self, values: &[f32]) -> Result<()> {
-        self.copy_floats(values.len());
+        self.floats(values.len());
         Ok(())
     }
 
     fn host(&mut self, vector: &VectorRef) -> Result<Vec<f32>> {
-        self.copy_floats(vector.len());
+        self.floats(vector.len());
         Ok(Vec::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use forge_kernels::{CpuBackend, CpuOptions};
+
+    use super::*;
+    use crate::decoder::layout::Layout;
+    use crate::decoder::load::Loader;
+    use crate::decoder::options::Shard;
+    use crate::{LoadMode, Model};
+
+    /// Bytes of the matrices that a rank loads: those that lie in the file, those that do not.
+    fn loaded(model: &Model, layout: &Layout) -> (usize, usize) {
+        let backend = CpuBackend::new(CpuOptions { threads: 1, ..CpuOptions::default() }).unwrap();
+        let mut store = BackendStore { backend: &backend, checkpoint: model.checkpoint(), scanned: Some(Vec::new()) };
+        Loader { store: &mut store, architecture: model.architecture(), layout }.load(model.refs()).unwrap();
+        let files: Vec<_> = model.checkpoint().tensors().values().map(|entry| model.checkpoint().source(entry)).collect();
+        let (mut mapped, mut gathered) = (0, 0);
+        for matrix in store.scanned.unwrap() {
+            if files.iter().any(|file| Arc::ptr_eq(file, &matrix.bytes)) {
+                mapped += matrix.rows * matrix.dtype.row_bytes(matrix.columns).unwrap();
+            } else {
+                gathered += (*matrix.bytes).as_ref().len();
+            }
+        }
+        (mapped, gathered)
+    }
+
+    #[test]
+    fn what_is_counted_is_what_is_loaded() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/model");
+        // Transposed, grouped, one after another, by turns in stacks, an expert a tensor, latent, shared by ranks.
+        let rows = ["gpt2", "rows/falcon-40b", "rows/phi3", "rows/gpt_oss", "rows/mixtral", "rows/deepseek_v2", "rows/olmo2-grouped"];
+        for row in rows {
+            let model = Model::open(format!("{folder}/{row}"), LoadMode::Mmap).unwrap();
+            let mut gathered_by_any = 0;
+            for (tp_size, tp_rank) in [1, 2, 4, 8].into_iter().flat_map(|size| (0..size).map(move |rank| (size, rank))) {
+                let shard = Shard { tp_rank, tp_size, layers: None };
+                let layout = Layout::new(model.architecture(), model.refs(), &shard).unwrap();
+                let mut count = ByteCount::default();
+                Loader { store: &mut count, architecture: model.architecture(), layout: &layout }.load(model.refs()).unwrap();
+                assert_eq!((count.mapped, count.gathered), loaded(&model, &layout), "{row}: rank {tp_rank} of {tp_size}");
+                gathered_by_any += count.gathered;
+            }
+            let gathers = ["gpt2", "rows/falcon-40b", "rows/gpt_oss"].contains(&row);
+            assert_eq!(gathered_by_any > 0, gathers, "{row}");
+        }
     }
 }
