@@ -4,9 +4,9 @@
 
 use forge_kernels::{Alibi, AttentionBatch, AttentionParams, Backend, Columns, HeadRuns, Product};
 
-use super::forward::{Pass, params, product};
+use super::forward::{Current, Pass, params, product};
 use super::layout::HeadSums;
-use super::loaded::{AttentionWeights, DirectWeights, LatentWeights, Layer, Norm, QkvWeights};
+use super::loaded::{AttentionWeights, DirectWeights, LatentWeights, Norm, QkvWeights};
 use super::workspace::{AttentionBuffers, LatentBuffers, Parts};
 use crate::arch::{LatentSpec, PositionSpec, QkNormOver, QkNormSpec};
 use crate::error::Result;
@@ -15,15 +15,15 @@ impl<B: Backend> Pass<'_, B> {
     /// delta = out(attention(q, k, v)), summed over ranks, with its bias.
     pub(super) fn attention(
         &self,
-        index: usize,
-        layer: &Layer<B>,
+        layer: &Current<'_, B>,
         input: &B::Buffer,
         parts: &mut Parts<B::Buffer>,
         pool: Option<&mut B::KvPool>,
         delta: &mut B::Buffer,
     ) -> Result<()> {
         let Parts { attention, norm_sums, .. } = parts;
-        match (&layer.attention, attention, pool) {
+        let index = layer.index;
+        match (&layer.weights.attention, attention, pool) {
             (Some(weights), Some(buffers), Some(pool)) => {
                 match &weights.qkv {
                     QkvWeights::Direct(direct) => self.direct(index, direct, input, buffers, norm_sums.as_mut())?,
@@ -37,7 +37,7 @@ impl<B: Backend> Pass<'_, B> {
                 self.fill_neutral(delta, self.rows())?;
             }
         }
-        self.complete(delta, layer.out_bias.as_ref())
+        self.complete(delta, layer.weights.out_bias.as_ref())
     }
 
     /// Stores keys and values, and attends.

@@ -28,6 +28,13 @@ pub(crate) struct Pass<'a, B: Backend> {
     pub zero_ids: &'a [u32],
 }
 
+/// A layer of this stage.
+pub(super) struct Current<'a, B: Backend> {
+    /// Counted from the stage's first.
+    pub index: usize,
+    pub weights: &'a Layer<B>,
+}
+
 pub(super) fn params(norm: NormSpec) -> NormParams {
     NormParams { kind: norm.kind, eps: norm.eps, weight_offset: norm.weight_offset }
 }
@@ -119,52 +126,46 @@ impl<B: Backend> Pass<'_, B> {
 
     /// All layers of this stage over `workspace.x`.
     pub fn layers(&self, workspace: &mut Workspace<B::Buffer>, pool: &mut Option<B::KvPool>) -> Result<()> {
-        for (index, layer) in self.weights.layers.iter().enumerate() {
-            let pool = pool.as_mut();
+        for (index, weights) in self.weights.layers.iter().enumerate() {
+            let (layer, pool) = (Current { index, weights }, pool.as_mut());
             match self.architecture.block.order {
-                BlockOrder::Sequential => self.sequential(index, layer, workspace, pool)?,
-                BlockOrder::Parallel => self.parallel(index, layer, workspace, pool)?,
-                BlockOrder::NormOfSum => self.norm_of_sum(index, layer, workspace, pool)?,
+                BlockOrder::Sequential => self.sequential(&layer, workspace, pool)?,
+                BlockOrder::Parallel => self.parallel(&layer, workspace, pool)?,
+                BlockOrder::NormOfSum => self.norm_of_sum(&layer, workspace, pool)?,
             }
         }
         Ok(())
     }
 
     /// x += s · post(attention(pre(x))), then x += s · post(mlp(pre(x))).
-    fn sequential(&self, index: usize, layer: &Layer<B>, workspace: &mut Workspace<B::Buffer>, pool: Option<&mut B::KvPool>) -> Result<()> {
+    fn sequential(&self, layer: &Current<'_, B>, workspace: &mut Workspace<B::Buffer>, pool: Option<&mut B::KvPool>) -> Result<()> {
         let Workspace { x, normed, delta, parts, .. } = workspace;
-        let input = self.normed(layer.attention_norm.as_ref(), x, normed)?;
-        self.attention(index, layer, input, parts, pool, delta)?;
-        self.add_to_stream(x, delta, layer.attention_post_norm.as_ref(), normed)?;
-        let input = self.normed(layer.mlp_norm.as_ref(), x, normed)?;
-        self.feed_forward(&layer.feed_forward, input, parts, delta)?;
-        self.add_to_stream(x, delta, layer.mlp_post_norm.as_ref(), normed)
+        let input = self.normed(layer.weights.attention_norm.as_ref(), x, normed)?;
+        self.attention(layer, input, parts, pool, delta)?;
+        self.add_to_stream(x, delta, layer.weights.attention_post_norm.as_ref(), normed)?;
+        let input = self.normed(layer.weights.mlp_norm.as_ref(), x, normed)?;
+        self.feed_forward(&layer.weights.feed_forward, input, parts, delta)?;
+        self.add_to_stream(x, delta, layer.weights.mlp_post_norm.as_ref(), normed)
     }
 
     /// x = (x + attention(norm(x))) + mlp(norm(x)); the MLP has the same norm of x or its own.
-    fn parallel(&self, index: usize, layer: &Layer<B>, workspace: &mut Workspace<B::Buffer>, pool: Option<&mut B::KvPool>) -> Result<()> {
+    fn parallel(&self, layer: &Current<'_, B>, workspace: &mut Workspace<B::Buffer>, pool: Option<&mut B::KvPool>) -> Result<()> {
         let Workspace { x, normed, delta, parts, .. } = workspace;
-        if let Some(norm) = &layer.attention_norm {
+        if let Some(norm) = &layer.weights.attention_norm {
             self.norm(x, self.rows(), norm, normed)?;
         }
-        self.attention(index, layer, normed, parts, pool, delta)?;
+        self.attention(layer, normed, parts, pool, delta)?;
         // What the MLP reads is ready before x changes.
-        if let Some(norm) = &layer.mlp_norm {
+        if let Some(norm) = &layer.weights.mlp_norm {
             self.norm(x, self.rows(), norm, normed)?;
         }
         self.backend.add(x, delta, self.rows(), self.architecture.block.residual_scale)?;
-        self.feed_forward(&layer.feed_forward, normed, parts, delta)?;
+        self.feed_forward(&layer.weights.feed_forward, normed, parts, delta)?;
         Ok(self.backend.add(x, delta, self.rows(), self.architecture.block.residual_scale)?)
     }
 
     /// x = post(x + attention(x)), then x = post(x + mlp(x)).
-    fn norm_of_sum(
-        &self,
-        index: usize,
-        layer: &Layer<B>,
-        workspace: &mut Workspace<B::Buffer>,
-        pool: Option<&mut B::KvPool>,
-    ) -> Result<()> {
+    fn norm_of_sum(&self, layer: &Current<'_, B>, workspace: &mut Workspace<B::Buffer>, pool: Option<&mut B::KvPool>) -> Result<()> {
         let Workspace { x, normed, delta, parts, .. } = workspace;
         let close = |x: &mut B::Buffer, delta: &B::Buffer, norm: Option<&Norm<B>>, normed: &mut B::Buffer| {
             self.backend.add(x, delta, self.rows(), self.architecture.block.residual_scale)?;
@@ -174,10 +175,10 @@ impl<B: Backend> Pass<'_, B> {
             }
             Ok::<_, crate::ModelError>(())
         };
-        self.attention(index, layer, x, parts, pool, delta)?;
-        close(x, delta, layer.attention_post_norm.as_ref(), normed)?;
-        self.feed_forward(&layer.feed_forward, x, parts, delta)?;
-        close(x, delta, layer.mlp_post_norm.as_ref(), normed)
+        self.attention(layer, x, parts, pool, delta)?;
+        close(x, delta, layer.weights.attention_post_norm.as_ref(), normed)?;
+        self.feed_forward(&layer.weights.feed_forward, x, parts, delta)?;
+        close(x, delta, layer.weights.mlp_post_norm.as_ref(), normed)
     }
 
     fn add_to_stream(&self, x: &mut B::Buffer, delta: &B::Buffer, norm: Option<&Norm<B>>, normed: &mut B::Buffer) -> Result<()> {

@@ -23,9 +23,9 @@ impl Resolver<'_> {
         let attention = self.attention(&prefix, architecture)?;
         let mlp = match &architecture.experts {
             Some(experts) if architecture.has_experts(layer) => {
-                FeedForwardRefs::Experts(self.experts(&prefix, architecture.hidden_size, experts)?)
+                FeedForwardRefs::Experts(Box::new(self.experts(&prefix, architecture.hidden_size, experts)?))
             }
-            _ => FeedForwardRefs::Dense(self.mlp(&prefix, names.mlp, architecture.hidden_size, &architecture.mlp)?),
+            _ => FeedForwardRefs::Dense(Box::new(self.mlp(&prefix, names.mlp, architecture.hidden_size, &architecture.mlp)?)),
         };
         Ok(LayerRefs { attention_norm, attention, attention_post_norm, mlp_norm, mlp, mlp_post_norm })
     }
@@ -33,7 +33,7 @@ impl Resolver<'_> {
     fn attention(&mut self, prefix: &str, architecture: &Architecture) -> Result<AttentionRefs> {
         let (names, spec, hidden) = (self.names, &architecture.attention, architecture.hidden_size);
         let qkv = match (&spec.latent, &names.latent) {
-            (Some(latent), Some(names)) => QkvRefs::Latent(self.latent(prefix, names, latent, architecture)?),
+            (Some(latent), Some(names)) => QkvRefs::Latent(Box::new(self.latent(prefix, names, latent, architecture)?)),
             (Some(_), None) => {
                 return Err(ModelError::Unsupported {
                     what: "latent attention in this family".to_owned(),
@@ -83,7 +83,7 @@ impl Resolver<'_> {
         };
         let q_norm = self.qk_norm(&self.pick_norm(prefix, names.q_norm), spec, heads)?;
         let k_norm = self.qk_norm(&self.pick_norm(prefix, names.k_norm), spec, kv_heads)?;
-        Ok(QkvRefs::Direct(DirectRefs { q, k, v, q_norm, k_norm }))
+        Ok(QkvRefs::Direct(Box::new(DirectRefs { q, k, v, q_norm, k_norm })))
     }
 
     /// As [`Resolver::pick`], of names that may have the head in them.

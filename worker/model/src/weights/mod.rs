@@ -60,8 +60,8 @@ pub(crate) struct AttentionRefs {
 /// Where queries, keys and values come from.
 #[derive(Debug, Clone)]
 pub(crate) enum QkvRefs {
-    Direct(DirectRefs),
-    Latent(LatentRefs),
+    Direct(Box<DirectRefs>),
+    Latent(Box<LatentRefs>),
 }
 
 /// Tensors of queries, keys and values made from x.
@@ -93,8 +93,8 @@ pub(crate) struct LatentRefs {
 /// A layer's feed-forward part.
 #[derive(Debug, Clone)]
 pub(crate) enum FeedForwardRefs {
-    Dense(MlpRefs),
-    Experts(ExpertsRefs),
+    Dense(Box<MlpRefs>),
+    Experts(Box<ExpertsRefs>),
 }
 
 /// An MLP's tensors.
