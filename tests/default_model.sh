@@ -8,5 +8,5 @@ program="${1:?the forgectl to pull with}"
 "$program" pull smollm2:135m >&2
 "$program" show smollm2:135m -o json | python3 -c '
 import json, pathlib, sys
-path = pathlib.Path(json.load(sys.stdin)["path"])
+path = pathlib.Path(json.load(sys.stdin)["status"]["path"])
 print(path if path.is_file() else next(path.glob("*.gguf")))'

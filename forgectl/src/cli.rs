@@ -186,12 +186,18 @@ pub struct ListArgs {
 
 /// `show`.
 #[derive(Debug, Args)]
+#[command(after_help = "With -o json or yaml it prints a ModelService that `serve -f` and `show -f` load back unchanged; what was\n\
+    found of the model is under `status`. Of a hub id that is not pulled, only configuration and headers are fetched.")]
 pub struct ShowArgs {
-    /// Model: a name from `forgectl list` or `forgectl catalogue`, or a path [default: the catalogue's default]
+    /// Model: a name from `forgectl list` or `forgectl catalogue`, a hub id, or a path [default: the catalogue's default]
     pub model: Option<String>,
     /// Read every file against its checksum too
     #[arg(long)]
     pub verify: bool,
+    #[command(flatten)]
+    pub sources: SpecSources,
+    #[command(flatten)]
+    pub keys: SpecFlags<EngineKeys>,
     #[command(flatten)]
     pub list: ListArgs,
 }

@@ -17,7 +17,7 @@ use forge_worker::prepare::{DecoderSizes, PreparedModel};
 use crate::cli::SpecSources;
 use crate::context::{self, Context};
 use crate::failure::{Exit, Failure, Result};
-use crate::{runtime, support};
+use crate::{replica, runtime, support};
 
 /// Rows of logits a decoder computes at a time.
 const LOGITS_ROWS: usize = 64;
@@ -69,9 +69,8 @@ impl Subject {
     pub fn open(self) -> Result<Opened> {
         let start = Instant::now();
         let digest = self.resolved.digest().to_string();
-        let prepared = PreparedModel::open(self.resolved.path(), &digest, &self.spec).map_err(|error| {
-            Failure::of(&error).while_doing(&format!("cannot use the model '{}' at {}", self.name, self.resolved.path().display()))
-        })?;
+        let prepared =
+            PreparedModel::open(self.resolved.path(), &digest, &self.spec).map_err(|error| replica::unusable(error, &self.resolved))?;
         Ok(Opened { name: self.name, prepared, spec: self.spec, open_s: start.elapsed().as_secs_f64(), _resolved: self.resolved })
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use forge_coordinator::Wish;
 use forge_gateway::ServedModel;
+use forge_model::ModelError;
 use forge_shared::ids::{Epoch, NodeId, ReplicaId, ServiceName};
 use forge_shared::plan::{Plan, Refusal};
 use forge_shared::spec::ModelService;
@@ -57,11 +58,6 @@ impl Replica {
         supervisor: Option<ActorCell>,
     ) -> Result<Self> {
         let spec = &service.spec;
-        if spec.replicas != 1 {
-            return Err(Failure::new(format!("spec.replicas is {}, and this process is one worker", spec.replicas))
-                .help("this would fit: --set replicas=1")
-                .exit(Exit::NotPlaceable));
-        }
         let prepared = prepare(service, &model).await?;
         let summary = prepared.model.summary();
         let facts = Facts {
@@ -69,10 +65,7 @@ impl Replica {
             parameters: summary.parameters as u64,
             quantization: summary.quantization.main_type().to_owned(),
         };
-        let replica = ReplicaId { service: ServiceName(service.metadata.name.clone()), index: 0 };
-        let devices = [machine::cpu_device(NodeId::from("local"))];
-        let wish = Wish { replica: &replica, epoch: Epoch::default().next(), spec, facts: &prepared.facts };
-        let plan = forge_coordinator::plan(&devices, wish).map_err(not_placeable)?;
+        let plan = place(service, &prepared)?;
         let options = LocalOptions {
             model: prepared,
             plan: plan.clone(),
@@ -115,14 +108,50 @@ impl Replica {
     }
 }
 
+/// Whether a service with this model could be served here: its files are read, and it is placed.
+///
+/// # Errors
+/// As [`Replica::start`].
+pub async fn check(service: &ModelService, model: &ResolvedModel) -> Result<Plan> {
+    place(service, &prepare(service, model).await?)
+}
+
+fn place(service: &ModelService, prepared: &PreparedModel) -> Result<Plan> {
+    let spec = &service.spec;
+    if spec.replicas != 1 {
+        return Err(Failure::new(format!("spec.replicas is {}, and this process is one worker", spec.replicas))
+            .help("this would fit: --set replicas=1")
+            .exit(Exit::NotPlaceable));
+    }
+    let replica = ReplicaId { service: ServiceName(service.metadata.name.clone()), index: 0 };
+    let devices = [machine::cpu_device(NodeId::from("local"))];
+    let wish = Wish { replica: &replica, epoch: Epoch::default().next(), spec, facts: &prepared.facts };
+    forge_coordinator::plan(&devices, wish).map_err(not_placeable)
+}
+
 async fn prepare(service: &ModelService, model: &ResolvedModel) -> Result<PreparedModel> {
     let (path, digest, spec) = (model.path().to_owned(), model.digest().to_string(), service.spec.clone());
     let opened = tokio::task::spawn_blocking(move || PreparedModel::open(&path, &digest, &spec)).await;
     let opened = opened.map_err(|error| Failure::of(&error).while_doing("an internal task died"))?;
-    opened.map_err(|error| failed(error).while_doing(&format!("cannot use the model '{}' at {}", model.name(), model.path().display())))
+    opened.map_err(|error| unusable(error, model))
 }
 
-fn failed(error: WorkerError) -> Failure {
+/// Why a resolved model cannot be used, and how to get a whole one where its files are damaged.
+pub fn unusable(error: WorkerError, model: &ResolvedModel) -> Failure {
+    let damaged = matches!(error, WorkerError::Model(ModelError::Malformed { .. } | ModelError::NonFinite { .. }));
+    let failure = failed(error).while_doing(&format!("cannot use the model '{}' at {}", model.name(), model.path().display()));
+    match (damaged, model.manifest()) {
+        (false, _) => failure,
+        (true, Some(_)) => failure.help(format!(
+            "if the file is damaged, download it again: `forgectl rm {0}` and `forgectl pull {0}`; `forgectl show {0} --verify` tells",
+            model.name()
+        )),
+        (true, None) => failure.help("if the file is damaged, download it again; compare its size and checksum with its source's"),
+    }
+}
+
+/// What a worker's error is to the command line.
+pub fn failed(error: WorkerError) -> Failure {
     match error {
         WorkerError::Refused(refusal) => not_placeable(refusal),
         error @ WorkerError::Setting { .. } => Failure::of(&error).exit(Exit::Usage),

@@ -45,7 +45,7 @@ pub struct MeasureKeys;
 
 impl KeyChoice for MeasureKeys {
     fn takes(key: &Key) -> bool {
-        ["kvCacheDtype", "threads", "load", "checkWeights"].contains(&key.path)
+        ["arch", "ropeScaling", "slidingWindow", "kvCacheDtype", "threads", "load", "checkWeights"].contains(&key.path)
     }
 }
 

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::spec::{ModelService, ModelServiceSpec, SpecError};
 
-pub use document::{Document, Format, parse_document, render};
+pub use document::{Document, Format, parse_document, render, to_value};
 pub use keys::{Group, KEYS, Key, Kind};
 
 /// Name of a service whose document gives none.

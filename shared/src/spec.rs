@@ -38,6 +38,12 @@ pub struct ModelServiceSpec {
     pub model: String,
     /// Name in the API; the model's own by default.
     pub model_name: Option<String>,
+    /// Family of the model, where its files do not say or say wrong: a family's name or a `model_type`.
+    pub arch: Option<String>,
+    /// Context extension of rotary positions instead of the model's own, such as `type=yarn,factor=4`.
+    pub rope_scaling: Option<String>,
+    /// Sliding window in positions instead of the model's own; 0 is none.
+    pub sliding_window: Option<u32>,
     /// Longest sequence; the checkpoint's context by default, less where memory is short.
     pub max_model_len: Option<usize>,
     /// f32, f16 or bf16.
@@ -75,6 +81,9 @@ impl Default for ModelServiceSpec {
         ModelServiceSpec {
             model: String::new(),
             model_name: None,
+            arch: None,
+            rope_scaling: None,
+            sliding_window: None,
             max_model_len: None,
             kv_cache_dtype: KvCacheDtype::default(),
             kv_memory: None,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use forge_kernels::KvDType;
-use forge_model::{DecoderOptions, GenerationDefaults, LoadMode, Model, Shard};
+use forge_model::{DecoderOptions, GenerationDefaults, LoadMode, Model, Overrides, Shard};
 use forge_shared::ids::Epoch;
 use forge_shared::link::DefaultSampling;
 use forge_shared::plan::ModelFacts;
@@ -33,7 +33,7 @@ impl PreparedModel {
     /// # Errors
     /// What is wrong with the checkpoint, its tokenizer, its template, or a setting.
     pub fn open(path: &Path, digest: &str, spec: &ModelServiceSpec) -> Result<Self, WorkerError> {
-        let model = Model::open(path, load_mode(spec.load))?;
+        let model = open_model(path, spec)?;
         let text = forge_engine::open_text(&model, path)?;
         let text = match &spec.chat_template {
             Some(file) => {
@@ -42,26 +42,13 @@ impl PreparedModel {
             }
             None => text,
         };
-        let mut prepared =
-            PreparedModel { facts: empty_facts(), model, text, digest: digest.to_owned(), check_weights: spec.check_weights };
-        prepared.facts = prepared.measure(spec)?;
-        Ok(prepared)
+        let facts = model_facts(&model, spec)?;
+        Ok(PreparedModel { facts, model, text, digest: digest.to_owned(), check_weights: spec.check_weights })
     }
 
     /// Options of the rank that holds everything.
     pub fn decoder_options(&self, sizes: DecoderSizes) -> DecoderOptions {
-        DecoderOptions {
-            max_model_len: sizes.max_model_len,
-            block_size: sizes.block_size,
-            kv_blocks: sizes.kv_blocks,
-            kv_dtype: kv_dtype(sizes.kv_cache_dtype),
-            max_step_rows: sizes.max_step_tokens,
-            max_logits_rows: sizes.max_batch_size,
-            shard: Shard::default(),
-            epoch: sizes.epoch,
-            weights_digest: self.digest.clone(),
-            scan_values: self.check_weights,
-        }
+        DecoderOptions { weights_digest: self.digest.clone(), scan_values: self.check_weights, ..sizes.options() }
     }
 
     /// Sampling defaults of the checkpoint, as the gateway wants them.
@@ -69,29 +56,44 @@ impl PreparedModel {
         let GenerationDefaults { temperature, top_k, top_p, min_p, repetition_penalty, .. } = *self.model.generation();
         DefaultSampling { temperature, top_k, top_p, min_p, repetition_penalty }
     }
+}
 
-    fn measure(&self, spec: &ModelServiceSpec) -> Result<ModelFacts, WorkerError> {
-        let summary = self.model.summary();
-        // A context beyond the model's is refused by placement, with the nearest that fits; the sizes here only
-        // have to be valid.
-        let max_model_len = spec.max_model_len.unwrap_or(summary.context_length).min(summary.context_length);
-        let memory = self.model.memory(&self.decoder_options(DecoderSizes {
-            max_model_len,
-            block_size: spec.block_size,
-            kv_blocks: 1,
-            kv_cache_dtype: spec.kv_cache_dtype,
-            max_step_tokens: spec.max_step_tokens,
-            max_batch_size: spec.max_batch_size,
-            epoch: Epoch::default(),
-        }))?;
-        Ok(ModelFacts {
-            layers: self.model.architecture().layers,
-            context_length: summary.context_length,
-            weights_bytes: (memory.weights_bytes + memory.copied_bytes) as u64,
-            kv_slot_bytes: (memory.kv_block_bytes as u64).div_ceil(spec.block_size as u64),
-            workspace_bytes: (memory.workspace_bytes + memory.rope_bytes) as u64,
-        })
-    }
+/// Opens a model's files under a specification's settings and overrides, without its tokenizer.
+///
+/// # Errors
+/// What is wrong with the files, or an override that this model cannot take.
+pub fn open_model(path: &Path, spec: &ModelServiceSpec) -> Result<Model, WorkerError> {
+    let rope_scaling = spec.rope_scaling.as_deref().map(str::parse).transpose();
+    let rope_scaling = rope_scaling.map_err(|reason| WorkerError::Setting { field: "spec.ropeScaling", reason })?;
+    let overrides = Overrides { architecture: spec.arch.clone(), rope_scaling, sliding_window: spec.sliding_window };
+    Ok(Model::open_with(path, load_mode(spec.load), &overrides)?)
+}
+
+/// Numbers for placement, under a specification's settings.
+///
+/// # Errors
+/// Settings this model cannot have.
+pub fn model_facts(model: &Model, spec: &ModelServiceSpec) -> Result<ModelFacts, WorkerError> {
+    let summary = model.summary();
+    // A context beyond the model's is refused by placement, with the nearest that fits; the sizes here only have to
+    // be valid.
+    let sizes = DecoderSizes {
+        max_model_len: spec.max_model_len.unwrap_or(summary.context_length).min(summary.context_length),
+        block_size: spec.block_size,
+        kv_blocks: 1,
+        kv_cache_dtype: spec.kv_cache_dtype,
+        max_step_tokens: spec.max_step_tokens,
+        max_batch_size: spec.max_batch_size,
+        epoch: Epoch::default(),
+    };
+    let memory = model.memory(&sizes.options())?;
+    Ok(ModelFacts {
+        layers: model.architecture().layers,
+        context_length: summary.context_length,
+        weights_bytes: (memory.weights_bytes + memory.copied_bytes) as u64,
+        kv_slot_bytes: (memory.kv_block_bytes as u64).div_ceil(spec.block_size as u64),
+        workspace_bytes: (memory.workspace_bytes + memory.rope_bytes) as u64,
+    })
 }
 
 /// The sizes of a plan that a decoder needs.
@@ -113,8 +115,22 @@ pub struct DecoderSizes {
     pub epoch: Epoch,
 }
 
-fn empty_facts() -> ModelFacts {
-    ModelFacts { layers: 0, context_length: 0, weights_bytes: 0, kv_slot_bytes: 0, workspace_bytes: 0 }
+impl DecoderSizes {
+    /// Options of the rank that holds everything; digest and checks are the model's matter.
+    fn options(self) -> DecoderOptions {
+        DecoderOptions {
+            max_model_len: self.max_model_len,
+            block_size: self.block_size,
+            kv_blocks: self.kv_blocks,
+            kv_dtype: kv_dtype(self.kv_cache_dtype),
+            max_step_rows: self.max_step_tokens,
+            max_logits_rows: self.max_batch_size,
+            shard: Shard::default(),
+            epoch: self.epoch,
+            weights_digest: String::new(),
+            scan_values: true,
+        }
+    }
 }
 
 /// The kernels' name of a KV type.

@@ -8,14 +8,14 @@ use forge_gateway::{Gateway, GatewayConfig, KeyRing, Listeners, RequestLimits, T
 use forge_shared::config::{self, Format};
 use forge_shared::spec::{GatewaySpec, ModelService};
 use forge_shared::telemetry::Metrics;
-use forge_store::ModelSource;
+use forge_store::{ModelSource, Silent};
 
 use crate::banner;
 use crate::cli::{DocumentFormat, ServeArgs};
 use crate::context::{self, Context};
 use crate::failure::{Failure, Result};
 use crate::output::print_text;
-use crate::replica::{Replica, unless_stopped};
+use crate::replica::{self, Replica, unless_stopped};
 use crate::runtime;
 use crate::support;
 use crate::system::System;
@@ -35,6 +35,10 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     let config = gateway_config(&service.spec.gateway)?;
     support::check(&context, &service.spec.model)?;
     if args.dry_run {
+        match context.store.resolve(&service.spec.model, &Silent)? {
+            Some(resolved) => runtime::start()?.block_on(replica::check(&service, &resolved)).map(drop)?,
+            None => eprintln!("note: {} is not here yet; its files and memory are checked when it is", service.spec.model),
+        }
         return print_text(&config::render(&service, format(args.output))?);
     }
     runtime::start()?.block_on(serve_service(&context, &service, config))

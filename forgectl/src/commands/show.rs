@@ -1,9 +1,16 @@
-//! `forgectl show`.
+//! `forgectl show`: a model as a service that could be served, and what is known of it.
+//!
+//! Data forms are a `ModelService` whose `status` holds what was found, so that the output is a configuration too.
 
-use forge_model::{Format, Model};
-use forge_shared::spec::ModelServiceSpec;
-use forge_store::{CatalogueEntry, ResolvedModel, Silent};
-use forge_worker::prepare::PreparedModel;
+use std::path::Path;
+
+use forge_model::{Checkpoint, Format, LoadMode, Model};
+use forge_shared::config;
+use forge_shared::plan::ModelFacts;
+use forge_shared::spec::{ModelService, ModelServiceSpec};
+use forge_store::{CatalogueEntry, HubSource, ModelSource, Preview, PullOptions, ResolvedModel, Silent};
+use forge_worker::WorkerError;
+use forge_worker::prepare::{PreparedModel, model_facts, open_model};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
@@ -12,8 +19,7 @@ use crate::context::Context;
 use crate::failure::{Failure, Result};
 use crate::output::{print_facts, short_count};
 use crate::progress::pull_progress;
-use crate::runtime;
-use crate::support;
+use crate::{replica, runtime, support};
 
 /// What is known of a model; absent where it is not pulled yet.
 #[derive(Debug, Serialize)]
@@ -52,9 +58,11 @@ struct Layout {
     heads: usize,
     kv_heads: usize,
     vocab_size: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<usize>,
 }
 
-/// Bytes needed to serve it with the default settings.
+/// Bytes needed to serve it with these settings.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Memory {
@@ -64,22 +72,23 @@ struct Memory {
 }
 
 impl Memory {
-    fn of(model: &PreparedModel) -> Self {
+    fn of(facts: &ModelFacts) -> Self {
         Memory {
-            weights_bytes: model.facts.weights_bytes,
-            workspace_bytes: model.facts.workspace_bytes,
-            kv_bytes_per_1000_tokens: model.facts.kv_slot_bytes * 1000,
+            weights_bytes: facts.weights_bytes,
+            workspace_bytes: facts.workspace_bytes,
+            kv_bytes_per_1000_tokens: facts.kv_slot_bytes * 1000,
         }
     }
 }
 
-/// Shows a model of the store, the catalogue or a path.
+/// Shows a model of the store, the catalogue, the hub or a path.
 ///
 /// # Errors
 /// A name nobody knows, or a model that cannot be read.
 pub fn show(args: &ShowArgs) -> Result<()> {
     let context = Context::open()?;
-    let name = args.model.as_deref().unwrap_or(context.store.catalogue().default_alias());
+    let service = context.service(&args.sources, args.model.as_deref(), &args.keys.settings)?;
+    let (name, spec) = (service.spec.model.as_str(), &service.spec);
     let resolved = context.store.resolve(name, &Silent)?;
     if args.verify {
         verify(&context, name, resolved.is_some())?;
@@ -87,14 +96,24 @@ pub fn show(args: &ShowArgs) -> Result<()> {
     }
     let entry = context.store.catalogue().find(name);
     let shown = match (&resolved, entry) {
-        (Some(resolved), entry) => of_model(resolved, entry.map(|(_, entry)| entry))?,
+        (Some(resolved), entry) => of_model(resolved, entry.map(|(_, entry)| entry), spec)?,
         (None, Some((alias, entry))) => of_entry(alias, entry),
-        (None, None) => {
-            return Err(Failure::new(format!("model '{name}' is not in the local store"))
-                .help(format!("`forgectl pull {name}` fetches it; `forgectl list` shows what is there")));
-        }
+        (None, None) => match context.store.parse(name)? {
+            ModelSource::Hub(hub) => of_hub(&hub, spec)?,
+            _ => {
+                return Err(Failure::new(format!("model '{name}' is not in the local store"))
+                    .help(format!("`forgectl pull {name}` fetches it; `forgectl list` shows what is there")));
+            }
+        },
     };
-    print_facts(args.list.output, &shown, &facts(&shown))
+    print_facts(args.list.output, &document(&service, &shown)?, &facts(&shown))
+}
+
+/// The service with what was found as its `status`.
+fn document(service: &ModelService, shown: &Shown) -> Result<serde_json::Value> {
+    let mut document = config::to_value(service)?;
+    document["status"] = serde_json::to_value(shown).map_err(|error| Failure::of(&error))?;
+    Ok(document)
 }
 
 fn verify(context: &Context, name: &str, stored: bool) -> Result<()> {
@@ -113,32 +132,77 @@ fn verify(context: &Context, name: &str, stored: bool) -> Result<()> {
     })
 }
 
-fn of_model(resolved: &ResolvedModel, entry: Option<&CatalogueEntry>) -> Result<Shown> {
-    let spec = ModelServiceSpec::default();
-    let digest = resolved.digest().to_string();
-    let prepared = PreparedModel::open(resolved.path(), &digest, &spec).map_err(|error| {
-        Failure::of(&error).while_doing(&format!("cannot use the model '{}' at {}", resolved.name(), resolved.path().display()))
-    })?;
-    let summary = prepared.model.summary();
-    let manifest = resolved.manifest();
-    let licence = manifest.and_then(|manifest| manifest.licence.clone()).or_else(|| summary.license.clone());
-    Ok(Shown {
-        name: resolved.name().to_owned(),
-        pulled: true,
-        description: entry.map(|entry| entry.description.clone()),
+/// What a model's files say; name, size and place are still to be filled in.
+fn of_files(model: &Model, facts: &ModelFacts) -> Shown {
+    let summary = model.summary();
+    Shown {
+        name: String::new(),
+        pulled: false,
+        description: None,
         architecture: summary.family.to_owned(),
         parameters: summary.parameters as u64,
         quantization: summary.quantization.main_type().to_owned(),
         context_length: summary.context_length as u64,
-        layout: Some(layout(&prepared.model, summary.format)),
-        memory: Some(Memory::of(&prepared)),
-        licence,
+        layout: Some(layout(model, summary.format)),
+        memory: Some(Memory::of(facts)),
+        licence: summary.license,
+        chat_template: None,
+        size_bytes: 0,
+        digest: None,
+        sources: Vec::new(),
+        path: None,
+    }
+}
+
+fn of_model(resolved: &ResolvedModel, entry: Option<&CatalogueEntry>, spec: &ModelServiceSpec) -> Result<Shown> {
+    let digest = resolved.digest().to_string();
+    let prepared = PreparedModel::open(resolved.path(), &digest, spec).map_err(|error| replica::unusable(error, resolved))?;
+    let manifest = resolved.manifest();
+    let shown = of_files(&prepared.model, &prepared.facts);
+    Ok(Shown {
+        name: resolved.name().to_owned(),
+        pulled: true,
+        description: entry.map(|entry| entry.description.clone()),
+        licence: manifest.and_then(|manifest| manifest.licence.clone()).or(shown.licence),
         chat_template: Some(prepared.text.chat_template().is_ok()),
         size_bytes: resolved.size_bytes(),
         digest: Some(digest),
         sources: manifest.map(|manifest| manifest.source.clone()).into_iter().collect(),
         path: Some(resolved.path().display().to_string()),
+        ..shown
     })
+}
+
+/// A hub repository by its configuration and the headers of its weights; nothing stays on disk.
+fn of_hub(hub: &HubSource, spec: &ModelServiceSpec) -> Result<Shown> {
+    let options = PullOptions::from_environment()?;
+    let (cancel, hub, spec) = (options.cancel.clone(), hub.clone(), spec.clone());
+    runtime::start()?.block_on(runtime::cancellable(cancel, move || {
+        let preview = Context::open()?.store.preview(&hub, &options, header_is_whole)?;
+        of_preview(&preview, &hub, &spec)
+    }))
+}
+
+fn of_preview(preview: &Preview, hub: &HubSource, spec: &ModelServiceSpec) -> Result<Shown> {
+    let name = hub.to_string();
+    let unusable = |error: WorkerError| replica::failed(error).while_doing(&format!("{} cannot be used", preview.source()));
+    let model = open_model(preview.path(), spec).map_err(unusable)?;
+    let facts = model_facts(&model, spec).map_err(unusable)?;
+    let shown = of_files(&model, &facts);
+    Ok(Shown {
+        licence: preview.licence().map(str::to_owned).or(shown.licence),
+        size_bytes: preview.size_bytes(),
+        sources: vec![preview.source().to_owned()],
+        name,
+        ..shown
+    })
+}
+
+/// Whether the first bytes of a GGUF file hold its whole header: it can be read, and no weight begins before their end.
+fn header_is_whole(path: &Path, bytes: u64) -> bool {
+    let Ok(checkpoint) = Checkpoint::open(path, LoadMode::Mmap) else { return false };
+    let first_weight = checkpoint.tensors().values().map(|tensor| tensor.bytes.start as u64).min();
+    first_weight.is_some_and(|start| start <= bytes)
 }
 
 fn layout(model: &Model, format: Format) -> Layout {
@@ -153,6 +217,7 @@ fn layout(model: &Model, format: Format) -> Layout {
         heads: architecture.attention.heads,
         kv_heads: architecture.attention.kv_heads,
         vocab_size: architecture.vocab_size,
+        experts: architecture.experts.as_ref().map(|experts| experts.count),
     }
 }
 
@@ -188,8 +253,10 @@ fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
     facts.push(("quantization", shown.quantization.clone()));
     facts.push(("context", format!("{} tokens", shown.context_length)));
     if let Some(layout) = &shown.layout {
-        let Layout { format, layers, hidden_size, heads, kv_heads, vocab_size } = layout;
-        let text = format!("{format}: {layers} layers, width {hidden_size}, {heads} heads, {kv_heads} KV heads, {vocab_size} token ids");
+        let Layout { format, layers, hidden_size, heads, kv_heads, vocab_size, experts } = layout;
+        let experts = experts.map(|count| format!(", {count} experts")).unwrap_or_default();
+        let text =
+            format!("{format}: {layers} layers, width {hidden_size}, {heads} heads, {kv_heads} KV heads, {vocab_size} token ids{experts}");
         facts.push(("layout", text));
     }
     if let Some(memory) = &shown.memory {

@@ -89,7 +89,8 @@ pub fn parse_document(text: &str, format: Format, origin: &str) -> Result<Docume
 }
 
 fn check_head(top: &Map<String, Value>, origin: &str) -> Result<(), ConfigError> {
-    const HEAD: [&str; 4] = ["apiVersion", "kind", "metadata", "spec"];
+    // `status` is what was found of a service, beside the wish for it: `show` writes it, and nobody reads it back.
+    const HEAD: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
     for name in top.keys() {
         if HEAD.contains(&name.as_str()) {
             continue;
@@ -150,16 +151,26 @@ fn collect(group: &Map<String, Value>, path: &str, origin: &str, into: &mut Vec<
     Ok(())
 }
 
+/// A service as data. Keys that are absent are left out.
+///
+/// # Errors
+/// None that plain data could cause; the serializer's own.
+pub fn to_value(service: &ModelService) -> Result<Value, ConfigError> {
+    let fail = |error: serde_json::Error| ConfigError::Document { origin: service.metadata.name.clone(), reason: error.to_string() };
+    let mut value = serde_json::to_value(service).map_err(fail)?;
+    if let Some(spec) = value["spec"].as_object_mut() {
+        spec.retain(|_, value| !value.is_null());
+    }
+    Ok(value)
+}
+
 /// A service as a document. Keys that are absent are left out.
 ///
 /// # Errors
 /// [`ConfigError::Document`] where the format cannot hold a value (TOML numbers end at 2^63).
 pub fn render(service: &ModelService, format: Format) -> Result<String, ConfigError> {
     let fail = |reason: String| ConfigError::Document { origin: service.metadata.name.clone(), reason };
-    let mut value = serde_json::to_value(service).map_err(|error| fail(error.to_string()))?;
-    if let Some(spec) = value["spec"].as_object_mut() {
-        spec.retain(|_, value| !value.is_null());
-    }
+    let value = to_value(service)?;
     match format {
         Format::Yaml => serde_yaml_ng::to_string(&value).map_err(|error| fail(error.to_string())),
         Format::Toml => toml_text(&value).map_err(|error| fail(error.to_string())),

@@ -29,6 +29,14 @@ fn leaves(value: &Value, path: &str, into: &mut Vec<String>) {
 }
 
 #[test]
+fn what_was_found_of_a_service_is_accepted_beside_the_wish_and_not_read() {
+    let text = "apiVersion: forge/v1\nkind: ModelService\nspec: {model: a}\nstatus: {spec: {model: b}, anything: [1]}\n";
+    let document = parse_document(text, Format::Yaml, "a.yaml").expect("accepted");
+    let settings: Vec<_> = document.settings.iter().map(|setting| (setting.key().path, setting.value().clone())).collect();
+    assert_eq!(settings, [("model", json!("a"))]);
+}
+
+#[test]
 fn the_table_has_the_keys_of_the_specification() {
     let mut in_spec = Vec::new();
     leaves(&json!(ModelServiceSpec::default()), "", &mut in_spec);
@@ -250,18 +258,22 @@ fn service() -> impl Strategy<Value = ModelService> {
         (1u32..9, 1usize..9, 1usize..9),
         prop::option::of(text()),
     );
+    let overrides = (prop::option::of(text()), prop::option::of(text()), prop::option::of(any::<u32>()));
     let gateway = (
         (text(), any::<u16>(), text(), any::<u16>(), any::<bool>()),
         prop::collection::vec(text(), 0..3),
         (0u64..1 << 59).prop_map(ByteSize),
         (0u64..100_000, 0u64..100_000, any::<u32>()),
     );
-    (text(), engine, gateway).prop_map(|(name, engine, gateway)| {
+    (text(), engine, overrides, gateway).prop_map(|(name, engine, overrides, gateway)| {
         let (host, port, metrics_host, metrics_port, insecure) = gateway.0;
         let (block_size, max_batch_size, max_step_tokens, max_waiting) = engine.5;
         let spec = ModelServiceSpec {
             model: engine.0,
             model_name: engine.1,
+            arch: overrides.0,
+            rope_scaling: overrides.1,
+            sliding_window: overrides.2,
             max_model_len: engine.2,
             kv_cache_dtype: engine.3,
             kv_memory: engine.4,

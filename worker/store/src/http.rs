@@ -22,7 +22,7 @@ use crate::source::{check_scheme, is_loopback};
 
 const MAX_REDIRECTS: usize = 8;
 /// Statuses that say "later", not "no".
-const PASSING: [u16; 6] = [408, 429, 500, 502, 503, 504];
+pub(crate) const PASSING: [u16; 6] = [408, 429, 500, 502, 503, 504];
 /// Longest `Retry-After` that is waited for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 
@@ -66,11 +66,13 @@ pub(crate) struct Get<'a> {
     pub(crate) as_stored: bool,
     /// First byte wanted, and the entity tag it belongs to.
     pub(crate) range: Option<(u64, Option<&'a str>)>,
+    /// Last byte wanted, where a range is; else all that follow.
+    pub(crate) last_byte: Option<u64>,
 }
 
 impl<'a> Get<'a> {
     pub(crate) fn new(url: &'a Url, what: &'a str) -> Self {
-        Self { url, what, authorization: None, accept: None, as_stored: false, range: None }
+        Self { url, what, authorization: None, accept: None, as_stored: false, range: None, last_byte: None }
     }
 }
 
@@ -227,7 +229,8 @@ impl HttpClient {
             request = request.header(header::ACCEPT, accept);
         }
         if let Some((first, tag)) = get.range {
-            request = request.header(header::RANGE, format!("bytes={first}-"));
+            let last = get.last_byte.map(|last| last.to_string()).unwrap_or_default();
+            request = request.header(header::RANGE, format!("bytes={first}-{last}"));
             if let Some(tag) = tag {
                 request = request.header(header::IF_RANGE, tag);
             }

@@ -17,7 +17,7 @@ use crate::source::{HubSource, check_scheme};
 
 const MAX_LISTING_BYTES: u64 = 32 << 20;
 const MAX_INDEX_BYTES: u64 = 64 << 20;
-const SHARD_INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SHARD_INDEX: &str = "model.safetensors.index.json";
 
 /// Files beside the weights that a loader may read.
 const COMPANIONS: [&str; 10] = [

@@ -228,10 +228,12 @@ fn answer(mut stream: &TcpStream, page: &Page, fault: Option<Fault>, headers: &H
         Some(tag) => Some(tag.as_str()) == page.etag,
         None => true,
     };
-    let first = headers
+    let range = headers
         .get("range")
         .filter(|_| tag_fits && !matches!(fault, Some(Fault::StartOver(_))))
-        .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+        .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
+    let first = range.and_then(|(first, _)| first.parse::<usize>().ok());
+    let end = range.and_then(|(_, last)| last.parse::<usize>().ok()).map_or(total, |last| total.min(last + 1));
     let mut extra = String::new();
     if let Some(tag) = page.etag {
         extra.push_str(&format!("ETag: {tag}\r\n"));
@@ -244,8 +246,8 @@ fn answer(mut stream: &TcpStream, page: &Page, fault: Option<Fault>, headers: &H
             return head(stream, 416, &format!("Content-Range: bytes */{total}\r\nContent-Length: 0\r\n"));
         }
         Some(first) => {
-            extra.push_str(&format!("Content-Range: bytes {first}-{}/{total}\r\n", total - 1));
-            &page.body[first..]
+            extra.push_str(&format!("Content-Range: bytes {first}-{}/{total}\r\n", end - 1));
+            &page.body[first..end]
         }
         None => &page.body[..],
     };
