@@ -59,6 +59,7 @@ const RESERVED: &[(&str, &[&str], &str)] = &[
     ("candle-core", &[], "it is the oracle of tests, never the engine"),
     ("axum", &["forge-gateway", "forgectl", "forge-worker"], "HTTP is the gateway's and the probes' matter"),
     ("ureq", &["forge-store"], "only the store fetches"),
+    ("reqwest", &["forgectl"], "it loads servers in `bench serve`, and fetches nothing"),
     ("tokenizers", &["forge-text"], "one place turns text into ids"),
     ("minijinja", &["forge-text"], "one sandbox runs templates"),
     ("memmap2", &["forge-model"], "one place maps checkpoints"),

@@ -61,7 +61,7 @@ pub enum Command {
     Show(ShowArgs),
     /// Measure a model's quality: perplexity of a text, divergence from another model
     Eval(EvalArgs),
-    /// Measure a model's speed on this machine
+    /// Measure speed: of a model on this machine, of any OpenAI endpoint under load
     Bench(BenchArgs),
     /// Remove models from the local store
     #[command(visible_alias = "remove")]

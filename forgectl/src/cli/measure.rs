@@ -1,10 +1,13 @@
 //! The commands that measure: `eval` and `bench`.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use clap::{Args, Subcommand, ValueEnum};
 use forge_shared::spec::KvCacheDtype;
-use std::path::PathBuf;
 
 use super::ListArgs;
+use crate::commands::bench::serve::{Interface, Objectives, Range, parse_duration, parse_objectives};
 use crate::spec_flags::{MeasureKeys, SpecFlags};
 
 /// `eval`.
@@ -111,6 +114,72 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Load time, prefill, decode and memory of a model, beside what this machine can do at most
     Model(BenchModelArgs),
+    /// An OpenAI endpoint under load: latencies, throughput, goodput
+    Serve(BenchServeArgs),
+}
+
+/// `bench serve`.
+#[derive(Debug, Args)]
+#[command(after_help = "Lists make a sweep: --concurrency 1,4,16 or --request-rate 0.5,1,2,4.")]
+pub struct BenchServeArgs {
+    /// Address of the API, up to /v1
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:8000/v1")]
+    pub url: String,
+    /// Model's name in requests [default: the first the server lists]
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// API key
+    #[arg(long, value_name = "KEY", env = "OPENAI_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Interface
+    #[arg(long, value_enum, default_value = "completions", value_name = "NAME")]
+    pub endpoint: Interface,
+    /// Requests under way at once [default: 8]
+    #[arg(long, value_name = "N[,N…]", value_delimiter = ',', conflicts_with = "request_rate", help_heading = "Load")]
+    pub concurrency: Vec<usize>,
+    /// Requests per second, arriving as a Poisson process
+    #[arg(long, value_name = "R[,R…]", value_delimiter = ',', help_heading = "Load")]
+    pub request_rate: Vec<f64>,
+    /// Requests of each load
+    #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Load", value_parser = parse_count)]
+    pub requests: usize,
+    /// Requests before the measurement that do not count [default: as many as are under way at once]
+    #[arg(long, value_name = "N", help_heading = "Load")]
+    pub warmup: Option<usize>,
+    /// Time a request has
+    #[arg(long, value_name = "TIME", default_value = "600s", value_parser = parse_duration, help_heading = "Load")]
+    pub timeout: Duration,
+    /// Prompt tokens: 512, or 64-1024 for a uniform choice
+    #[arg(long, value_name = "N[-N]", default_value = "512", help_heading = "Lengths")]
+    pub input_tokens: Range,
+    /// Answer tokens: 128, or 32-256
+    #[arg(long, value_name = "N[-N]", default_value = "128", help_heading = "Lengths")]
+    pub output_tokens: Range,
+    /// Lengths as in conversations (ShareGPT): log-normal, means of 161 and 338 tokens
+    #[arg(long, conflicts_with_all = ["input_tokens", "output_tokens"], help_heading = "Lengths")]
+    pub conversations: bool,
+    /// Prompts and lengths of answers from a ShareGPT JSON file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["input_tokens", "output_tokens", "conversations"], help_heading = "Lengths")]
+    pub dataset: Option<PathBuf>,
+    /// Let answers end where the model ends them
+    #[arg(long, help_heading = "Lengths")]
+    pub no_ignore_eos: bool,
+    /// Seed of lengths, prompts and arrivals
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Lengths")]
+    pub seed: u64,
+    /// Objectives of goodput, such as ttft:200ms,itl:50ms,e2e:5s
+    #[arg(long, value_name = "LIST", value_parser = parse_objectives)]
+    pub slo: Option<Objectives>,
+    /// Write a plot of the times
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: ListArgs,
+}
+
+fn parse_count(text: &str) -> Result<usize, String> {
+    let count = text.parse::<usize>().ok().filter(|count| (1..=1_000_000).contains(count));
+    count.ok_or_else(|| format!("{text:?} must be a whole number from 1 to 1000000"))
 }
 
 /// `bench model`.

@@ -1,6 +1,7 @@
 //! `forgectl bench`: speed of models and servers.
 
 mod model;
+pub mod serve;
 
 use crate::cli::measure::{BenchArgs, BenchCommand};
 use crate::failure::Result;
@@ -12,5 +13,6 @@ use crate::failure::Result;
 pub fn bench(args: &BenchArgs) -> Result<()> {
     match &args.command {
         BenchCommand::Model(args) => model::model(args),
+        BenchCommand::Serve(args) => serve::serve(args),
     }
 }

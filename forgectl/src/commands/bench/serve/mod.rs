@@ -1,0 +1,211 @@
+//! `forgectl bench serve`: any OpenAI endpoint under load.
+//!
+//! What it is: a client that draws requests, sends them as a load says, times their streams and adds up. What it is
+//! not: it knows no server; what an endpoint understands is found by asking it once.
+
+mod client;
+mod lengths;
+mod load;
+mod plot;
+mod prompts;
+mod record;
+mod report;
+mod slo;
+mod sse;
+mod summary;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde::Serialize;
+
+pub use client::Interface;
+use client::{Endpoint, Extras, Request};
+pub use lengths::Range;
+use lengths::Workload;
+use load::Load;
+use prompts::Counting;
+use record::{ErrorKind, Record};
+pub use slo::{Objectives, parse_duration, parse_objectives};
+use summary::Summary;
+
+use crate::cli::measure::BenchServeArgs;
+use crate::failure::{Exit, Failure, Result};
+use crate::{measure, runtime};
+
+/// Words of the two requests by which a server's counting is found.
+const PROBES: [usize; 2] = [4, 12];
+
+/// One load and how it went.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Point {
+    load: Load,
+    summary: Summary,
+    requests: Vec<Record>,
+}
+
+/// Everything there is to tell.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Report {
+    url: String,
+    model: String,
+    interface: Interface,
+    /// What the endpoint understands.
+    extras: Extras,
+    /// How prompts were made to have their length.
+    counting: Counting,
+    seed: u64,
+    warmup_requests: usize,
+    timeout_s: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    objectives: Option<Objectives>,
+    points: Vec<Point>,
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// An endpoint that does not answer, or answers no request; a file that cannot be read or written.
+pub fn serve(args: &BenchServeArgs) -> Result<()> {
+    let loads = loads(args)?;
+    let workload = workload(args)?;
+    let report = runtime::start()?.block_on(async {
+        tokio::select! {
+            report = measure_endpoint(args, &loads, &workload) => report,
+            () = runtime::stop_signal() => Err(Failure::new("stopped")),
+        }
+    })?;
+    if let Some(path) = &args.plot {
+        let title = format!("{} at {}", report.model, report.url);
+        plot::write(path, &title, &report.points)
+            .map_err(|error| Failure::new(error.to_string()).while_doing(&format!("cannot write {}", path.display())))?;
+    }
+    report::print(args.output.output, &report)?;
+    match report.points.iter().all(|point| point.summary.completed == 0) {
+        true => Err(nothing_succeeded(&report.points)),
+        false => Ok(()),
+    }
+}
+
+/// The loads of a sweep; one of them where there is no list.
+fn loads(args: &BenchServeArgs) -> Result<Vec<Load>> {
+    let rates = args.request_rate.iter().map(|rate| {
+        let right = rate.is_finite() && *rate > 0.0;
+        if right { Ok(Load::RequestRate(*rate)) } else { Err(Failure::usage(format!("--request-rate: {rate} must be more than 0"))) }
+    });
+    let concurrencies = args.concurrency.iter().map(|count| match count {
+        0 => Err(Failure::usage("--concurrency: must be at least 1")),
+        count => Ok(Load::Concurrency(*count)),
+    });
+    let given: Vec<Load> = rates.chain(concurrencies).collect::<Result<_>>()?;
+    Ok(if given.is_empty() { vec![Load::Concurrency(8)] } else { given })
+}
+
+fn workload(args: &BenchServeArgs) -> Result<Workload> {
+    if let Some(path) = &args.dataset {
+        let turns = lengths::read_dataset(&measure::read_text(path)?);
+        return turns.map(Workload::Dataset).map_err(|reason| Failure::usage(format!("--dataset {}: {reason}", path.display())));
+    }
+    Ok(if args.conversations { Workload::Conversations } else { Workload::Ranges { input: args.input_tokens, output: args.output_tokens } })
+}
+
+async fn measure_endpoint(args: &BenchServeArgs, loads: &[Load], workload: &Workload) -> Result<Report> {
+    let key = args.api_key.clone().filter(|key| !key.is_empty());
+    let mut endpoint = Endpoint::connect(&args.url, key, args.model.clone(), args.endpoint).await?;
+    if args.no_ignore_eos {
+        endpoint.extras.ignore_eos = false;
+    }
+    let mut random = StdRng::seed_from_u64(args.seed);
+    let counting = probe(&mut endpoint, args.timeout, &mut random).await?;
+    let endpoint = Arc::new(endpoint);
+    let draw = |count: usize, random: &mut StdRng| (0..count).map(|_| request(workload, &counting, random)).collect::<Vec<_>>();
+    let first = loads.first().copied().unwrap_or(Load::Concurrency(1));
+    let warmup_requests = args.warmup.unwrap_or(match first {
+        Load::Concurrency(count) => count,
+        Load::RequestRate(_) => 4,
+    });
+    if warmup_requests > 0 {
+        let requests = draw(warmup_requests, &mut random);
+        load::run(&endpoint, requests, Load::Concurrency(warmup_requests), args.timeout, 0).await;
+    }
+    let mut points = Vec::new();
+    for load in loads {
+        let mut random = StdRng::seed_from_u64(prompts::branch(&mut random));
+        let requests = draw(args.requests, &mut random);
+        let requests = load::run(&endpoint, requests, *load, args.timeout, prompts::branch(&mut random)).await;
+        points.push(Point { load: *load, summary: Summary::of(&requests, args.slo.as_ref()), requests });
+    }
+    Ok(Report {
+        url: args.url.clone(),
+        model: endpoint.model.clone(),
+        interface: args.endpoint,
+        extras: endpoint.extras,
+        counting,
+        seed: args.seed,
+        warmup_requests,
+        timeout_s: args.timeout.as_secs_f64(),
+        objectives: args.slo.clone(),
+        points,
+    })
+}
+
+fn request(workload: &Workload, counting: &Counting, random: &mut StdRng) -> Request {
+    let draft = workload.draw(random);
+    let prompt = draft.prompt.unwrap_or_else(|| prompts::words(counting.words(draft.input), random));
+    Request { prompt, input: draft.input, output: draft.output }
+}
+
+/// Finds what the endpoint understands and how it counts, by two small requests.
+async fn probe(endpoint: &mut Endpoint, timeout: Duration, random: &mut StdRng) -> Result<Counting> {
+    let mut counts = Vec::new();
+    for count in PROBES {
+        let record = loop {
+            let request = Request { prompt: prompts::words(count, random), input: count, output: 4 };
+            let record = endpoint.run(&request, timeout).await;
+            let Some(error) = &record.error else { break record };
+            let extras = &mut endpoint.extras;
+            // A server that refuses what it does not know gets the plainer request, one field after the other.
+            match error.kind {
+                ErrorKind::Refused if extras.ignore_eos => extras.ignore_eos = false,
+                ErrorKind::Refused if extras.usage => extras.usage = false,
+                // A base model may say nothing that is text to a random prompt.
+                ErrorKind::Empty => break record,
+                _ => return Err(probe_failed(error)),
+            }
+        };
+        counts.push(record.input_tokens.map(|tokens| (count, tokens)));
+    }
+    let known = match counts.as_slice() {
+        [Some(few), Some(many)] => Counting::from_two(*few, *many),
+        _ => None,
+    };
+    if known.is_none() {
+        endpoint.extras.usage = false;
+    }
+    Ok(known.unwrap_or(Counting::UNKNOWN))
+}
+
+fn probe_failed(error: &record::RequestError) -> Failure {
+    let failure = Failure::new("the endpoint answers no request").cause(error.message.clone());
+    match error.kind {
+        ErrorKind::Connect | ErrorKind::Deadline | ErrorKind::Broken => {
+            failure.help("--url is the address up to /v1, such as http://127.0.0.1:8000/v1").exit(Exit::LostContact)
+        }
+        _ => failure.help("try --endpoint chat (or completions), --model and --api-key"),
+    }
+}
+
+fn nothing_succeeded(points: &[Point]) -> Failure {
+    let failures = points.iter().flat_map(|point| &point.summary.failed);
+    let mut failure = Failure::new("no request succeeded");
+    let mut lost = false;
+    for (kind, failures) in failures {
+        lost |= matches!(kind, ErrorKind::Connect | ErrorKind::Deadline | ErrorKind::Broken);
+        failure = failure.cause(format!("{} times: {}", failures.count, failures.example));
+    }
+    if lost { failure.exit(Exit::LostContact) } else { failure }
+}
