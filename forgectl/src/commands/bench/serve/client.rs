@@ -24,6 +24,16 @@ pub enum Interface {
     Chat,
 }
 
+impl Interface {
+    /// Its path below the API's address.
+    pub fn path(self) -> &'static str {
+        match self {
+            Interface::Completions => "completions",
+            Interface::Chat => "chat/completions",
+        }
+    }
+}
+
 /// Fields beyond the plainest request that an endpoint may not know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -135,11 +145,7 @@ impl Endpoint {
     }
 
     async fn read(&self, request: &Request, stream: &mut Stream) -> Result<(), RequestError> {
-        let path = match self.interface {
-            Interface::Completions => "completions",
-            Interface::Chat => "chat/completions",
-        };
-        let mut builder = self.client.post(format!("{}/{path}", self.base)).header("content-type", "application/json");
+        let mut builder = self.client.post(format!("{}/{}", self.base, self.interface.path())).header("content-type", "application/json");
         if let Some(key) = &self.key {
             builder = builder.bearer_auth(key);
         }

@@ -50,7 +50,7 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         (false, _) => "the server tells no usage: a word of the prompt, and a chunk of the answer, count as one token".to_owned(),
     };
     let mut facts = vec![
-        ("endpoint", format!("{} ({:?}), model {}", report.url, report.interface, report.model).to_lowercase()),
+        ("endpoint", format!("{}, {}, model {}", report.url, report.interface.path(), report.model)),
         ("tokens", counted),
         ("seed", format!("{}, {} requests of warm-up", report.seed, report.warmup_requests)),
     ];
