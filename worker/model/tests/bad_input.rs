@@ -125,6 +125,20 @@ fn missing_renamed_reshaped_and_extra_tensors_are_named() {
 }
 
 #[test]
+fn a_configuration_that_lies_about_its_size_is_refused_at_once() {
+    let lie = |key: &str, value: u64| {
+        let mut config: serde_json::Value = serde_json::from_str(&llama_config()).unwrap();
+        config[key] = value.into();
+        open_folder(&config.to_string(), &llama_weights()).unwrap_err()
+    };
+    match lie("num_hidden_layers", 4_000) {
+        ModelError::MissingTensors { names } => assert!(names.len() < 2000 && names[0].contains("layers.3."), "{}", names.len()),
+        other => panic!("{other}"),
+    }
+    assert!(matches!(lie("num_attention_heads", 1 << 22), ModelError::Config { .. } | ModelError::TensorShape { .. }));
+}
+
+#[test]
 fn unsupported_types_are_refused_by_name_with_the_tensor() {
     for (kind, name) in [(9, "Q8_1"), (16, "IQ2_XXS"), (34, "TQ1_0"), (40, "NVFP4"), (26, "I32")] {
         let text = refused(|file| file.tensor_mut("blk.0.ffn_down.weight").kind = kind);

@@ -14,6 +14,9 @@ use crate::arch::{Architecture, NormSpec, PositionSpec, RopeSpec};
 use crate::checkpoint::{Checkpoint, TensorEntry};
 use crate::error::{ModelError, Result};
 
+/// Missing names after which it stops: a configuration may speak of millions of layers that no file has.
+const MOST_MISSING: usize = 1000;
+
 pub(super) struct Resolver<'a> {
     pub checkpoint: &'a Checkpoint,
     pub names: &'static TensorNames,
@@ -65,6 +68,9 @@ impl<'a> Resolver<'a> {
             Some(entry) => Err(ModelError::TensorShape { name: name.to_owned(), expected: expected.to_vec(), actual: entry.shape.clone() }),
             None => {
                 self.missing.extend(first.then(|| name.to_owned()));
+                if self.missing.len() > MOST_MISSING {
+                    return Err(ModelError::MissingTensors { names: std::mem::take(&mut self.missing) });
+                }
                 Ok(TensorEntry { dtype: DType::F32, shape: expected.to_vec(), source: 0, bytes: 0..0 })
             }
         }
@@ -120,7 +126,7 @@ impl<'a> Resolver<'a> {
             if !name.contains("{}") {
                 return self.vector(&name, &[heads, width], Runs::contiguous(0..heads * width)).map(Some);
             }
-            let mut pieces = Vec::with_capacity(heads);
+            let mut pieces = Vec::new();
             for head in 0..heads {
                 let name = name.replace("{}", &head.to_string());
                 self.vector_entry(&name, &[width])?;
