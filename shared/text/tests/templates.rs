@@ -78,6 +78,27 @@ fn prompts_are_those_of_transformers() {
     assert!(compared > 150, "{compared} renderings compared");
 }
 
+/// Every corner of the language that templates use, in snippets: expressions.txt.
+#[test]
+fn expressions_mean_what_they_mean_in_jinja2() {
+    let golden = fixture("expressions.json");
+    let now = golden["now"].as_i64().unwrap();
+    let results = golden["results"].as_array().unwrap();
+    for expected in results {
+        let source = expected["source"].as_str().unwrap();
+        let rendered = ChatTemplate::new(source, special_tokens()).and_then(|template| render_case(&template, &golden["case"], now));
+        match expected["error"].as_str() {
+            None => assert_eq!(rendered.as_deref(), Ok(expected["text"].as_str().unwrap()), "{source}"),
+            Some("TemplateError") => {
+                let message = expected["message"].as_str().unwrap().to_string();
+                assert_eq!(rendered, Err(TextError::TemplateRaised(message)), "{source}");
+            }
+            Some(error) => assert!(rendered.is_err(), "{source}: {error}, here {rendered:?}"),
+        }
+    }
+    assert!(results.len() > 60);
+}
+
 #[test]
 fn the_content_format_is_found_and_content_brought_into_it() {
     for (name, format) in [
@@ -177,6 +198,8 @@ fn templates_cannot_run_away() {
     assert_eq!(ended_by(output, limits), "65536 bytes of output");
     let recursion = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}";
     assert_eq!(ended_by(recursion, limits), "50 nested calls");
+    let wide = compile("{{ 'x' | indent(1000000000) }}{{ 'x'.center(1000000000) }}").render(&ChatRender::default());
+    assert!(wide.unwrap_err().to_string().contains("1000000000"));
     let time = TemplateLimits { time: Duration::ZERO, ..limits };
     assert_eq!(ended_by("{{ 'x' }}", time), "time");
     assert_eq!(ended_by("{% set x = 'x'.strip() %}", time), "time");

@@ -23,7 +23,7 @@ pub(super) fn tokenizer_json(vocabulary: &[u8], merges: &[u8], added_tokens: Opt
         "added_tokens": added,
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merge_list(merges)?},
     });
     Ok(json.to_string().into_bytes())

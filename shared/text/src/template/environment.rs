@@ -7,7 +7,7 @@ use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
 
 use super::output::{Raised, message};
-use super::{TemplateLimits, json, python};
+use super::{TemplateLimits, filters, python};
 use crate::{Result, TextError};
 
 /// The one template of an environment.
@@ -29,9 +29,7 @@ pub(super) fn compile(source: &str, limits: &TemplateLimits) -> Result<Environme
     environment.set_formatter(python::format);
     environment.set_unknown_method_callback(python::call_method);
     environment.add_function("raise_exception", raise_exception);
-    environment.add_filter("tojson", json::tojson);
-    environment.add_test("sequence", python::is_sequence);
-    environment.add_test("iterable", python::is_iterable);
+    filters::register(&mut environment);
     set_limits(&mut environment, limits);
     // As jinja2 reads it: every kind of line end is one newline.
     let source = source.replace("\r\n", "\n").replace('\r', "\n");

@@ -9,6 +9,7 @@
 
 mod content;
 mod environment;
+mod filters;
 mod json;
 mod output;
 mod python;

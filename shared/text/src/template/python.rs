@@ -3,6 +3,7 @@
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind, Output, State, escape_formatter};
 
+use super::filters::checked_width;
 use super::json::python_float;
 
 /// Writes a value as Python prints it.
@@ -62,8 +63,61 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
             pieces.reverse();
             pieces.into_iter().collect()
         }
+        "index" => place(text, text.find(argument(0)?))?,
+        "rindex" => place(text, text.rfind(argument(0)?))?,
+        "swapcase" => swap_case(text).into(),
+        "center" => {
+            let missing = missing_width(text, args)?;
+            // Python puts the odd one to the left where the width is odd.
+            let width = missing + text.chars().count();
+            let left = missing / 2 + (missing & width & 1);
+            pad(text, args, left, missing - left)?
+        }
+        "ljust" => pad(text, args, 0, missing_width(text, args)?)?,
+        "rjust" => pad(text, args, missing_width(text, args)?, 0)?,
+        "zfill" => {
+            let zeros = "0".repeat(missing_width(text, args)?);
+            match text.strip_prefix(['+', '-']) {
+                Some(digits) => format!("{}{zeros}{digits}", &text[..1]).into(),
+                None => format!("{zeros}{text}").into(),
+            }
+        }
         _ => return Ok(None),
     }))
+}
+
+/// A place in bytes as one in characters; an error where there is none.
+fn place(text: &str, byte: Option<usize>) -> Result<Value, Error> {
+    let byte = byte.ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "substring not found"))?;
+    Ok(text[..byte].chars().count().into())
+}
+
+fn swap_case(text: &str) -> String {
+    let mut result = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_uppercase() {
+            result.extend(character.to_lowercase());
+        } else {
+            result.extend(character.to_uppercase());
+        }
+    }
+    result
+}
+
+/// Characters that are missing to the width in the first argument.
+fn missing_width(text: &str, args: &[Value]) -> Result<usize, Error> {
+    let width = args.first().cloned().ok_or_else(|| Error::new(ErrorKind::MissingArgument, "a width is missing"))?;
+    let width = checked_width(usize::try_from(width)?)?;
+    Ok(width.saturating_sub(text.chars().count()))
+}
+
+/// The text between characters of the second argument, else spaces.
+fn pad(text: &str, args: &[Value], left: usize, right: usize) -> Result<Value, Error> {
+    let fill = args.get(1).and_then(Value::as_str).unwrap_or(" ");
+    if fill.chars().count() != 1 {
+        return Err(Error::new(ErrorKind::InvalidOperation, "the fill character must be exactly one character long"));
+    }
+    Ok([&fill.repeat(left), text, &fill.repeat(right)].concat().into())
 }
 
 /// Letters behind anything but a letter are capital, all others small.
