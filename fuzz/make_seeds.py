@@ -70,7 +70,7 @@ def gguf_seeds():
     yield "all_arrays", gguf(3, {**arrays, "nested": nested}, [("a", [1], 0, bytes(4))])
     types = [("f16", [2], 1, bytes(4)), ("bf16", [2], 30, bytes(4)), ("q4_0", [32], 2, bytes(18)), ("q4_1", [32], 3, bytes(20)), ("q8_0", [32, 2], 8, bytes(68))]  # fmt: skip
     yield "all_types", gguf(3, {"general.alignment": (U32, 64)}, types, alignment=64)
-    yield "other_type", gguf(3, {}, [("q6_k", [256], 14, bytes(210))])
+    yield "other_type", gguf(3, {}, [("iq2_xxs", [256], 16, bytes(66))])
 
 
 def vocabulary():
