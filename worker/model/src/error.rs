@@ -55,12 +55,14 @@ pub enum ModelError {
         reason: String,
     },
     /// The model's family has no row in the table.
-    #[error("model family `{found}` is not supported; supported families: {supported}")]
+    #[error("model family `{found}` is not supported; supported families: {supported}{nearest}")]
     UnknownFamily {
         /// `model_type` or `general.architecture` as found.
         found: String,
         /// Supported names.
         supported: String,
+        /// Which of them the tensors are like, and what does not match; empty where no tensors were seen.
+        nearest: String,
     },
     /// The family is known, but this variant is not implemented.
     #[error("{what} is not supported: {remedy}")]

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use forge_kernels::Backend;
 use forge_net::Collective;
 
-use crate::arch::{Architecture, Overrides, families};
+use crate::arch::{Architecture, Family, Overrides, detect, families};
 use crate::checkpoint::{Checkpoint, Format, LoadMode, RawConfig};
 use crate::decoder::Decoder;
 use crate::decoder::layout::Layout;
 use crate::decoder::options::{DecoderOptions, Shard};
-use crate::error::Result;
+use crate::error::{ModelError, Result};
 use crate::generation::GenerationDefaults;
 use crate::gguf::GgufTokenizerData;
 use crate::memory::{self, ModelMemory, Quantization};
@@ -95,14 +95,15 @@ impl Model {
     /// As [`Model::open_with`].
     pub fn from_checkpoint_with(checkpoint: Checkpoint, overrides: &Overrides) -> Result<Model> {
         let named = overrides.architecture.as_deref().map(families::named).transpose()?;
+        let found = |family: Result<&'static Family>| family.map_err(|error| with_nearest(error, &checkpoint));
         let (architecture, generation) = match checkpoint.config() {
             RawConfig::Gguf(metadata) => {
-                let family = named.map_or_else(|| families::of_gguf(metadata), Ok)?;
+                let family = named.map_or_else(|| found(families::of_gguf(metadata)), Ok)?;
                 let architecture = overrides.apply(crate::arch::gguf::from_gguf_as(family, metadata, checkpoint.tensors())?)?;
                 (architecture, GenerationDefaults::default())
             }
             RawConfig::HuggingFace { config, generation } => {
-                let family = named.map_or_else(|| families::by_model_type(config), Ok)?;
+                let family = named.map_or_else(|| found(families::by_model_type(config)), Ok)?;
                 let architecture = overrides.apply(crate::arch::hf::from_config_json_as(family, config)?)?;
                 let generation = GenerationDefaults::from_json(generation.as_ref())?;
                 (architecture, generation)
@@ -189,5 +190,17 @@ impl Model {
     pub fn decoder<B: Backend>(&self, backend: Arc<B>, options: &DecoderOptions) -> Result<Decoder<B>> {
         let collective: Arc<dyn Collective<B>> = Arc::new(forge_net::Solo { epoch: options.epoch });
         Decoder::new(self, backend, options, collective)
+    }
+}
+
+/// An unknown family with what its tensors are like, and how to have it read as that.
+fn with_nearest(error: ModelError, checkpoint: &Checkpoint) -> ModelError {
+    match error {
+        ModelError::UnknownFamily { found, supported, .. } => {
+            let like = detect::nearest(checkpoint.tensors());
+            let nearest = format!(". Nearest: {like}. `--arch NAME` reads it as a model of that family, if all tensors fit");
+            ModelError::UnknownFamily { found, supported, nearest }
+        }
+        other => other,
     }
 }

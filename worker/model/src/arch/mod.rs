@@ -7,6 +7,7 @@
 //!
 //! Invariant: two checkpoints with equal `Architecture` and equal weights have equal logits.
 
+pub mod detect;
 pub mod families;
 pub mod gguf;
 pub mod hf;
@@ -16,6 +17,7 @@ mod validate;
 
 use forge_kernels::{ActivationKind, NormKind, RopeStyle};
 
+pub use detect::{Guess, detect};
 pub use families::Family;
 pub use overrides::{Overrides, RopeScalingOverride};
 pub use rope::{LongRopeSide, RopeScaling};

@@ -232,7 +232,7 @@ pub fn of_gguf(metadata: &Metadata) -> Result<&'static Family> {
 
 fn unknown(found: &str) -> ModelError {
     let supported = FAMILIES.iter().map(|family| family.name).collect::<Vec<_>>().join(", ");
-    ModelError::UnknownFamily { found: found.to_owned(), supported }
+    ModelError::UnknownFamily { found: found.to_owned(), supported, nearest: String::new() }
 }
 
 #[cfg(test)]
