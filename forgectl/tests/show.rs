@@ -67,7 +67,7 @@ fn overrides_a_model_cannot_take_are_refused_by_name() {
         (["--rope-scaling", "type=magic,factor=2"], 2, "spec.ropeScaling"),
         (["--rope-scaling", "factor=2"], 2, "type is missing"),
         (["--arch", "abacus"], 1, "abacus"),
-        (["--arch", "gpt2"], 1, "n_embd"),
+        (["--arch", "gpt2"], 1, "lacks transformer.wte.weight"),
         (["--sliding-window", "x"], 2, "--sliding-window"),
     ] {
         for command_name in ["show", "serve"] {
