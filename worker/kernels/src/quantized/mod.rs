@@ -69,8 +69,11 @@ const TOKEN_BLOCK_BYTES: usize = 256 << 10;
 /// Most tokens that share one unpacking.
 const TOKEN_BLOCK: usize = 64;
 
-/// Parts that are unpacked together: the largest block.
+/// Room for the parts of the largest block.
 const CHUNK: usize = 8;
+
+/// Parts of smaller blocks that are unpacked together: few, so that multiplying them hides the next ones' loads.
+const SMALL_BLOCKS: usize = 4;
 
 /// 16 rows, of which lanes `first_lane..end_lane` are the task's.
 struct RowTile {
@@ -173,12 +176,16 @@ unsafe fn sum_tile<L: IntegerLanes, F: Format>(
         for (&leaf_end, &merges) in leaf_ends.iter().zip(merges) {
             sums.begin_leaf(count);
             while block < leaf_end {
-                let blocks = (CHUNK / F::PARTS).min(leaf_end - block);
-                prefetch_next_rows::<F>(weights, stride, block..block + blocks, row_parts);
+                let blocks = (SMALL_BLOCKS / F::PARTS).max(1).min(leaf_end - block);
+                // Half before and half after unpacking: too many at once make it wait.
+                let (start, end) = (block * F::BYTES, (block + blocks) * F::BYTES);
+                let (next_rows, middle) = (NextRows { weights, stride, row_bytes: row_parts / F::PARTS * F::BYTES }, (start + end) / 2);
+                next_rows.prefetch(start..middle);
                 for index in 0..blocks {
                     let parts = &mut parts[index * F::PARTS..(index + 1) * F::PARTS];
                     F::unpack::<L::Words>(weights.add((block + index) * F::BYTES), stride, parts);
                 }
+                next_rows.prefetch(middle..end);
                 let at = tokens.start * row_parts + block * F::PARTS;
                 let tokens = TokenBlocks {
                     values: task.activations.values.add(at * PART),
@@ -238,22 +245,32 @@ unsafe fn multiply_tokens<W: Words, F: Format>(parts: &[Part], tokens: TokenBloc
     }
 }
 
-/// Asks for the part of the next 16 rows that lies as far on as these blocks.
-#[inline(always)]
-fn prefetch_next_rows<F: Format>(weights: *const u8, stride: usize, blocks: Range<usize>, row_parts: usize) {
-    #[cfg(target_arch = "x86_64")]
-    if stride * F::PARTS == row_parts * F::BYTES {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let start = weights.wrapping_add(LANES * (stride + blocks.start * F::BYTES));
-        let mut line = 0;
-        while line < LANES * blocks.len() * F::BYTES {
-            // SAFETY: a prefetch may name any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
-            line += 64;
+/// The 16 rows after those being multiplied.
+struct NextRows {
+    weights: *const u8,
+    stride: usize,
+    row_bytes: usize,
+}
+
+impl NextRows {
+    /// Asks for as large a part of them as `bytes` is of one row. They lie side by side, so it need not be the same
+    /// bytes of each.
+    #[inline(always)]
+    fn prefetch(&self, bytes: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        if self.stride == self.row_bytes {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let start = self.weights.wrapping_add(LANES * (self.stride + bytes.start));
+            let mut line = 0;
+            while line < LANES * bytes.len() {
+                // SAFETY: a prefetch may name any address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
+                line += 64;
+            }
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (self, bytes);
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (weights, stride, blocks, row_parts);
 }
 
 /// Adds the bias and stores the tile's own lanes.
