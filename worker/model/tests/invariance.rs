@@ -136,3 +136,29 @@ fn an_older_epoch_is_refused_and_a_newer_one_raises_the_fence() {
     step(5).unwrap();
     assert!(matches!(step(4), Err(forge_model::ModelError::StaleEpoch { .. })));
 }
+
+#[test]
+fn what_changes_bits_changes_the_numerics_id() {
+    use forge_model::Overrides;
+    let id = |overrides: &Overrides, options: &DecoderOptions| {
+        let model = Model::open_with(fixture("llama"), LoadMode::Mmap, overrides).unwrap();
+        decoder_of(&model, 1, options).info().numerics_id.clone()
+    };
+    let scaled = |text: &str| Overrides { rope_scaling: Some(text.parse().unwrap()), ..Overrides::default() };
+    let short = DecoderOptions { max_model_len: 32, ..options() };
+    let dynamic = scaled("type=dynamic,factor=2,original=16");
+    let ids = [
+        id(&Overrides::default(), &options()),
+        id(&Overrides::default(), &DecoderOptions { kv_dtype: KvDType::Int8, ..options() }),
+        id(&Overrides { sliding_window: Some(5), ..Overrides::default() }, &options()),
+        id(&scaled("type=linear,factor=2"), &options()),
+        id(&scaled("type=linear,factor=3"), &options()),
+        id(&dynamic, &short),
+        id(&dynamic, &DecoderOptions { max_model_len: 24, ..options() }),
+    ];
+    for (index, id) in ids.iter().enumerate() {
+        assert!(!ids[..index].contains(id), "{id} is there twice");
+    }
+    // Without such a scaling, the length that a decoder is built for changes nothing.
+    assert_eq!(ids[0], id(&Overrides::default(), &short));
+}
