@@ -101,7 +101,7 @@ def gguf_tokenizer_seeds():
             "tokenizer.ggml.eos_token_id": (U32, 2),
             "tokenizer.ggml.unknown_token_id": (U32, 0),
         }
-        return gguf(3, entries | {f"tokenizer.ggml.{key}": value for key, value in more.items()}, [])
+        return gguf(3, entries | {f"tokenizer.ggml.{key}": value for key, value in more.items()}, [("a", [1], 0, bytes(4))])
 
     yield "llama", file("llama", add_space_prefix=(BOOL, False), add_bos_token=(BOOL, True))
     yield "t5", file("t5", remove_extra_whitespaces=(BOOL, True), precompiled_charsmap=array(U8, charsmap()))

@@ -167,6 +167,21 @@ fn tokens_behind_the_model_come_from_the_small_files() {
     assert!(huge.contains("highest id"), "{huge}");
 }
 
+/// The way of old conversions: ids in one file, what is special in another.
+#[test]
+fn added_tokens_json_and_the_map_of_special_tokens_work_together() {
+    let files = HuggingFaceFiles {
+        added_tokens_json: Some(br#"{"<|end|>": 601, "<plain>": 600}"#.to_vec()),
+        special_tokens_map: Some(br#"{"additional_special_tokens": ["<|end|>"], "eos_token": {"content": "</s>"}}"#.to_vec()),
+        ..HuggingFaceFiles::read(&fixture_path("spm_bpe")).unwrap()
+    };
+    let tokenizer = Tokenizer::from_hugging_face(&files).unwrap();
+    assert_eq!(tokenizer.encode("<|end|><plain>", false).unwrap(), [601, 600]);
+    assert_eq!(tokenizer.encode_with_special_parsing("<plain>", false).unwrap(), [600]);
+    assert!(tokenizer.is_special(601) && !tokenizer.is_special(600));
+    assert_eq!(tokenizer.eos_ids(), [2]);
+}
+
 /// Special tokens of Phi-3 take the spaces behind them; GGUF does not say so, its name does.
 #[test]
 fn special_tokens_of_phi_3_take_the_spaces_behind_them() {

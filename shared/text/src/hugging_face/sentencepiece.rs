@@ -115,12 +115,11 @@ fn special_tokens(
 
 /// Tokens that the files name as BOS, EOS and so on are special ones, whatever else they are.
 fn mark_named(side: &SideFiles, model: &SentencePieceModel, tokens: &mut BTreeMap<u32, SpecialToken>) {
-    let names = side.special_token_texts();
-    for text in names.values() {
-        let found = tokens.values().find(|token| token.text == *text).map(|token| token.id);
-        let own = || model.pieces.iter().position(|piece| piece.text == *text).map(|id| id as u32);
+    for text in side.all_special_texts() {
+        let found = tokens.values().find(|token| token.text == text).map(|token| token.id);
+        let own = || model.pieces.iter().position(|piece| piece.text == text).map(|id| id as u32);
         if let Some(id) = found.or_else(own) {
-            let token = SpecialToken { id, text: text.clone(), special: true, strip_left: false, strip_right: false };
+            let token = SpecialToken { id, text, special: true, strip_left: false, strip_right: false };
             tokens.entry(id).or_insert(token).special = true;
         }
     }

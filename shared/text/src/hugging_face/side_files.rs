@@ -1,6 +1,6 @@
 //! The small files beside a tokenizer: which tokens are special, and what is put around a text.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
@@ -15,9 +15,9 @@ const SPECIAL_NAMES: &[&str] = &["bos_token", "eos_token", "unk_token", "sep_tok
 #[derive(Debug, Default)]
 pub(crate) struct SideFiles {
     pub(crate) tokenizer_config: Map<String, Value>,
-    pub(super) special_tokens_map: Map<String, Value>,
+    special_tokens_map: Map<String, Value>,
     generation_config: Map<String, Value>,
-    pub(super) config: Map<String, Value>,
+    config: Map<String, Value>,
 }
 
 impl SideFiles {
@@ -50,6 +50,13 @@ impl SideFiles {
                 Some(((*name).to_string(), text.to_string()))
             })
             .collect()
+    }
+
+    /// The texts of all tokens that the files name as special ones, `additional_special_tokens` too.
+    pub(super) fn all_special_texts(&self) -> BTreeSet<String> {
+        let files = [&self.tokenizer_config, &self.special_tokens_map];
+        let more = files.into_iter().filter_map(|file| file.get("additional_special_tokens")?.as_array()).flatten().filter_map(token_text);
+        more.map(str::to_owned).chain(self.special_token_texts().into_values()).collect()
     }
 
     /// The id or ids of a field that holds an id, a list of ids or null.

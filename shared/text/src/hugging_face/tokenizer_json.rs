@@ -166,7 +166,7 @@ fn add_side_tokens(side: &SideFiles, library: &mut tokenizers::Tokenizer) -> Res
         }
         tokens.push(added);
     }
-    for content in side.special_token_texts().into_values() {
+    for content in side.all_special_texts() {
         let known = library.token_to_id(&content).is_some();
         if known && !present.contains(&content) {
             tokens.push(AddedToken::from(content, true).normalized(false));
