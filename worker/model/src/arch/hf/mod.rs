@@ -205,4 +205,6 @@ impl Config<'_> {
 }
 
 #[cfg(test)]
+mod row_tests;
+#[cfg(test)]
 mod tests;
