@@ -261,4 +261,14 @@ mod tests {
             assert!(!family.hf.prefixes.is_empty() && !family.blocks.is_empty(), "{}", family.name);
         }
     }
+
+    #[test]
+    fn the_manual_lists_every_row() {
+        let manual = include_str!("../../../../../docs/models.md");
+        for family in FAMILIES {
+            for name in family.model_types.iter().chain(family.gguf_architectures) {
+                assert!(manual.contains(&format!("`{name}`")), "docs/models.md lacks `{name}` of family {}", family.name);
+            }
+        }
+    }
 }
