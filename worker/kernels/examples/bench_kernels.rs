@@ -172,14 +172,26 @@ fn bench_model(backend: &CpuBackend, bandwidth: f64) -> Result<(), KernelError> 
     Ok(())
 }
 
-/// Attention of all 30 layers of the default model: a prefill of 512 tokens and one token after 1024.
+/// Attention of all 30 layers of the default model: a prefill of 512 tokens, and one token after 1023 and after 16383.
 fn bench_attention(backend: &CpuBackend) -> Result<(), KernelError> {
-    let shape = KvShape { layers: 1, kv_heads: 3, head_dim: 64, value_dim: 64, block_size: 16, blocks: 64, dtype: KvDType::F16 };
-    let mut pool = backend.kv_pool(shape)?;
-    let slots: Vec<u32> = (0..1024).collect();
-    let kv = filled(backend, 1024, 192)?;
+    for dtype in [KvDType::F16, KvDType::BF16, KvDType::Int8] {
+        for (name, rows, positions) in
+            [("prefill of 512", 512, 512), ("one token after 1023", 1, 1024), ("one token after 16383", 1, 16384)]
+        {
+            let seconds = time_attention(backend, dtype, rows, positions)?;
+            println!("attention, {dtype}, {name}: {:.3} ms for 30 layers", 30.0 * seconds * 1e3);
+        }
+    }
+    Ok(())
+}
+
+/// Shortest time of one layer's attention of the last `rows` of `positions`.
+fn time_attention(backend: &CpuBackend, dtype: KvDType, rows: usize, positions: usize) -> Result<f64, KernelError> {
+    let blocks = positions / 16;
+    let mut pool = backend.kv_pool(KvShape { layers: 1, kv_heads: 3, head_dim: 64, value_dim: 64, block_size: 16, blocks, dtype })?;
+    let slots: Vec<u32> = (0..positions as u32).collect();
+    let kv = filled(backend, positions, 192)?;
     backend.kv_write(&mut pool, 0, &kv, &kv, &slots)?;
-    let block_tables: Vec<u32> = (0..64).collect();
     let params = AttentionParams {
         heads: 9,
         kv_heads: 3,
@@ -191,13 +203,16 @@ fn bench_attention(backend: &CpuBackend) -> Result<(), KernelError> {
         alibi: None,
         sinks: None,
     };
-    for (name, rows, first_position) in [("prefill of 512", 512, 0), ("one token after 1023", 1, 1023)] {
-        let q = filled(backend, rows, 576)?;
-        let mut out = backend.buffer(rows, 576)?;
-        let sequence = SequenceSlice { row_start: 0, row_count: rows as u32, first_position, table_start: 0, table_len: 64 };
-        let batch = AttentionBatch { sequences: &[sequence], block_tables: &block_tables, block_size: 16 };
-        let seconds = time(|| backend.attention(&q, &pool, 0, batch, params, &mut out))?;
-        println!("attention, {name}: {:.3} ms for 30 layers", 30.0 * seconds * 1e3);
-    }
-    Ok(())
+    let q = filled(backend, rows, 576)?;
+    let mut out = backend.buffer(rows, 576)?;
+    let sequence = SequenceSlice {
+        row_start: 0,
+        row_count: rows as u32,
+        first_position: (positions - rows) as u32,
+        table_start: 0,
+        table_len: blocks as u32,
+    };
+    let block_tables: Vec<u32> = (0..blocks as u32).collect();
+    let batch = AttentionBatch { sequences: &[sequence], block_tables: &block_tables, block_size: 16 };
+    time(|| backend.attention(&q, &pool, 0, batch, params, &mut out))
 }

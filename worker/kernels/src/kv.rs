@@ -5,8 +5,8 @@
 //! Scales of bytes ([`KvDType::Int8`]) lie in arrays of their own, one for keys and one for values,
 //! `[layer][block][kv_head][block_size]`: they belong to a token and a head, never to a block (P2).
 //!
-//! Invariant: what is read back is what was written, rounded once to the pool's type. For bytes: with a the greatest
-//! magnitude of a head's row, the scale is a/127 rounded up to bfloat16, so that nothing is cut off and every a that is
+//! Invariant: what is read back is what was written, rounded once to the pool's type. For bytes: the head's row is
+//! rotated ([`crate::hadamard`]); with a the greatest magnitude of the result, the scale is a/127 rounded up to bfloat16, so that nothing is cut off and every a that is
 //! not subnormal is in range, and a byte is round(x / scale), ties to even. A row with an infinity or a NaN has the scale
 //! NaN: what is not a number stays one.
 
@@ -15,6 +15,7 @@ use half::{bf16, f16};
 use crate::backend::KvShape;
 use crate::dtype::KvDType;
 use crate::error::{KernelError, Result};
+use crate::hadamard::rotate;
 use crate::lanes::{LANES, Lanes, Rounded, kernel};
 use crate::memory::AlignedBuffer;
 use crate::path::CpuPath;
@@ -196,17 +197,30 @@ unsafe fn to_bytes<L: Lanes>(x: *const f32, count: usize, scale: bf16) -> [i8; L
     bytes
 }
 
+/// Copies a row to `to`, rotated; returns where it is.
+///
+/// # Safety
+/// `from` is readable for as many values as `to` has.
+#[inline(always)]
+unsafe fn rotated_row(from: *const f32, to: &mut [f32]) -> *const f32 {
+    // SAFETY: the caller's contract.
+    to.copy_from_slice(unsafe { std::slice::from_raw_parts(from, to.len()) });
+    rotate(to);
+    to.as_ptr()
+}
+
 /// # Safety
 /// The task's pointers hold what its numbers say; nobody else touches this head of the layer.
 #[inline(always)]
 unsafe fn write_bytes_body<L: Lanes>(task: KvWriteTask<'_>) {
     let KvShape { head_dim, value_dim, block_size, .. } = task.shape;
+    let mut rotated = vec![0.0_f32; head_dim.max(value_dim)];
     for (row, &slot) in task.slots.iter().enumerate() {
         let (start, offset) = task.place(slot);
         // SAFETY: the slot lies within the pool, dim + count within the head.
         unsafe {
             let keys = task.keys.cast::<i8>().add(start * head_dim + offset);
-            let new = task.new_row(task.new_keys, row, head_dim);
+            let new = rotated_row(task.new_row(task.new_keys, row, head_dim), &mut rotated[..head_dim]);
             let scale = byte_scale::<L>(new, head_dim);
             *task.key_scales.add(start + offset) = scale.to_bits();
             for dim in (0..head_dim).step_by(LANES) {
@@ -216,7 +230,7 @@ unsafe fn write_bytes_body<L: Lanes>(task: KvWriteTask<'_>) {
                 }
             }
             let values = task.values.cast::<i8>().add((start + offset) * value_dim);
-            let new = task.new_row(task.new_values, row, value_dim);
+            let new = rotated_row(task.new_row(task.new_values, row, value_dim), &mut rotated[..value_dim]);
             let scale = byte_scale::<L>(new, value_dim);
             *task.value_scales.add(start + offset) = scale.to_bits();
             for dim in (0..value_dim).step_by(LANES) {

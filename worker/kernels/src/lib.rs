@@ -21,6 +21,7 @@ mod dequantize;
 mod elementwise;
 mod exp;
 mod experts;
+mod hadamard;
 mod kv;
 mod lanes;
 mod linear;

@@ -20,6 +20,7 @@ use values::{scale_weights, weigh_chunk};
 
 use crate::dtype::KvDType;
 use crate::exp::exp;
+use crate::hadamard::{rotate, rotates};
 use crate::lanes::{Element, LANES, Lanes, kernel};
 use crate::path::CpuPath;
 
@@ -41,7 +42,9 @@ pub(crate) struct AttentionTask<'a> {
     /// Their bfloat16 scales, where the type has them.
     pub(crate) key_scales: *const u16,
     pub(crate) value_scales: *const u16,
-    /// Slots from the head in one block to the same head in the next.
+    /// From one block to the next: elements of keys, elements of values, scales.
+    pub(crate) key_stride: usize,
+    pub(crate) value_stride: usize,
     pub(crate) block_slots: usize,
     /// The sequence's blocks, each within the pool and enough for the last row's position.
     pub(crate) block_table: &'a [u32],
@@ -85,7 +88,8 @@ impl AttentionTask<'_> {
     /// Elements of f32 scratch that the task needs.
     pub(crate) fn scratch_elements(&self) -> usize {
         let queries = self.queries();
-        queries * (CHUNK + 2 * self.value_dim + 4) + KEY_VECTORS * LANES * (self.head_dim + 1)
+        let rotated = if self.dtype.scale_bytes() > 0 { queries * self.head_dim } else { 0 };
+        queries * (CHUNK + 2 * self.value_dim + 4) + KEY_VECTORS * LANES * (self.head_dim + 1) + rotated
     }
 }
 
@@ -111,6 +115,8 @@ struct Scratch<E> {
     keys: *mut E,
     /// `[KEY_VECTORS · 16]`: their scales.
     scales: *mut u16,
+    /// `[queries][head_dim]`: the queries, rotated as keys of bytes are.
+    queries: *mut f32,
 }
 
 impl<E> Scratch<E> {
@@ -126,7 +132,8 @@ impl<E> Scratch<E> {
             let softmax = total.add(queries * task.value_dim);
             let scales = softmax.add(4 * queries);
             let keys = scales.add(KEY_VECTORS * LANES);
-            Scratch { scores: base, chunk, total, softmax: softmax.cast(), keys: keys.cast(), scales: scales.cast() }
+            let queries = keys.add(KEY_VECTORS * LANES * task.head_dim);
+            Scratch { scores: base, chunk, total, softmax: softmax.cast(), keys: keys.cast(), scales: scales.cast(), queries }
         }
     }
 }
@@ -142,6 +149,13 @@ unsafe fn attention_body<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch
     // SAFETY: chunks lie within first..end; the rest is the caller's contract.
     unsafe {
         let scratch = Scratch::<E>::new(task, scratch);
+        let rotated;
+        let task = if E::SCALED && rotates(task.head_dim) {
+            rotated = rotate_queries(task, scratch.queries);
+            &rotated
+        } else {
+            task
+        };
         for query in 0..queries {
             *scratch.softmax.add(query) = Softmax { max: f32::NEG_INFINITY, sum: 0.0, chunk_max: 0.0, chunk_sum: 0.0 };
         }
@@ -186,8 +200,29 @@ unsafe fn attention_body<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch
                 total.div(sum).store_partial(out.add(dim), count);
                 dim += count;
             }
+            if E::SCALED {
+                rotate(std::slice::from_raw_parts_mut(out, task.value_dim));
+            }
         }
     }
+}
+
+/// Copies the task's queries to `to`, rotated as its keys are; returns the task that reads them there.
+///
+/// # Safety
+/// As [`attention_body`]; `to` holds queries · head_dim values.
+#[inline(always)]
+unsafe fn rotate_queries<'a>(task: &AttentionTask<'a>, to: *mut f32) -> AttentionTask<'a> {
+    let width = task.group * task.head_dim;
+    for row in 0..task.rows {
+        // SAFETY: the row's queries exist in both.
+        unsafe {
+            let queries = std::slice::from_raw_parts_mut(to.add(row * width), width);
+            queries.copy_from_slice(std::slice::from_raw_parts(task.q.add(row * task.q_width), width));
+            queries.chunks_exact_mut(task.head_dim).for_each(rotate);
+        }
+    }
+    AttentionTask { q: to, q_width: width, ..task.clone() }
 }
 
 /// The part of a query's keys that lies in a chunk.

@@ -47,9 +47,11 @@ unsafe fn score_vectors<L: Lanes, E: Element, const K: usize>(task: &AttentionTa
         if task.block_size.is_multiple_of(LANES) {
             for vector in 0..K {
                 let at = position + vector * LANES;
-                let slots = *task.block_table.get_unchecked(at / task.block_size) as usize * task.block_slots;
-                keys[vector] = task.keys.cast::<E>().add(slots * task.head_dim + at % task.block_size);
-                scales[vector] = task.key_scales.wrapping_add(slots + at % task.block_size);
+                let block = *task.block_table.get_unchecked(at / task.block_size) as usize;
+                keys[vector] = task.keys.cast::<E>().add(block * task.key_stride + at % task.block_size);
+                if E::SCALED {
+                    scales[vector] = task.key_scales.add(block * task.block_slots + at % task.block_size);
+                }
             }
         } else {
             stride = K * LANES;
@@ -95,13 +97,13 @@ unsafe fn gather_keys<E: Element>(task: &AttentionTask<'_>, scratch: &Scratch<E>
         // SAFETY: blocks of positions below `end` are in the table.
         unsafe {
             if at < end {
-                let slots = task.block_table[at / task.block_size] as usize * task.block_slots;
-                let from = task.keys.cast::<E>().add(slots * task.head_dim + at % task.block_size);
+                let block = task.block_table[at / task.block_size] as usize;
+                let from = task.keys.cast::<E>().add(block * task.key_stride + at % task.block_size);
                 for dim in 0..task.head_dim {
                     *to.add(dim * width + lane) = *from.add(dim * task.block_size);
                 }
                 if E::SCALED {
-                    *scratch.scales.add(lane) = *task.key_scales.add(slots + at % task.block_size);
+                    *scratch.scales.add(lane) = *task.key_scales.add(block * task.block_slots + at % task.block_size);
                 }
             } else {
                 for dim in 0..task.head_dim {

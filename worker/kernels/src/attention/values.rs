@@ -58,25 +58,39 @@ pub(super) unsafe fn weigh_chunk<L: Lanes, E: Element>(task: &AttentionTask<'_>,
 /// As [`super::attend`].
 #[inline(always)]
 pub(super) unsafe fn scale_weights<L: Lanes>(task: &AttentionTask<'_>, scores: *mut f32, keys: (usize, usize)) {
-    let mut scales = [0_u16; LANES];
     for first in (keys.0 / LANES * LANES..keys.1).step_by(LANES) {
         // SAFETY: positions below keys.1 have blocks in the table; vectors lie within the chunk.
         unsafe {
-            for (lane, scale) in scales.iter_mut().enumerate() {
-                let position = first + lane;
-                *scale = 0;
-                if position >= keys.0 && position < keys.1 {
-                    let slots = *task.block_table.get_unchecked(position / task.block_size) as usize * task.block_slots;
-                    *scale = *task.value_scales.add(slots + position % task.block_size);
-                }
-            }
-            let scales = L::load_bf16(scales.as_ptr());
+            let scales = value_scales::<L>(task, first, keys);
             for query in 0..task.queries() {
-                // Of other queries' keys this leaves anything; they are not read.
+                // Keys that a query does not see are left with anything; their weights are not read.
                 let weights = scores.add(query * CHUNK + first % CHUNK);
                 L::load(weights).mul(scales).store(weights);
             }
         }
+    }
+}
+
+/// The scales of sixteen values from `first`, a multiple of 16; anything for positions outside `keys`.
+///
+/// # Safety
+/// As [`super::attend`]; first < keys.1.
+#[inline(always)]
+unsafe fn value_scales<L: Lanes>(task: &AttentionTask<'_>, first: usize, keys: (usize, usize)) -> L {
+    // SAFETY: positions below keys.1 have blocks in the table.
+    unsafe {
+        let at = |position: usize| {
+            let block = *task.block_table.get_unchecked(position / task.block_size) as usize;
+            task.value_scales.add(block * task.block_slots + position % task.block_size)
+        };
+        if task.block_size.is_multiple_of(LANES) {
+            return L::load_bf16(at(first));
+        }
+        let mut scales = [0_u16; LANES];
+        for position in first.max(keys.0)..keys.1.min(first + LANES) {
+            scales[position - first] = *at(position);
+        }
+        L::load_bf16(scales.as_ptr())
     }
 }
 
@@ -139,10 +153,10 @@ unsafe fn weigh_tile<L: Lanes, E: Element, const Q: usize, const V: usize>(
         }
         let mut position = keys.0;
         while position < keys.1 {
-            let slots = *task.block_table.get_unchecked(position / task.block_size) as usize * task.block_slots;
+            let block = *task.block_table.get_unchecked(position / task.block_size) as usize;
             let offset = position % task.block_size;
             let count = (task.block_size - offset).min(keys.1 - position);
-            let mut row = task.values.cast::<E>().add((slots + offset) * task.value_dim + dim);
+            let mut row = task.values.cast::<E>().add(block * task.value_stride + offset * task.value_dim + dim);
             for at in position..position + count {
                 let mut value = [L::splat(0.0); V];
                 for v in 0..V {
@@ -178,8 +192,8 @@ unsafe fn weigh_rest<L: Lanes, E: Element>(task: &AttentionTask<'_>, scratch: &S
         let chunk = scratch.chunk.add(query * task.value_dim + dim);
         let mut sum = L::load_partial(chunk, count);
         for position in keys.0..keys.1 {
-            let slots = task.block_table[position / task.block_size] as usize * task.block_slots;
-            let offset = (slots + position % task.block_size) * task.value_dim + dim;
+            let block = task.block_table[position / task.block_size] as usize;
+            let offset = block * task.value_stride + position % task.block_size * task.value_dim + dim;
             let value = E::load_partial::<L>(task.values.cast::<E>().add(offset), count);
             sum = L::splat(*scratch.scores.add(query * CHUNK + position % CHUNK)).mul_add(value, sum);
         }

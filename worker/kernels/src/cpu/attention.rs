@@ -54,6 +54,8 @@ pub(super) fn attention(backend: &CpuBackend, operands: AttentionOperands<'_>, o
             values: pool.values[at.values..].as_ptr(),
             key_scales: pool.key_scales[at.scales..].as_ptr(),
             value_scales: pool.value_scales[at.scales..].as_ptr(),
+            key_stride: shape.kv_heads * shape.block_size * shape.head_dim,
+            value_stride: shape.kv_heads * shape.block_size * shape.value_dim,
             block_slots: shape.kv_heads * shape.block_size,
             block_table: &batch.block_tables[table_start..table_start + sequence.table_len as usize],
             block_size: shape.block_size,

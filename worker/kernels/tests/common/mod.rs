@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod attention;
+
 use std::sync::Arc;
 
 use forge_kernels::{Backend, CpuBackend, CpuBuffer, CpuOptions, CpuPath, CpuWeight, DType, MatrixSource, Product, Segments};
