@@ -175,7 +175,7 @@ fn rotated(row: &[f64]) -> Vec<f64> {
     if !row.len().is_power_of_two() {
         return row.to_vec();
     }
-    let sign = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
     let norm = (row.len() as f64).sqrt();
     (0..row.len()).map(|i| row.iter().enumerate().map(|(j, x)| sign(i, j) * x).sum::<f64>() / norm).collect()
 }
