@@ -115,7 +115,7 @@ pub enum BenchCommand {
     /// Load time, prefill, decode and memory of a model, beside what this machine can do at most
     Model(BenchModelArgs),
     /// An OpenAI endpoint under load: latencies, throughput, goodput
-    Serve(BenchServeArgs),
+    Serve(Box<BenchServeArgs>),
 }
 
 /// `bench serve`.
