@@ -1,19 +1,15 @@
 //! Logits against transformers (float32, eager) on the tiny checkpoints of tests/fixtures/model.
 //!
 //! Dense checkpoints: 1e-4 of the largest reference value (both sides sum in f32, in different orders). Quantized
-//! ones: the reference has the file's dequantized weights, and its products' inputs rounded to 8 bits per 32 as ours
-//! are. A value on the edge between two roundings goes either way, moves its product by one part in 254 and with it
-//! what follows in its sequence; so 1e-4 is asked of most rows (most runs give 1e-7), and of all rows what 8 bits cost
-//! these random weights against unrounded inputs: 1e-1.
+//! ones: see [`Row::check_rounded_logits`].
 
 mod common;
 
+use common::rows::Row;
 use common::{Golden, alone, chunked, decoder, fixture, options, relative_difference, run, together};
 use forge_model::{LoadMode, Model};
 
 const DENSE: f32 = 1e-4;
-const ROUNDED: f32 = 1e-4;
-const UNROUNDED: f32 = 1e-1;
 
 /// Prefill, decode, ragged batch and chunks of one model against its golden logits.
 fn check(path: std::path::PathBuf, golden: &str, tolerance: f32) {
@@ -32,27 +28,6 @@ fn check(path: std::path::PathBuf, golden: &str, tolerance: f32) {
             println!("{}: {what}: sequence {sequence}: {difference:.2e}", path.display());
             assert!(difference <= tolerance, "{}: {what}: sequence {sequence}: {difference:e}", path.display());
         }
-    }
-}
-
-/// As [`check`] for a quantized file: see above for the two bounds.
-fn check_quantized(name: &str) {
-    let golden = Golden::read(&format!("gguf/{name}.golden.safetensors"));
-    let mut decoder = decoder(fixture(&format!("gguf/{name}.gguf")), &options());
-    let vocabulary = decoder.architecture().vocab_size;
-    for (what, schedule) in [("prefill", alone(&golden.tokens)), ("token by token", chunked(&golden.tokens, 1))] {
-        let logits = run(&mut decoder, &golden.tokens, &schedule);
-        let mut equal_rows = 0;
-        for ((actual, rounded), exact) in logits.iter().zip(&golden.logits).zip(&golden.exact) {
-            for (actual, rounded) in actual.chunks(vocabulary).zip(rounded.chunks(vocabulary)) {
-                equal_rows += usize::from(relative_difference(actual, rounded) <= ROUNDED);
-            }
-            let difference = relative_difference(actual, exact);
-            assert!(difference <= UNROUNDED, "{name}: {what}: {difference:e} from unrounded inputs");
-        }
-        let rows: usize = golden.tokens.iter().map(Vec::len).sum();
-        println!("{name}: {what}: {equal_rows} of {rows} rows as the rounded reference");
-        assert!(equal_rows * 2 >= rows, "{name}: {what}: only {equal_rows} of {rows} rows as the rounded reference");
     }
 }
 
@@ -123,7 +98,8 @@ fn gguf_dense() {
 #[test]
 fn gguf_quantized() {
     for name in ["llama-q8_0", "llama-q4_0", "llama-q4_1", "qwen2-q8_0", "gpt2-q4_1"] {
-        check_quantized(name);
+        let (model, golden) = (format!("gguf/{name}.gguf"), format!("gguf/{name}.golden.safetensors"));
+        Row { model, golden }.check_rounded_logits();
     }
 }
 

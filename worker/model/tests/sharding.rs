@@ -6,9 +6,9 @@ mod common;
 use std::sync::Arc;
 
 use common::build::{self, Shape};
+use common::ranks::{one_thread, run_group, run_stages};
 use common::{assert_same_bits, options, plans, run, sequences, together};
-use forge_kernels::{CpuBackend, CpuOptions};
-use forge_model::decoder::{StageInput, StageOutput};
+use forge_kernels::CpuBackend;
 use forge_model::{Decoder, DecoderOptions, LoadMode, Model, ModelError, Shard, StepModel};
 use forge_net::{Collective, GroupOptions, local};
 use forge_shared::ids::Epoch;
@@ -37,30 +37,6 @@ fn open(shape: &Shape, kind: u32) -> (tempfile::TempDir, Model) {
     (folder, Model::open(path, LoadMode::Mmap).unwrap())
 }
 
-fn one_thread() -> Arc<CpuBackend> {
-    Arc::new(CpuBackend::new(CpuOptions { threads: 1, ..CpuOptions::default() }).unwrap())
-}
-
-/// Runs the same plans on all ranks of a group, each in its thread; returns every rank's logits.
-fn run_group(model: &Model, size: usize, tokens: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
-    let ranks = local::group(GroupOptions::new(size, Epoch::default())).unwrap();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = ranks
-            .into_iter()
-            .enumerate()
-            .map(|(tp_rank, rank)| {
-                scope.spawn(move || {
-                    let shard = Shard { tp_rank, tp_size: size, layers: None };
-                    let collective: Arc<dyn Collective<CpuBackend>> = Arc::new(rank);
-                    let mut decoder = Decoder::new(model, one_thread(), &DecoderOptions { shard, ..options() }, collective).unwrap();
-                    run(&mut decoder, tokens, &together(tokens))
-                })
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
-}
-
 #[test]
 fn every_number_of_ranks_gives_the_same_bits() {
     for (index, shape) in SHAPES.iter().enumerate() {
@@ -69,7 +45,7 @@ fn every_number_of_ranks_gives_the_same_bits() {
             let tokens = sequences(21, 5, 30, shape.vocabulary);
             let expected = run(&mut model.decoder(one_thread(), &options()).unwrap(), &tokens, &together(&tokens));
             for size in [1, 2, 4, 8] {
-                for (rank, logits) in run_group(&model, size, &tokens).iter().enumerate() {
+                for (rank, logits) in run_group(&model, &options(), size, &tokens, &together(&tokens)).iter().enumerate() {
                     assert_same_bits(logits, &expected, &format!("shape {index}, kind {kind}, rank {rank} of {size}"));
                 }
             }
@@ -83,7 +59,7 @@ fn transposed_matrices_are_sharded_like_the_others() {
     let tokens = sequences(22, 5, 30, 96);
     let expected = run(&mut model.decoder(one_thread(), &options()).unwrap(), &tokens, &together(&tokens));
     for size in [2, 4] {
-        for logits in run_group(&model, size, &tokens) {
+        for logits in run_group(&model, &options(), size, &tokens, &together(&tokens)) {
             assert_same_bits(&logits, &expected, &format!("{size} ranks"));
         }
     }
@@ -95,27 +71,13 @@ fn pipeline_stages_give_the_same_bits() {
         let (_folder, model) = open(shape, build::Q4_1);
         let tokens = sequences(23, 6, 30, shape.vocabulary);
         let expected = run(&mut model.decoder(one_thread(), &options()).unwrap(), &tokens, &together(&tokens));
-        let stage = |layers| {
-            let shard = Shard { layers: Some(layers), ..Shard::default() };
-            model.decoder(one_thread(), &DecoderOptions { shard, ..options() }).unwrap()
-        };
-        let (mut first, mut second) = (stage(0..1), stage(1..2));
-        let info = first.info().clone();
-        let mut actual = vec![Vec::new(); tokens.len()];
-        let (mut hidden, mut logits) = (Vec::new(), Vec::new());
         let schedule = together(&tokens);
-        for plan in plans(&info, &tokens, &schedule) {
-            first.run_stage(&plan, StageInput::Tokens, StageOutput::Hidden(&mut hidden)).unwrap();
-            second.run_stage(&plan, StageInput::Hidden(&hidden), StageOutput::Logits(&mut logits)).unwrap();
-            let mut rest = &logits[..];
-            for &(sequence, count) in &schedule[0] {
-                let (own, others) = rest.split_at(count * info.vocab_size);
-                actual[sequence].extend_from_slice(own);
-                rest = others;
-            }
-        }
+        let actual = run_stages(&model, &options(), 1, &tokens, &schedule);
         assert_same_bits(&actual, &expected, shape.family);
-        let refused = second.step(&plans(&info, &tokens, &schedule)[0], &mut logits);
+        let shard = Shard { layers: Some(1..2), ..Shard::default() };
+        let mut second = model.decoder(one_thread(), &DecoderOptions { shard, ..options() }).unwrap();
+        let plan = plans(&second.info().clone(), &tokens, &schedule).remove(0);
+        let refused = second.step(&plan, &mut Vec::new());
         assert!(matches!(refused, Err(ModelError::Plan { field: "stage", .. })), "{refused:?}");
     }
 }

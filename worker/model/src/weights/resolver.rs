@@ -26,13 +26,20 @@ pub(super) struct Resolver<'a> {
     pub transposed: bool,
     consumed: BTreeSet<String>,
     missing: Vec<String>,
+    /// Names of the checkpoint without layer and expert numbers.
+    kinds: BTreeSet<String>,
+}
+
+fn without_numbers(name: &str) -> String {
+    name.replace(|letter: char| letter.is_ascii_digit(), "")
 }
 
 impl<'a> Resolver<'a> {
     pub fn new(family: &'static Family, checkpoint: &'a Checkpoint) -> Self {
         let naming = family.naming(checkpoint.format(), |name| checkpoint.tensors().contains_key(name));
         let Naming { names, prefix, transposed } = naming;
-        Resolver { checkpoint, names, prefix, transposed, consumed: BTreeSet::new(), missing: Vec::new() }
+        let kinds = checkpoint.tensors().keys().map(|name| without_numbers(name)).collect();
+        Resolver { checkpoint, names, prefix, transposed, consumed: BTreeSet::new(), missing: Vec::new(), kinds }
     }
 
     /// Whether there is a tensor of this whole name.
@@ -45,7 +52,8 @@ impl<'a> Resolver<'a> {
         self.has_tensor(&format!("{base}.weight"))
     }
 
-    /// The first of some base names that the checkpoint has; the first of all where it has none, for the error.
+    /// The first of some base names that the checkpoint has. Where it has none, the error is to speak of the name that other
+    /// layers have, else of the first.
     pub fn pick(&self, prefix: &str, names: Names) -> String {
         self.first(prefix, names, |name| self.has(name))
     }
@@ -57,7 +65,14 @@ impl<'a> Resolver<'a> {
 
     fn first(&self, prefix: &str, names: Names, found: impl Fn(&str) -> bool) -> String {
         let all = || names.iter().map(|name| format!("{prefix}{name}"));
-        all().find(|name| found(name)).or_else(|| all().next()).unwrap_or_else(|| prefix.to_owned())
+        let fallback = || all().find(|name| self.has_like(name)).or_else(|| all().next());
+        all().find(|name| found(name)).or_else(fallback).unwrap_or_else(|| prefix.to_owned())
+    }
+
+    /// Whether there is a tensor of this name but for layer and expert numbers.
+    fn has_like(&self, base: &str) -> bool {
+        let base = without_numbers(base);
+        self.kinds.contains(&format!("{base}.weight")) || self.kinds.contains(&base)
     }
 
     /// The entry with its shape checked; a missing one is noted and stands in as f32 of the right shape.

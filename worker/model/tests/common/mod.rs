@@ -4,6 +4,8 @@
 #![allow(dead_code)] // each test binary uses a part
 
 pub mod build;
+pub mod ranks;
+pub mod rows;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,6 +25,8 @@ pub struct Golden {
     pub logits: Vec<Vec<f32>>,
     /// For quantized files: without rounding the inputs of products.
     pub exact: Vec<Vec<f32>>,
+    /// The longest sequence the reference was fixed for, where the file says it.
+    pub max_model_len: Option<usize>,
 }
 
 impl Golden {
@@ -33,7 +37,10 @@ impl Golden {
             let data = file.tensor(&name).ok()?.data().to_vec();
             Some(data.chunks_exact(4).map(|word| [word[0], word[1], word[2], word[3]]).collect())
         };
-        let mut golden = Golden { tokens: Vec::new(), logits: Vec::new(), exact: Vec::new() };
+        let mut golden = Golden { tokens: Vec::new(), logits: Vec::new(), exact: Vec::new(), max_model_len: None };
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let longest = header.metadata().as_ref().and_then(|entries| entries.get("max_model_len"));
+        golden.max_model_len = longest.map(|length| length.parse().unwrap());
         while let Some(tokens) = words(format!("tokens_{}", golden.tokens.len())) {
             let floats = |words: Vec<[u8; 4]>| words.into_iter().map(f32::from_le_bytes).collect();
             golden.logits.push(floats(words(format!("logits_{}", golden.tokens.len())).unwrap()));
