@@ -1,0 +1,20 @@
+//! Decoders with quantized weights of every type (tests/fixtures/model/quantized): logits, and the promise P2 bit for bit.
+
+mod common;
+
+checks! { quantized: logits = check_rounded_logits, batch = check_batch, ranks = check_ranks => {
+    llama_q5_0: "llama-q5_0",
+    llama_q5_1: "llama-q5_1",
+    llama_q2_k: "llama-q2_k",
+    llama_q3_k: "llama-q3_k",
+    llama_q4_k: "llama-q4_k",
+    llama_q5_k: "llama-q5_k",
+    llama_q6_k: "llama-q6_k",
+    llama_iq4_nl: "llama-iq4_nl",
+    llama_iq4_xs: "llama-iq4_xs",
+    llama_mxfp4: "llama-mxfp4",
+    qwen3moe_q4_k: "qwen3moe-q4_k",
+    qwen3moe_q6_k: "qwen3moe-q6_k",
+    qwen3moe_q5_1: "qwen3moe-q5_1",
+    qwen3moe_mxfp4: "qwen3moe-mxfp4",
+} }
