@@ -18,7 +18,7 @@ use crate::EngineError;
 pub fn open_text(model: &Model, path: &Path) -> Result<ModelText, EngineError> {
     let text = match model.gguf_tokenizer()? {
         Some(data) => ModelText::from_gguf(&gguf_tokenizer(data))?,
-        None => ModelText::from_hugging_face_folder(path)?,
+        None => ModelText::from_hugging_face_folder(model.checkpoint().folder().unwrap_or(path))?,
     };
     check_ids(text.tokenizer(), model.architecture().vocab_size)?;
     Ok(text)

@@ -34,6 +34,19 @@ pub enum ModelError {
         /// What is wrong, and where.
         reason: String,
     },
+    /// A pickle names something that is no part of a tensor: what reads it with Python would run it.
+    #[error(
+        "the {format} names {name} (byte {offset} of its pickle), which no weights need: Python would run code on reading it. Do not load \
+         it elsewhere either; take safetensors from a source you trust"
+    )]
+    ForeignCode {
+        /// The format.
+        format: String,
+        /// The name, with its module.
+        name: String,
+        /// Where in the pickle.
+        offset: usize,
+    },
     /// A tensor's storage type is not implemented.
     #[error("tensor {tensor} has type {found}, which is not supported: {remedy}")]
     UnsupportedType {

@@ -21,6 +21,7 @@ mod scan;
 pub mod session;
 mod source;
 pub mod step;
+pub mod torch;
 mod weights;
 
 pub use arch::{Architecture, Overrides, RopeScalingOverride};

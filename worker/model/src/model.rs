@@ -137,7 +137,7 @@ impl Model {
     pub fn summary(&self) -> ModelSummary {
         let mut quantization = Quantization::default();
         let mut weights_bytes = 0;
-        for tensor in self.checkpoint.tensors().values() {
+        for tensor in self.checkpoint.distinct_tensors() {
             quantization.count(tensor.dtype, tensor.elements());
             weights_bytes += tensor.bytes.len();
         }

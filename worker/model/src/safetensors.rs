@@ -25,7 +25,7 @@ pub struct SafetensorsTensor {
 ///
 /// # Errors
 /// [`ModelError::Malformed`] where header and file do not fit each other; [`ModelError::UnsupportedType`] where a
-/// wanted tensor is not F32, F16 or BF16.
+/// wanted tensor is not F32, F16, BF16 or F8_E4M3.
 pub fn parse_header(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<String, SafetensorsTensor>> {
     let malformed = |reason: String| ModelError::Malformed { format: "safetensors".to_owned(), reason };
     // The library bounds the header, and checks that offsets follow each other without gaps up to the file's end.
@@ -41,16 +41,19 @@ pub fn parse_header(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<BTree
             Dtype::F32 => DType::F32,
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
+            Dtype::F8_E4M3 => DType::F8E4M3,
             other => {
                 return Err(ModelError::UnsupportedType {
                     tensor: name,
                     found: format!("{other:?}"),
-                    remedy: "take a checkpoint stored as F32, F16 or BF16, or a GGUF file".to_owned(),
+                    remedy: "take a checkpoint stored as F32, F16, BF16 or F8_E4M3, or a GGUF file".to_owned(),
                 });
             }
         };
         let (start, end) = info.data_offsets;
-        if info.shape.contains(&0) || tensor_bytes(dtype, &info.shape) != end.checked_sub(start) {
+        // A number alone has no dimensions.
+        let shape: &[usize] = if info.shape.is_empty() { &[1] } else { &info.shape };
+        if shape.contains(&0) || tensor_bytes(dtype, shape) != end.checked_sub(start) {
             return Err(malformed(format!("tensor {name:?} of {dtype} {:?} does not fit its {start}..{end} bytes", info.shape)));
         }
         let range = data_start + start..data_start + end;

@@ -8,6 +8,7 @@
 
 pub mod metadata;
 mod reader;
+pub(crate) mod split;
 mod tokenizer;
 mod types;
 
@@ -66,10 +67,11 @@ pub fn parse(bytes: &[u8]) -> Result<GgufFile> {
     let at = reader.position();
     let tensor_count = reader.count("tensors", SMALLEST_TENSOR_BYTES)?;
     let entry_count = reader.count("metadata entries", SMALLEST_ENTRY_BYTES)?;
-    if tensor_count == 0 {
+    let metadata = Metadata::read(&mut reader, entry_count)?;
+    // The first part of a split file may hold metadata alone.
+    if tensor_count == 0 && metadata.optional_u32(split::COUNT)?.is_none_or(|parts| parts < 2) {
         return Err(malformed(format!("the file has no tensors (count at byte {at})")));
     }
-    let metadata = Metadata::read(&mut reader, entry_count)?;
     let alignment = alignment(&metadata)?;
     let mut tensors = BTreeMap::new();
     for _ in 0..tensor_count {

@@ -83,6 +83,17 @@ impl MatrixRef {
         let part_bytes = self.dtype.row_bytes(columns.len()).ok_or_else(cut)?;
         let stored = self.rows.stored(wanted);
         let rows = wanted.iter().map(Range::len).sum();
+        let scales = match (checkpoint.scales(&self.name), self.order, &stored[..]) {
+            (None, _, _) => None,
+            (Some(scales), Order::Rows, [run]) => Some(scales.part(run.start, columns.start)),
+            (Some(scales), Order::Rows, runs) => Some(scales.gathered(runs).part(0, columns.start)),
+            (Some(_), Order::Transposed { .. }, _) => {
+                return Err(ModelError::Unsupported {
+                    what: format!("{} of 8-bit floats with scales, stored transposed,", self.name),
+                    remedy: "take the unquantized checkpoint".to_owned(),
+                });
+            }
+        };
         let source = |bytes, offset, row_stride_bytes| MatrixSource {
             name: self.name.clone(),
             bytes,
@@ -91,7 +102,7 @@ impl MatrixRef {
             rows,
             columns: columns.len(),
             dtype: self.dtype,
-            scales: None,
+            scales,
             segments,
         };
         if let (Order::Rows, [run]) = (self.order, &stored[..]) {

@@ -77,14 +77,6 @@ pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTree
 
 impl Keys<'_> {
     fn refuse_variants(&self) -> Result<()> {
-        if let Some(parts) = self.metadata.optional_u32("split.count")?
-            && parts > 1
-        {
-            return Err(ModelError::Unsupported {
-                what: format!("a GGUF model split into {parts} files"),
-                remedy: "join them into one (llama-gguf-split --merge)".to_owned(),
-            });
-        }
         // Present, not zero, and not computed here.
         const UNKNOWN: [&str; 6] = [
             "nextn_predict_layers",

@@ -37,7 +37,7 @@ pub fn from_config_json(config: &Value) -> Result<Architecture> {
 /// # Errors
 /// As [`from_config_json`].
 pub(crate) fn from_config_json_as(family: &Family, config: &Value) -> Result<Architecture> {
-    refuse_quantized(config)?;
+    crate::checkpoint::quantized::scheme(config)?;
     let sizes = &family.sizes;
     let json = families::text_config(config);
     let layers = json.first_size(sizes.layers)?.ok_or_else(|| json.error(sizes.layers[0], "is missing"))?;
@@ -71,15 +71,6 @@ pub(crate) fn from_config_json_as(family: &Family, config: &Value) -> Result<Arc
         head: config.head()?,
     }
     .validate(FILE)
-}
-
-fn refuse_quantized(config: &Value) -> Result<()> {
-    let Some(quantization) = config.get("quantization_config").filter(|value| !value.is_null()) else { return Ok(()) };
-    let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-    Err(ModelError::Unsupported {
-        what: format!("a checkpoint quantized by `{method}` (config.json: quantization_config)"),
-        remedy: "take the unquantized checkpoint, or a GGUF file as Q4_0, Q4_1 or Q8_0".to_owned(),
-    })
 }
 
 impl Config<'_> {
