@@ -11,6 +11,7 @@ import pathlib
 import struct
 
 SEEDS = pathlib.Path(__file__).resolve().parent / "seeds"
+FIXTURES = SEEDS.parent.parent / "tests" / "fixtures"
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 FORMATS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
 
@@ -156,6 +157,24 @@ def safetensors_seeds():
     yield "gap", file({"a": entry("F32", [1], 4, 8)}, bytes(8))
 
 
+def torch_seeds():
+    """Of tests/fixtures/torch/make.py, which torch.save wrote."""
+    for name in ("types-2", "types-4", "shared", "evil", "compressed", "training", "transposed"):
+        yield name, (FIXTURES / "torch" / "files" / f"{name}.bin").read_bytes()
+
+
+def config_seeds():
+    """Of rows that are as unlike as possible."""
+    for name in ("gpt2", "mixtral", "gemma3", "phi3-longrope", "deepseek_v3", "falcon-7b", "gpt_oss", "llama-yarn"):
+        yield name, (FIXTURES / "model" / "rows" / name / "config.json").read_bytes()
+
+
+def weight_index_seeds():
+    yield "two", {"metadata": {"total_size": 8}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    yield "one", {"weight_map": {"a.b.c": "x"}}
+    yield "elsewhere", {"weight_map": {"a": "../x", "b": "/x", "c": "a/b"}}
+
+
 def chat_seeds():
     user = [{"role": "user", "content": "Why is the sky blue?"}]
     yield "plain", {"model": "forge", "messages": user}
@@ -189,6 +208,9 @@ def main():
         "gguf_tokenizer": gguf_tokenizer_seeds(),
         "sentencepiece": sentencepiece_seeds(),
         "safetensors": safetensors_seeds(),
+        "torch": torch_seeds(),
+        "config": config_seeds(),
+        "weight_index": encoded(weight_index_seeds()),
         "chat_request": encoded(chat_seeds()),
         "completion_request": encoded(completion_seeds()),
     }

@@ -26,10 +26,14 @@ fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
 
 fn smoke(target: &str, run: fn(&[u8])) {
     let seeds = seeds(target);
+    // At length without a fuzzer: seconds for each seed.
+    let longer = std::env::var("FORGE_TEST_FUZZ_SECONDS").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(0);
+    let longer = std::time::Duration::from_secs(longer);
     for (index, (name, seed)) in seeds.iter().enumerate() {
         run(seed);
         let (_, other) = &seeds[(index + 1) % seeds.len()];
-        for number in 0..MUTATIONS {
+        let started = std::time::Instant::now();
+        for number in (0..).take_while(|&number| number < MUTATIONS || started.elapsed() < longer) {
             let bytes = mutate(seed, other, &mut Numbers(number));
             if catch_unwind(AssertUnwindSafe(|| run(&bytes))).is_err() {
                 panic!("{target}: mutation {number} of seed {name} ({} bytes) panics", bytes.len());
@@ -46,6 +50,21 @@ fn gguf_files() {
 #[test]
 fn safetensors_headers() {
     smoke("safetensors", fuzzing::safetensors);
+}
+
+#[test]
+fn torch_files() {
+    smoke("torch", fuzzing::torch);
+}
+
+#[test]
+fn configurations() {
+    smoke("config", fuzzing::config);
+}
+
+#[test]
+fn weight_indexes() {
+    smoke("weight_index", fuzzing::weight_index);
 }
 
 #[test]
@@ -75,8 +94,20 @@ fn seeds_reach_behind_the_first_check() {
         assert_eq!(forge_model::gguf::parse(&seed).is_ok(), name != "other_type", "{name}: {:?}", forge_model::gguf::parse(&seed).err());
     }
     for (name, seed) in seeds("safetensors") {
-        let refused = ["other_type", "gap", "scalar"].contains(&name.as_str());
+        let refused = ["other_type", "gap"].contains(&name.as_str());
         assert_eq!(forge_model::safetensors::parse_header(&seed, |_| true).is_err(), refused, "{name}");
+    }
+    for (name, seed) in seeds("torch") {
+        let taken = forge_model::torch::parse(&seed, |_| true);
+        assert_eq!(taken.is_ok(), name.starts_with("types") || name == "shared", "{name}: {:?}", taken.err());
+    }
+    for (name, seed) in seeds("config") {
+        let taken = forge_model::arch::hf::from_config_json(&serde_json::from_slice(&seed).unwrap());
+        assert!(taken.is_ok(), "{name}: {:?}", taken.err());
+    }
+    for (name, seed) in seeds("weight_index") {
+        let taken = forge_model::checkpoint::weight_map(&serde_json::from_slice(&seed).unwrap());
+        assert_eq!(taken.is_err(), name == "elsewhere", "{name}: {:?}", taken.err());
     }
     for (name, seed) in seeds("sentencepiece") {
         let files = HuggingFaceFiles { tokenizer_model: Some(seed), ..HuggingFaceFiles::default() };

@@ -5,8 +5,8 @@
 
 For each type it writes a LLaMA of half a billion parameters whose weights are random blocks of that type with sane
 scales (the speed does not depend on the values), and removes it again. A table row has the best of the rounds: what
-the machine can do, if nothing else runs on it. The last column says whether Forge keeps 0.7 of llama.cpp's decode and
-all of its prefill.
+the machine can do. The last column says whether Forge keeps 0.7 of llama.cpp's
+decode, 1 of its prefill.
 """
 
 import argparse

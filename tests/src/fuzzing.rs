@@ -22,6 +22,28 @@ pub fn safetensors(bytes: &[u8]) {
     }
 }
 
+/// A file that torch.save wrote: as [`gguf`].
+pub fn torch(bytes: &[u8]) {
+    if let Ok(tensors) = forge_model::torch::parse(bytes, |_| true) {
+        assert!(tensors.values().all(|tensor| tensor.bytes.end <= bytes.len()), "a tensor lies outside the file");
+    }
+}
+
+/// A config.json: must become an architecture or be refused.
+pub fn config(bytes: &[u8]) {
+    if let Ok(config) = serde_json::from_slice(bytes) {
+        drop(forge_model::arch::hf::from_config_json(&config));
+    }
+}
+
+/// An index of sharded weights: every file that it names must be one beside it.
+pub fn weight_index(bytes: &[u8]) {
+    let Ok(index) = serde_json::from_slice(bytes) else { return };
+    for file in forge_model::checkpoint::weight_map(&index).into_iter().flat_map(std::collections::BTreeMap::into_values) {
+        assert_eq!(std::path::Path::new("folder").join(&file).parent(), Some(std::path::Path::new("folder")), "{file}");
+    }
+}
+
 /// A SentencePiece model file: must be taken or refused, and what is taken must encode and decode.
 pub fn sentencepiece(bytes: &[u8]) {
     let files = HuggingFaceFiles { tokenizer_model: Some(bytes.to_vec()), ..HuggingFaceFiles::default() };
