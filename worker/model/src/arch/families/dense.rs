@@ -386,3 +386,36 @@ pub(super) const COHERE: Family = Family {
     hf: HfRow { names: names::LLAMA_QK_NORM, ..LLAMA_HF },
     ..LLAMA
 };
+
+/// GLM-4.
+pub(super) const GLM4: Family = Family {
+    name: "glm4",
+    model_types: &["glm4"],
+    gguf_architectures: &["glm4"],
+    sizes: SizeKeys {
+        kv_heads: KvHeads::Key(Size::or(&["num_key_value_heads"], 2)),
+        head_dim: Size::or(&["head_dim"], 128),
+        context_length: Size::or(&["max_position_embeddings"], 131_072),
+        ..LLAMA.sizes
+    },
+    position: PositionRow::Rope(RopeRow {
+        style: RopeStyle::Gptj,
+        rotary: Rotary::Share(Number::key(&["partial_rotary_factor"], 0.5)),
+        ..RopeRow::NEOX
+    }),
+    norm: NormRow { default_eps: 1.562_5e-7, ..RMS },
+    blocks: &[BlockCase { when: &[], block: SANDWICH }],
+    attention: AttentionRow { qkv_bias: Flag::Key("attention_bias", true), ..NO_BIAS.attention },
+    hf: HfRow {
+        names: TensorNames {
+            attention_post_norm: &["post_self_attn_layernorm"],
+            mlp_norm: &["post_attention_layernorm"],
+            mlp_post_norm: &["post_mlp_layernorm"],
+            mlp: &[MlpNames::GateUp { gate_up: "mlp.gate_up_proj", down: "mlp.down_proj" }],
+            ..names::LLAMA
+        },
+        ..LLAMA_HF
+    },
+    gguf: LLAMA.gguf,
+    ..NO_BIAS
+};

@@ -66,7 +66,7 @@ pub(crate) struct HfRow {
 }
 
 /// All rows.
-pub static FAMILIES: [&Family; 32] = [
+pub static FAMILIES: [&Family; 33] = [
     &dense::LLAMA,
     &dense::MISTRAL,
     &mixture::MIXTRAL,
@@ -96,6 +96,7 @@ pub static FAMILIES: [&Family; 32] = [
     &mixture::OLMOE,
     &dense::GRANITE,
     &dense::COHERE,
+    &dense::GLM4,
     &mixture::DEEPSEEK_V2,
     &mixture::DEEPSEEK_V3,
     &mixture::GPT_OSS,
