@@ -24,6 +24,7 @@ checks! { gguf: logits = check_logits, ranks = check_ranks => {
     olmo: "olmo",
     olmo2_grouped: "olmo2-grouped",
     olmo3: "olmo3",
+    olmoe: "olmoe",
     phi: "phi",
     phi3: "phi3",
     phi3_longrope: "phi3-longrope",
