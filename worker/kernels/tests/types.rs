@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{backend, bits, quantized, read, source};
+use common::{Random, backend, backends, bits, product, quantized, random_matrix, read, source};
 use forge_kernels::{Backend, BlockScales, CpuPath, DType, Segments, dequantize, holds_non_finite};
 
 /// The bytes of a golden file.
@@ -92,6 +92,32 @@ fn rows_of_8_bit_floats_are_multiplied_by_their_blocks_scale() {
         let (row, column) = (index / columns + 3, index % columns + 8);
         let scale = 0.3 + (row / 4 * 4 + column / 16) as f32;
         assert_eq!(actual.to_bits(), (stored * scale).to_bits());
+    }
+}
+
+/// A product with scaled 8-bit floats is that with their values in f32, also where a vector of 16 spans two scales.
+#[test]
+fn products_of_scaled_8_bit_floats_equal_those_of_their_values() {
+    let mut random = Random(41);
+    let (rows, columns, tokens) = (13, 75, 6);
+    let bytes = random_matrix(&mut random, DType::F8E4M3, rows, columns);
+    let x = random.normals(tokens * columns);
+    for (block_columns, first_column) in [(16, 5), (8, 0), (128, 100), (usize::MAX, 9)] {
+        let blocks_per_row = (first_column + columns - 1) / block_columns + 1;
+        let values = (0..5 * blocks_per_row).map(|index| 0.7 + index as f32).collect();
+        let scales = BlockScales { block_rows: 4, block_columns, blocks_per_row, first_row: 6, first_column, values };
+        let mut scaled = source(bytes.clone(), DType::F8E4M3, rows, columns, Segments::whole(columns));
+        scaled.scales = Some(scales);
+        for backend in backends() {
+            let weight = backend.weight(scaled.clone()).unwrap();
+            let ids: Vec<u32> = (0..rows as u32).collect();
+            let mut table = backend.buffer(rows, columns).unwrap();
+            backend.embed(&weight, 0..rows as u32, &ids, 1.0, &mut table).unwrap();
+            let wide = read(&backend, &table, rows).iter().flat_map(|value| value.to_le_bytes()).collect();
+            let wide = backend.weight(source(wide, DType::F32, rows, columns, Segments::whole(columns))).unwrap();
+            let expected = product(&backend, &wide, &x, tokens, rows, None);
+            assert_eq!(bits(&product(&backend, &weight, &x, tokens, rows, None)), bits(&expected), "{}", backend.path());
+        }
     }
 }
 
