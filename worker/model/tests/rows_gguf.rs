@@ -4,14 +4,20 @@
 mod common;
 
 checks! { gguf: logits = check_logits, ranks = check_ranks => {
+    bloom: "bloom",
+    bloom_6_heads: "bloom-6-heads",
+    cohere: "cohere",
+    cohere_qk_norm: "cohere-qk-norm",
     falcon_40b: "falcon-40b",
     falcon_7b: "falcon-7b",
     gemma: "gemma",
     gemma2: "gemma2",
     gemma3: "gemma3",
+    glm4: "glm4",
     gpt2: "gpt2",
     gpt_neox: "gpt_neox",
     gpt_neox_sequential: "gpt_neox-sequential",
+    gpt_oss: "gpt_oss",
     granite: "granite",
     llama_attention_bias: "llama-attention-bias",
     llama_linear: "llama-linear",
@@ -29,6 +35,7 @@ checks! { gguf: logits = check_logits, ranks = check_ranks => {
     phi3: "phi3",
     phi3_longrope: "phi3-longrope",
     phi4_mini: "phi4-mini",
+    phimoe_longrope: "phimoe-longrope",
     qwen1_5: "qwen1.5",
     qwen2_moe: "qwen2_moe",
     qwen3: "qwen3",
