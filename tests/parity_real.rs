@@ -21,6 +21,8 @@ const OWN_DIVERGENCE: f64 = 3.5e-3;
 const MAX_DIVERGENCE: f64 = 1.3 * OWN_DIVERGENCE;
 /// Where activations are not rounded.
 const EXACT_DIVERGENCE: f64 = 1e-3;
+/// Of keys and values in int8, beyond f16's.
+const MAX_BYTES_DIVERGENCE: f64 = 2e-3;
 /// Of two perplexities, as a share.
 const MAX_PERPLEXITY_CHANGE: f64 = 5e-3;
 /// Prompts that may differ for each on which llama.cpp differs from itself. The golden file's second run changes only
@@ -171,6 +173,34 @@ fn on_an_f32_copy_the_answers_are_those_of_llama_cpp() {
     assert!(golden.cases.len() >= 40 && compared > 1500 && divergences.len() >= 160, "only {compared} tokens were compared");
     assert!(mean(&divergences) <= EXACT_DIVERGENCE, "mean divergence {:e}", mean(&divergences));
     check_perplexity(&mut model, &prompts.document.tokens, &golden.document, MAX_PERPLEXITY_CHANGE);
+}
+
+/// What storing keys and values as bytes costs, where nothing else is rounded: divergence from those in f32, beyond that
+/// of f16 (the threshold of the specification).
+#[test]
+fn keys_and_values_as_bytes_cost_little() {
+    let Some(path) = model_path() else { return };
+    let copy = f32_copy(&path).expect("there is room for an f32 copy");
+    let document = LlamaGolden::read().expect("the golden file is committed").document.tokens;
+    let mut vocabulary = 0;
+    let mut distributions = |dtype| -> Vec<f32> {
+        let mut model = open_decoder(copy.path(), 2048, dtype).expect("the copy loads");
+        vocabulary = golden_vocabulary(&model);
+        teacher_forced_logits(&mut model, &document, 0, CHUNK).expect("the document fits the model")
+    };
+    let [exact, half, bytes] = [KvDType::F32, KvDType::F16, KvDType::Int8].map(&mut distributions);
+    let divergence = |other: &[f32]| {
+        let rows = exact.chunks_exact(vocabulary).zip(other.chunks_exact(vocabulary));
+        let rows = rows.map(|(exact, other)| {
+            let (exact, other) = (log_softmax(exact), log_softmax(other));
+            exact.iter().zip(other).map(|(exact, other)| exact.exp() * (exact - other)).sum()
+        });
+        mean(&rows.collect::<Vec<f64>>())
+    };
+    let (half, bytes) = (divergence(&half), divergence(&bytes));
+    println!("{} tokens, mean divergence of f16 {half:.1e}, of int8 {bytes:.1e}", document.len());
+    assert!(document.len() > 200 && bytes > half, "bytes are coarser");
+    assert!(bytes - half <= MAX_BYTES_DIVERGENCE, "{bytes:e} instead of {half:e}");
 }
 
 fn golden_vocabulary(model: &CpuDecoder) -> usize {

@@ -53,7 +53,7 @@ fn alone_or_among_33_and_in_any_chunks() {
 fn any_block_size_and_kv_type() {
     let (_folder, model) = open(&build::gguf(&SHAPES[0], build::Q4_1, 8));
     let tokens = sequences(6, 9, 64, SHAPES[0].vocabulary);
-    for kv_dtype in [KvDType::F32, KvDType::F16, KvDType::BF16] {
+    for kv_dtype in [KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::Int8] {
         let sized = |block_size| DecoderOptions { block_size, kv_blocks: 1024, kv_dtype, ..options() };
         let expected = run(&mut decoder_of(&model, 2, &sized(16)), &tokens, &alone(&tokens));
         for block_size in [1, 5, 8, 32, 64] {
