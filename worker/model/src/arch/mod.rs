@@ -352,7 +352,7 @@ pub struct RouterGroups {
     pub best_two: bool,
 }
 
-/// From hidden states to logits: softcap(head(x) + bias) · scale, in the order `product, bias, scale, cap`.
+/// From hidden states to logits: softcap((head(x) + bias) · scale).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HeadSpec {
     /// Whether the head's matrix is the embedding's.

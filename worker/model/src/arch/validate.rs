@@ -51,6 +51,7 @@ impl Architecture {
             return Err(("head_dim", format!("{heads} heads of {head_dim} are wider than {MOST}")));
         }
         self.check_norms()?;
+        self.check_factors()?;
         self.check_block()?;
         self.check_layers()?;
         self.check_latent()?;
@@ -68,6 +69,44 @@ impl Architecture {
         };
         positive("norm eps", self.norm)?;
         self.attention.qk_norm.map_or(Ok(()), |qk_norm| positive("query and key norm eps", qk_norm.norm))
+    }
+
+    /// Factors leave something of what they scale, limits bound something. Keys are named as GGUF has them.
+    fn check_factors(&self) -> std::result::Result<(), Fault> {
+        let Architecture { attention, block, embedding, experts, head, .. } = self;
+        let router_scale = experts.as_ref().map_or(1.0, |experts| experts.router.scale);
+        for (key, scale) in [
+            ("attention.scale", attention.scale),
+            ("embedding_scale", embedding.scale),
+            ("residual_scale", block.residual_scale),
+            ("logit_scale", head.scale),
+            ("expert_weights_scale", router_scale),
+        ] {
+            if !scale.is_finite() || scale == 0.0 {
+                return Err((key, format!("is {scale}, must be a number other than 0")));
+            }
+        }
+        for (key, limit) in [
+            ("attention.clamp_kqv", attention.clip),
+            ("attn_logit_softcapping", attention.softcap),
+            ("final_logit_softcapping", head.softcap),
+        ] {
+            if let Some(limit) = limit
+                && !(limit.is_finite() && limit > 0.0)
+            {
+                return Err((key, format!("is {limit}, must be positive")));
+            }
+        }
+        match &self.position {
+            PositionSpec::Alibi(alibi) => {
+                let slopes = alibi.slopes.iter().chain([&alibi.factor]);
+                match slopes.into_iter().find(|slope| !(slope.is_finite() && **slope > 0.0)) {
+                    Some(slope) => Err(("attention.max_alibi_bias", format!("makes a slope of {slope}, must be positive"))),
+                    None => Ok(()),
+                }
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_block(&self) -> std::result::Result<(), Fault> {

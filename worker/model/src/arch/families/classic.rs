@@ -23,13 +23,14 @@ pub(super) const GPT2: Family = Family {
     model_types: &["gpt2"],
     gguf_architectures: &["gpt2"],
     sizes: SizeKeys {
-        hidden_size: &["n_embd", "hidden_size"],
-        layers: &["n_layer", "num_hidden_layers"],
-        heads: &["n_head", "num_attention_heads"],
+        hidden_size: Size::needed(&["n_embd", "hidden_size"]),
+        layers: Size::needed(&["n_layer", "num_hidden_layers"]),
+        heads: Size::needed(&["n_head", "num_attention_heads"]),
         kv_heads: KvHeads::Key(Size::derived(&[], Derived::Heads)),
         head_dim: Size::derived(&[], Derived::HeadShare),
         context_length: Size::or(&["n_positions", "max_position_embeddings"], 1024),
         intermediate_size: Size::derived(&["n_inner"], Derived::TimesHidden(4)),
+        vocab_size: Size::needed(&["vocab_size"]),
     },
     position: PositionRow::Learned { offset: 0 },
     norm: LAYER_NORM,
@@ -113,9 +114,9 @@ pub(super) const GPT_NEO: Family = Family {
     model_types: &["gpt_neo"],
     gguf_architectures: &[],
     sizes: SizeKeys {
-        hidden_size: &["hidden_size"],
-        layers: &["num_layers", "num_hidden_layers"],
-        heads: &["num_heads", "num_attention_heads"],
+        hidden_size: Size::needed(&["hidden_size"]),
+        layers: Size::needed(&["num_layers", "num_hidden_layers"]),
+        heads: Size::needed(&["num_heads", "num_attention_heads"]),
         context_length: Size::or(&["max_position_embeddings"], 2048),
         intermediate_size: Size::derived(&["intermediate_size"], Derived::TimesHidden(4)),
         ..GPT2.sizes
@@ -237,7 +238,7 @@ pub(super) const BLOOM: Family = Family {
     model_types: &["bloom"],
     gguf_architectures: &["bloom"],
     sizes: SizeKeys {
-        hidden_size: &["n_embed", "hidden_size"],
+        hidden_size: Size::needed(&["n_embed", "hidden_size"]),
         context_length: Size::or(&["seq_length"], 2048),
         intermediate_size: Size::derived(&[], Derived::TimesHidden(4)),
         ..GPT2.sizes
@@ -256,9 +257,9 @@ pub(super) const MPT: Family = Family {
     model_types: &["mpt"],
     gguf_architectures: &["mpt"],
     sizes: SizeKeys {
-        hidden_size: &["d_model", "hidden_size"],
-        layers: &["n_layers", "num_hidden_layers"],
-        heads: &["n_heads", "num_attention_heads"],
+        hidden_size: Size::needed(&["d_model", "hidden_size"]),
+        layers: Size::needed(&["n_layers", "num_hidden_layers"]),
+        heads: Size::needed(&["n_heads", "num_attention_heads"]),
         context_length: Size::or(&["max_seq_len"], 2048),
         // The library has 4 whatever `expansion_ratio` says; a file that differs has other shapes.
         intermediate_size: Size::derived(&[], Derived::TimesHidden(4)),
@@ -307,7 +308,7 @@ pub(super) const FALCON: Family = Family {
     model_types: &["falcon"],
     gguf_architectures: &["falcon"],
     sizes: SizeKeys {
-        hidden_size: &["n_embed", "hidden_size"],
+        hidden_size: Size::needed(&["n_embed", "hidden_size"]),
         kv_heads: KvHeads::MultiQuery(Size::derived(&["num_kv_heads"], Derived::Heads)),
         intermediate_size: Size::derived(&["ffn_hidden_size"], Derived::TimesHidden(4)),
         ..GPT_NEOX.sizes

@@ -48,13 +48,14 @@ pub(super) const LLAMA: Family = Family {
     model_types: &["llama"],
     gguf_architectures: &["llama"],
     sizes: SizeKeys {
-        hidden_size: &["hidden_size"],
-        layers: &["num_hidden_layers"],
-        heads: &["num_attention_heads"],
+        hidden_size: Size::needed(&["hidden_size"]),
+        layers: Size::needed(&["num_hidden_layers"]),
+        heads: Size::needed(&["num_attention_heads"]),
         kv_heads: KvHeads::Key(Size::derived(&["num_key_value_heads"], Derived::Heads)),
         head_dim: Size::derived(&["head_dim"], Derived::HeadShare),
         context_length: Size::or(&["max_position_embeddings"], 2048),
         intermediate_size: Size::needed(&["intermediate_size"]),
+        vocab_size: Size::needed(&["vocab_size"]),
     },
     embedding: EmbeddingRow { scale: EmbeddingScale::One, width: None, norm: false },
     position: PositionRow::Rope(RopeRow::NEOX),
@@ -98,8 +99,14 @@ pub(super) const MISTRAL: Family = Family {
     model_types: &["mistral", "mistral3"],
     gguf_architectures: &["mistral3"],
     sizes: SizeKeys {
+        // Text parts of models that also take images leave out what is as in the class.
+        hidden_size: Size::or(&["hidden_size"], 4096),
+        layers: Size::or(&["num_hidden_layers"], 32),
+        heads: Size::or(&["num_attention_heads"], 32),
         kv_heads: KvHeads::Key(Size { keys: &["num_key_value_heads"], absent: Some(8), derived: Derived::Heads }),
         context_length: Size::or(&["max_position_embeddings"], 131_072),
+        intermediate_size: Size::or(&["intermediate_size"], 14_336),
+        vocab_size: Size::or(&["vocab_size"], 32_000),
         ..LLAMA.sizes
     },
     attention: AttentionRow {
@@ -175,10 +182,14 @@ pub(super) const GEMMA: Family = Family {
     model_types: &["gemma"],
     gguf_architectures: &["gemma"],
     sizes: SizeKeys {
+        hidden_size: Size::or(&["hidden_size"], 3072),
+        layers: Size::or(&["num_hidden_layers"], 28),
+        heads: Size::or(&["num_attention_heads"], 16),
         kv_heads: KvHeads::Key(Size::or(&["num_key_value_heads"], 16)),
         head_dim: Size::or(&["head_dim"], 256),
         context_length: Size::or(&["max_position_embeddings"], 8192),
-        ..LLAMA.sizes
+        intermediate_size: Size::or(&["intermediate_size"], 24_576),
+        vocab_size: Size::or(&["vocab_size"], 256_000),
     },
     embedding: EmbeddingRow { scale: EmbeddingScale::RootOfHidden, ..LLAMA.embedding },
     norm: NormRow { weight_offset: 1.0, ..RMS },
@@ -198,7 +209,14 @@ pub(super) const GEMMA2: Family = Family {
     name: "gemma2",
     model_types: &["gemma2"],
     gguf_architectures: &["gemma2"],
-    sizes: SizeKeys { kv_heads: KvHeads::Key(Size::or(&["num_key_value_heads"], 4)), ..GEMMA.sizes },
+    sizes: SizeKeys {
+        hidden_size: Size::or(&["hidden_size"], 2304),
+        layers: Size::or(&["num_hidden_layers"], 26),
+        heads: Size::or(&["num_attention_heads"], 8),
+        kv_heads: KvHeads::Key(Size::or(&["num_key_value_heads"], 4)),
+        intermediate_size: Size::or(&["intermediate_size"], 9216),
+        ..GEMMA.sizes
+    },
     blocks: &[BlockCase { when: &[], block: SANDWICH }],
     attention: AttentionRow {
         scale: ScoreScale::RootOf(Number::key(&["query_pre_attn_scalar"], 256.0)),
@@ -225,7 +243,11 @@ pub(super) const GEMMA3: Family = Family {
     name: "gemma3",
     model_types: &["gemma3_text", "gemma3"],
     gguf_architectures: &["gemma3"],
-    sizes: SizeKeys { context_length: Size::or(&["max_position_embeddings"], 131_072), ..GEMMA2.sizes },
+    sizes: SizeKeys {
+        context_length: Size::or(&["max_position_embeddings"], 131_072),
+        vocab_size: Size::or(&["vocab_size"], 262_208),
+        ..GEMMA2.sizes
+    },
     position: PositionRow::Rope(RopeRow {
         theta: Number::key(&["rope_theta"], 1_000_000.0),
         local: Some(LocalRope::Theta(Number::key(&["rope_local_base_freq"], 10_000.0))),

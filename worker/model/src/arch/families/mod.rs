@@ -160,7 +160,8 @@ impl Ignored {
     /// Of a family, or where none is chosen of the one that config.json names, or of any where that is unknown.
     pub fn new(family: Option<&'static Family>, config: &Value) -> Self {
         let family = family.or_else(|| by_model_type(config).ok());
-        let layers = |family: &Family| text_config(config).first_size(family.sizes.layers).ok().flatten();
+        let layers =
+            |family: &Family| text_config(config).first_size(family.sizes.layers.keys).ok().flatten().or(family.sizes.layers.absent);
         Ignored { layers: family.and_then(layers), families: family.map_or_else(|| FAMILIES.to_vec(), |family| vec![family]) }
     }
 

@@ -67,13 +67,14 @@ pub(crate) enum Only {
 /// Keys of sizes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SizeKeys {
-    pub hidden_size: Keys,
-    pub layers: Keys,
-    pub heads: Keys,
+    pub hidden_size: Size,
+    pub layers: Size,
+    pub heads: Size,
     pub kv_heads: KvHeads,
     pub head_dim: Size,
     pub context_length: Size,
     pub intermediate_size: Size,
+    pub vocab_size: Size,
 }
 
 /// How many KV heads there are.

@@ -44,7 +44,10 @@ impl Config<'_> {
         let of_head = (head_dim as f64).powf(-0.5);
         match &self.family.attention.scale {
             ScoreScale::RootOfHead => Ok(of_head),
-            ScoreScale::Key(number) => Ok(self.number(number)?.unwrap_or(of_head)),
+            ScoreScale::Key(number) => match self.number(number)? {
+                Some(_) => self.scale(number),
+                None => Ok(of_head),
+            },
             ScoreScale::RootOf(number) => {
                 let key = number.keys[0];
                 let value = self.number(number)?.ok_or_else(|| self.json.error(key, "is null, a number is needed"))?;

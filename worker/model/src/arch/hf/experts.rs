@@ -1,5 +1,7 @@
 //! Mixtures of experts of config.json: which layers, how many, how a token chooses.
 
+use std::collections::BTreeSet;
+
 use forge_kernels::ActivationKind;
 
 use super::facts::Config;
@@ -41,7 +43,12 @@ impl Config<'_> {
                 if step == 0 {
                     return Err(self.json.error(STEP, "is 0, must be at least 1"));
                 }
-                let dense = self.json.sizes("mlp_only_layers")?;
+                const DENSE: &str = "mlp_only_layers";
+                let dense = self.json.sizes(DENSE)?;
+                if dense.len() > self.layers {
+                    return Err(self.json.error(DENSE, format!("has {} entries, there are {} layers", dense.len(), self.layers)));
+                }
+                let dense: BTreeSet<u64> = dense.into_iter().collect();
                 Ok((0..self.layers).map(|layer| (layer + 1).is_multiple_of(step) && !dense.contains(&(layer as u64))).collect())
             }
         }
@@ -57,7 +64,7 @@ impl Config<'_> {
                 ScoreRow::SparseMixer { jitter } => RouterScore::SparseMixer { jitter: self.number(&jitter)?.unwrap_or(0.0) as f32 },
             },
             normalize: self.flag(row.normalize)?,
-            scale: self.number(&row.scale)?.unwrap_or(1.0) as f32,
+            scale: self.scale(&row.scale)? as f32,
             groups: self.groups(row.groups)?,
             bias: row.router_bias,
             correction_bias: row.correction_bias,

@@ -33,7 +33,7 @@ impl Config<'_> {
             Derived::Heads => Ok(self.heads),
             Derived::HeadShare if self.heads > 0 && self.hidden_size.is_multiple_of(self.heads) => Ok(self.hidden_size / self.heads),
             Derived::HeadShare => {
-                let (hidden, heads) = (self.family.sizes.hidden_size[0], self.family.sizes.heads[0]);
+                let (hidden, heads) = (self.family.sizes.hidden_size.keys[0], self.family.sizes.heads.keys[0]);
                 Err(self.json.error(heads, format!("{hidden} = {} is not a multiple of {} heads", self.hidden_size, self.heads)))
             }
             Derived::Nothing => size.absent.ok_or_else(|| self.json.error(size.keys[0], "is missing")),
@@ -58,6 +58,16 @@ impl Config<'_> {
         }
         let key = number.keys.first().copied().unwrap_or_default();
         Err(self.json.error(key, format!("is {value}, must be positive")))
+    }
+
+    /// A factor, 1 where there is none. 0 would erase what it scales, or divide by itself.
+    pub fn scale(&self, number: &Number) -> Result<f64> {
+        let value = self.number(number)?.unwrap_or(1.0);
+        if value.is_finite() && value != 0.0 {
+            return Ok(value);
+        }
+        let key = self.json.first(number.keys).or(number.keys.first().copied()).unwrap_or_default();
+        Err(self.json.error(key, format!("is {value}, must be a number other than 0")))
     }
 
     pub fn flag(&self, flag: Flag) -> Result<bool> {

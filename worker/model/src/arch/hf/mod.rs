@@ -13,7 +13,7 @@ use forge_kernels::ActivationKind;
 use serde_json::Value;
 
 use self::facts::Config;
-use super::families::row::{ActivationRow, EmbeddingScale, Fixed, HeadScale, KvHeads, Only, When};
+use super::families::row::{ActivationRow, EmbeddingScale, Fixed, HeadScale, KvHeads, Only, Size, When};
 use super::families::{self, Family};
 use super::{Architecture, BlockSpec, EmbeddingSpec, HeadSpec, MlpSpec};
 use crate::error::{ModelError, Result};
@@ -40,16 +40,13 @@ pub(crate) fn from_config_json_as(family: &Family, config: &Value) -> Result<Arc
     crate::checkpoint::quantized::scheme(config)?;
     let sizes = &family.sizes;
     let json = families::text_config(config);
-    let layers = json.first_size(sizes.layers)?.ok_or_else(|| json.error(sizes.layers[0], "is missing"))?;
-    if layers > MOST_LAYERS {
-        return Err(json.error(sizes.layers[0], format!("is {layers}, more than any model has")));
-    }
-    let hidden_size = json.first_size(sizes.hidden_size)?.ok_or_else(|| json.error(sizes.hidden_size[0], "is missing"))?;
-    let heads = json.first_size(sizes.heads)?.ok_or_else(|| json.error(sizes.heads[0], "is missing"))?;
-    if heads > MOST_HEADS {
-        return Err(json.error(sizes.heads[0], format!("is {heads}, more than any model has")));
-    }
-    let config = Config { json, outer: config, family, hidden_size, layers, heads };
+    let bare = Config { json, outer: config, family, hidden_size: 0, layers: 0, heads: 0 };
+    let bounded = |size: &Size, most: usize| match bare.size(size)? {
+        found if found > most => Err(json.error(size.keys[0], format!("is {found}, more than any model has"))),
+        found => Ok(found),
+    };
+    let (layers, heads) = (bounded(&sizes.layers, MOST_LAYERS)?, bounded(&sizes.heads, MOST_HEADS)?);
+    let config = Config { hidden_size: bare.size(&sizes.hidden_size)?, layers, heads, ..bare };
     config.refuse_variants()?;
     let context_length = config.size(&sizes.context_length)?;
     let attention = config.attention(config.kv_heads(&sizes.kv_heads)?)?;
@@ -57,9 +54,9 @@ pub(crate) fn from_config_json_as(family: &Family, config: &Value) -> Result<Arc
     let position = config.position(&attention, context_length)?;
     Architecture {
         family: family.name,
-        hidden_size,
+        hidden_size: config.hidden_size,
         layers,
-        vocab_size: json.first_size(&["vocab_size"])?.ok_or_else(|| json.error("vocab_size", "is missing"))?,
+        vocab_size: config.size(&sizes.vocab_size)?,
         context_length: position.context_length(context_length),
         embedding: config.embedding()?,
         position,
@@ -118,7 +115,7 @@ impl Config<'_> {
         let scale = match row.scale {
             EmbeddingScale::One => 1.0,
             EmbeddingScale::RootOfHidden => (self.hidden_size as f64).sqrt(),
-            EmbeddingScale::Key(number) => self.number(&number)?.unwrap_or(1.0),
+            EmbeddingScale::Key(number) => self.scale(&number)?,
         };
         Ok(EmbeddingSpec { width, scale: scale as f32, norm: row.norm })
     }
@@ -136,7 +133,7 @@ impl Config<'_> {
         };
         for case in self.family.blocks {
             if case.when.iter().map(holds).collect::<Result<Vec<bool>>>()?.into_iter().all(|holds| holds) {
-                let residual_scale = self.number(&self.family.residual_scale)?.unwrap_or(1.0) as f32;
+                let residual_scale = self.scale(&self.family.residual_scale)? as f32;
                 return Ok(BlockSpec { residual_scale, ..case.block });
             }
         }
@@ -183,8 +180,8 @@ impl Config<'_> {
         let row = &self.family.head;
         let scale = match row.scale {
             HeadScale::One => 1.0,
-            HeadScale::Times(number) => self.number(&number)?.unwrap_or(1.0),
-            HeadScale::DividedBy(number) => 1.0 / self.number(&number)?.unwrap_or(1.0),
+            HeadScale::Times(number) => self.scale(&number)?,
+            HeadScale::DividedBy(number) => 1.0 / self.scale(&number)?,
         };
         Ok(HeadSpec {
             tied: self.tied()?.unwrap_or(row.tied_default),

@@ -68,8 +68,8 @@ impl Config<'_> {
         let null = Value::Null;
         let parameters = Json { value: parameters.as_deref().unwrap_or(&null), ..self.json };
         let rotated = attention.latent.map_or(attention.head_dim, |latent| latent.rope_dim);
-        let reader = RopeReader { config: self, row, key, rotated, context_length };
         let nested = parameters.value.as_object().is_some_and(|object| object.values().any(Value::is_object));
+        let reader = RopeReader { config: self, row, key, by_layer_type: nested, rotated, context_length };
         let (full, windowed) = if nested {
             reader.by_layer_type(&parameters)?
         } else {
@@ -105,6 +105,8 @@ struct RopeReader<'a> {
     config: &'a Config<'a>,
     row: &'a RopeRow,
     key: &'static str,
+    /// Whether each layer type has parameters of its own.
+    by_layer_type: bool,
     /// Width of a head's part that may rotate.
     rotated: usize,
     context_length: usize,
@@ -170,9 +172,12 @@ impl RopeReader<'_> {
         }
     }
 
-    /// The context a scaled model was first trained for: that of the file itself overrules that of the parameters.
+    /// The context a scaled model was first trained for: that of the file itself overrules that of parameters for all
+    /// layers, and says nothing of parameters for a layer type.
     fn original_context(&self, parameters: &Json<'_>) -> Result<f64> {
-        if let Some(original) = self.config.json.optional_float(ORIGINAL)?.or(self.row.original_context) {
+        if !self.by_layer_type
+            && let Some(original) = self.config.json.optional_float(ORIGINAL)?.or(self.row.original_context)
+        {
             return Ok(original);
         }
         Ok(parameters.optional_float(ORIGINAL)?.unwrap_or(self.context_length as f64))

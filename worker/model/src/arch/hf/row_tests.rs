@@ -40,6 +40,79 @@ fn a_window_of_null_is_none_and_an_absent_one_is_the_familys() {
     assert_eq!(windows(gpt_oss), [Some(128), None, Some(128), None]);
 }
 
+/// The whole text part of google/gemma-3-4b-it, and that of 27b with fewer layers: what is as in the class is left out.
+#[test]
+fn text_parts_leave_out_what_is_as_in_the_class() {
+    let text = |changes: Value| {
+        let mut text = json!({
+            "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "rope_scaling": { "factor": 8.0, "rope_type": "linear" }, "sliding_window": 1024
+        });
+        text.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        from_config_json(&json!({ "model_type": "gemma3", "text_config": text, "vision_config": {} })).unwrap()
+    };
+    let four = text(json!({}));
+    let heads = |model: &Architecture| (model.attention.heads, model.attention.kv_heads, model.attention.head_dim);
+    assert_eq!((four.vocab_size, four.layers, four.hidden_size, four.context_length), (262_208, 34, 2560, 131_072));
+    assert_eq!((heads(&four), four.mlp.intermediate_size), ((8, 4, 256), 10240));
+    let large = text(json!({ "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168 }));
+    assert_eq!((heads(&large), large.vocab_size, large.attention.scale), ((32, 16, 128), 262_208, 168f32.powf(-0.5)));
+    let mistral = json!({ "model_type": "mistral3", "text_config": { "model_type": "mistral", "hidden_size": 5120, "head_dim": 128 } });
+    let mistral = from_config_json(&mistral).unwrap();
+    assert_eq!((heads(&mistral), mistral.layers, mistral.vocab_size), ((32, 8, 128), 32, 32_000));
+}
+
+#[test]
+fn factors_of_0_are_refused_by_their_key() {
+    for (family, key) in [
+        ("granite", "logits_scaling"),
+        ("granite", "embedding_multiplier"),
+        ("granite", "residual_multiplier"),
+        ("granite", "attention_multiplier"),
+        ("cohere", "logit_scale"),
+    ] {
+        let mut config = json!({
+            "model_type": family, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "intermediate_size": 96, "vocab_size": 100
+        });
+        for value in [0.0, 1e-60, 1e60] {
+            config[key] = json!(value);
+            let refused = from_config_json(&config).unwrap_err().to_string();
+            assert!(refused.contains(key) || (value != 0.0 && refused.contains("scale")), "{family} {key} = {value}: {refused}");
+        }
+    }
+}
+
+#[test]
+fn the_files_original_context_says_nothing_of_a_layer_types_own() {
+    let yarn = json!({ "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 2048 });
+    let local = json!({ "rope_type": "default", "rope_theta": 1e4 });
+    let original = |parameters: Value| {
+        let gemma = read(json!({
+            "model_type": "gemma3_text", "num_hidden_layers": 6, "original_max_position_embeddings": 512, "rope_parameters": parameters
+        }));
+        match rope(&gemma).scaling {
+            RopeScaling::Yarn { original_context, .. } => original_context,
+            ref other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(original(json!({ "full_attention": yarn, "sliding_attention": local })), 2048.0);
+    let llama = read(json!({ "model_type": "llama", "original_max_position_embeddings": 512, "rope_scaling": yarn }));
+    assert!(matches!(rope(&llama).scaling, RopeScaling::Yarn { original_context: 512.0, .. }));
+}
+
+#[test]
+fn dense_layers_are_no_more_than_layers() {
+    let config = |dense: Vec<u64>| {
+        json!({
+            "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "intermediate_size": 96, "vocab_size": 100, "mlp_only_layers": dense
+        })
+    };
+    assert_eq!(from_config_json(&config(vec![0, 2])).unwrap().experts.unwrap().layers, [false, true, false, true]);
+    assert!(from_config_json(&config(vec![0; 5])).unwrap_err().to_string().contains("mlp_only_layers"));
+}
+
 #[test]
 fn gemma_3_of_transformers_4_has_two_tables_and_nests_its_text() {
     let text = json!({
