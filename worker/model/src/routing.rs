@@ -4,7 +4,8 @@
 //! over [`RouterSpec`]. What it is not: it multiplies nothing; logits come from the router's product.
 //!
 //! Invariant: scores and weights are f32, computed in f64 and rounded once, so that they do not depend on a vector
-//! unit; of equal scores the lower index is chosen.
+//! unit; of equal scores the lower index is chosen. Whatever the logits are, as many different experts are chosen as the
+//! specification says: a NaN counts as the greatest score, so that it reaches the outputs of its token, and no other's.
 
 use crate::arch::{RouterGroups, RouterScore, RouterSpec};
 
@@ -67,10 +68,14 @@ fn softmax(logits: &[f32]) -> Vec<f32> {
 /// The `count` greatest, best first; the lower index of equal ones.
 fn best(values: &[f32], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
-    // Adding zero makes both zeros the same; a NaN still has a place in the order.
-    order.sort_by(|&a, &b| (values[b] + 0.0).total_cmp(&(values[a] + 0.0)));
+    order.sort_by(|&a, &b| rank(values[b]).total_cmp(&rank(values[a])));
     order.truncate(count);
     order
+}
+
+/// A value as it is compared: both zeros are the same, and so are all NaNs, whose sign depends on the machine.
+fn rank(value: f32) -> f32 {
+    if value.is_nan() { f32::NAN } else { value + 0.0 }
 }
 
 fn by_score(spec: &RouterSpec, scores: &[f32], correction: Option<&[f32]>, out: &mut Vec<(u32, f32)>) {
@@ -102,9 +107,9 @@ fn leave_best_groups(groups: RouterGroups, choice: &mut [f32]) {
 
 /// Phi-3.5-MoE: the best expert, with a weight among those not much worse; then the best of the rest, and so on.
 fn sparse_mixer(logits: &[f32], count: usize, jitter: f32, out: &mut Vec<(u32, f32)>) {
+    let order = best(logits, count);
     let mut left = logits.to_vec();
-    for _ in 0..count {
-        let chosen = best(&left, 1)[0];
+    for chosen in order {
         let greatest = left[chosen];
         let near: Vec<f32> = left
             .iter()
@@ -190,5 +195,36 @@ mod tests {
         let logits = [1.0, 4.0, 3.0, -1.0];
         let first = 1.0 / (1.0 + (-1.0f32).exp());
         assert_near(&routed(&spec(RouterScore::SparseMixer { jitter: 0.25 }, 2), &logits, None), &[(1, first), (2, 1.0)]);
+    }
+
+    #[test]
+    fn every_rule_chooses_different_experts_of_any_logits() {
+        const MINUS_NAN: f32 = -f32::NAN;
+        let (nan, infinity) = (f32::NAN, f32::INFINITY);
+        let rows = [
+            [nan; 6],
+            [MINUS_NAN; 6],
+            [infinity; 6],
+            [-infinity; 6],
+            [nan, -infinity, -infinity, -infinity, -infinity, -infinity],
+            [-infinity, -infinity, 1.0, -infinity, MINUS_NAN, -infinity],
+            [infinity, -infinity, nan, 0.0, infinity, MINUS_NAN],
+            [0.0, 1.0, 2.0, 3.0, 4.0, infinity],
+        ];
+        let grouped = |best_two| Some(RouterGroups { count: 3, kept: 2, best_two });
+        for score in [RouterScore::Softmax, RouterScore::Sigmoid, RouterScore::SoftmaxOfChosen, RouterScore::SparseMixer { jitter: 0.1 }] {
+            for (normalize, groups) in [(false, None), (true, None), (false, grouped(false)), (true, grouped(true))] {
+                for correction in [None, Some([0.5, -0.5, 0.0, 0.0, 0.25, 0.0]), Some([nan; 6])] {
+                    let spec = RouterSpec { normalize, groups, ..spec(score, 3) };
+                    for logits in rows {
+                        let chosen = routed(&spec, &logits, correction.as_ref().map(|values| values.as_slice()));
+                        let ascending = chosen.windows(2).all(|pair| pair[0].0 < pair[1].0);
+                        assert!(chosen.len() == 3 && ascending && chosen[2].0 < 6, "{spec:?}, {logits:?}: {chosen:?}");
+                        let poisoned = logits.iter().all(|logit| logit.is_nan());
+                        assert!(!poisoned || chosen.iter().all(|(_, weight)| weight.is_nan()), "{spec:?}: {chosen:?}");
+                    }
+                }
+            }
+        }
     }
 }
