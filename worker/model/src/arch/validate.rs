@@ -12,6 +12,8 @@ type Fault = (&'static str, String);
 
 /// No real model has a size beyond this.
 const MOST: usize = 1 << 24;
+/// No real layer has as many experts: the largest published mixtures have hundreds.
+const MOST_EXPERTS: usize = 4096;
 
 impl Architecture {
     /// Refuses sizes that cannot be computed with: zero, not divisible, or beyond any real model.
@@ -36,7 +38,7 @@ impl Architecture {
             ("intermediate_size", self.mlp.intermediate_size),
         ];
         if let Some(experts) = &self.experts {
-            sizes.extend([("experts", experts.count), ("expert intermediate_size", experts.expert.intermediate_size)]);
+            sizes.push(("expert intermediate_size", experts.expert.intermediate_size));
             sizes.extend(experts.shared.map(|shared| ("shared expert intermediate_size", shared.mlp.intermediate_size)));
         }
         for (key, size) in sizes {
@@ -173,6 +175,9 @@ impl Architecture {
     fn check_experts(&self) -> std::result::Result<(), Fault> {
         let Some(experts) = &self.experts else { return Ok(()) };
         let (count, router) = (experts.count, experts.router);
+        if count == 0 || count > MOST_EXPERTS {
+            return Err(("experts", format!("is {count}, must be between 1 and {MOST_EXPERTS}")));
+        }
         if router.per_token == 0 || router.per_token > count {
             return Err(("experts per token", format!("is {}, must be between 1 and {count}", router.per_token)));
         }

@@ -69,28 +69,40 @@ impl Resolver<'_> {
             ExpertStorage::Stacked(way) => self.has(&format!("{prefix}{}", first_name(way))),
             ExpertStorage::TransposedByTurns { gate_up, .. } => self.has_tensor(&format!("{prefix}{gate_up}")),
         };
-        let storage = names.storage.iter().find(stored).unwrap_or(&names.storage[0]);
+        let storage = *names.storage.iter().find(stored).unwrap_or(&names.storage[0]);
+        let missing_before = self.missing();
+        let mut experts = Vec::new();
+        for expert in 0..spec.count {
+            experts.push(self.expert(prefix, storage, expert, hidden, spec)?);
+            // Of a stack the first expert finds what is missing. What the others' parts cost would then be the
+            // configuration's word alone: no file holds them.
+            if self.missing() > missing_before && !matches!(storage, ExpertStorage::PerExpert(_)) {
+                break;
+            }
+        }
+        Ok(experts)
+    }
+
+    fn expert(&mut self, prefix: &str, storage: ExpertStorage, expert: usize, hidden: usize, spec: &ExpertsSpec) -> Result<MlpRefs> {
         let count = spec.count;
-        (0..count)
-            .map(|expert| match *storage {
-                ExpertStorage::PerExpert(way) => self.mlp_of(way, &spec.expert, hidden, MlpPlace::Own { prefix, expert }),
-                ExpertStorage::Stacked(way) => self.mlp_of(way, &spec.expert, hidden, MlpPlace::Stacked { prefix, expert, count }),
-                ExpertStorage::TransposedByTurns { gate_up, down } => {
-                    let part = |name: &str, all_rows, rows, columns| StackPart {
-                        name: format!("{prefix}{name}"),
-                        expert,
-                        count,
-                        part: MlpPart { all_rows, rows, columns, bias: spec.expert.bias },
-                    };
-                    let inner = spec.expert.intermediate_size;
-                    Ok(MlpRefs {
-                        gate: Some(self.transposed_part(part(gate_up, 2 * inner, Runs::every_second(0, inner), hidden))?),
-                        up: self.transposed_part(part(gate_up, 2 * inner, Runs::every_second(1, inner), hidden))?,
-                        down: self.transposed_part(part(down, hidden, Runs::contiguous(0..hidden), inner))?,
-                    })
-                }
-            })
-            .collect()
+        match storage {
+            ExpertStorage::PerExpert(way) => self.mlp_of(way, &spec.expert, hidden, MlpPlace::Own { prefix, expert }),
+            ExpertStorage::Stacked(way) => self.mlp_of(way, &spec.expert, hidden, MlpPlace::Stacked { prefix, expert, count }),
+            ExpertStorage::TransposedByTurns { gate_up, down } => {
+                let part = |name: &str, all_rows, rows, columns| StackPart {
+                    name: format!("{prefix}{name}"),
+                    expert,
+                    count,
+                    part: MlpPart { all_rows, rows, columns, bias: spec.expert.bias },
+                };
+                let inner = spec.expert.intermediate_size;
+                Ok(MlpRefs {
+                    gate: Some(self.transposed_part(part(gate_up, 2 * inner, Runs::every_second(0, inner), hidden))?),
+                    up: self.transposed_part(part(gate_up, 2 * inner, Runs::every_second(1, inner), hidden))?,
+                    down: self.transposed_part(part(down, hidden, Runs::contiguous(0..hidden), inner))?,
+                })
+            }
+        }
     }
 
     /// An expert's rows of a stack [experts, inputs, outputs].

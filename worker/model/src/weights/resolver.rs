@@ -91,6 +91,11 @@ impl<'a> Resolver<'a> {
         }
     }
 
+    /// How many names were not found so far.
+    pub fn missing(&self) -> usize {
+        self.missing.len()
+    }
+
     /// A matrix that no family transposes: embedding, positions, head, router.
     pub fn table(&mut self, base: &str, rows: usize, columns: usize) -> Result<MatrixRef> {
         let name = format!("{base}.weight");

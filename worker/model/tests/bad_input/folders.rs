@@ -100,6 +100,22 @@ fn a_config_of_another_model_is_refused_by_shape_or_name() {
 }
 
 #[test]
+fn more_experts_than_any_model_has_are_refused_before_they_take_memory() {
+    for (row, key) in [("mixtral", "num_local_experts"), ("gpt_oss", "num_local_experts"), ("qwen3_moe", "num_local_experts")] {
+        let read = |file: &str| std::fs::read(fixture(&format!("rows/{row}/{file}"))).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&read("config.json")).unwrap();
+        assert!(config[key].is_u64(), "{row}");
+        config[key] = (1 << 24).into();
+        let refused = open_folder(&config.to_string(), &read("model.safetensors"));
+        assert!(
+            matches!(&refused, Err(ModelError::Config { key, reason, .. }) if key == "experts" && reason.contains("between 1 and 4096")),
+            "{row}: {:?}",
+            refused.err()
+        );
+    }
+}
+
+#[test]
 fn quantized_checkpoints_are_recognized_with_the_conversion_to_use() {
     let with = |quantization: serde_json::Value| {
         let mut config: serde_json::Value = serde_json::from_str(&llama_config()).unwrap();
