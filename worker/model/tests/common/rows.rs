@@ -11,6 +11,9 @@ use super::{Golden, alone, assert_same_bits, backend, chunked, fixture, options,
 const TOLERANCE: f32 = 1e-4;
 /// What rounding the inputs of products to 8 bits costs random weights.
 const UNROUNDED: f32 = 1e-1;
+/// How many of 100 rows of logits must be within [`TOLERANCE`] of the reference that rounds inputs as we do. Measured:
+/// all 44 of a file, but 43 of llama-q2_k, llama-q5_k and qwen3moe-q4_k, and 42 of llama-q4_k.
+const EQUAL_ROWS_PERCENT: usize = 95;
 
 /// A checkpoint of tests/fixtures/model and its reference.
 pub struct Row {
@@ -70,8 +73,9 @@ impl Row {
 
     /// As [`Row::check_logits`] for quantized weights. The reference rounds the inputs of products to 8 bits per 32 as
     /// ours are. A value on the edge between two roundings goes either way, moves its product by one part in 254 and
-    /// with it what follows in its sequence; so the tolerance is asked of most rows (most runs give 1e-7), and of all
-    /// rows what 8 bits cost against unrounded inputs.
+    /// with it what follows in its sequence: that happens to one or two rows of some files, which a build or machine
+    /// does not change (P2), and a mistake in a format's arithmetic would happen to nearly all. So the tolerance is
+    /// asked of [`EQUAL_ROWS_PERCENT`], and of all rows what 8 bits cost against unrounded inputs.
     pub fn check_rounded_logits(&self) {
         let golden = Golden::read(&self.golden);
         let mut decoder = self.open().decoder(backend(), &self.options()).unwrap();
@@ -88,7 +92,11 @@ impl Row {
             }
             let rows: usize = golden.tokens.iter().map(Vec::len).sum();
             println!("{}: {what}: {equal_rows} of {rows} rows as the rounded reference", self.model);
-            assert!(equal_rows * 2 >= rows, "{}: {what}: only {equal_rows} of {rows} rows as the rounded reference", self.model);
+            assert!(
+                equal_rows * 100 >= rows * EQUAL_ROWS_PERCENT,
+                "{}: {what}: only {equal_rows} of {rows} rows as the rounded reference",
+                self.model
+            );
         }
     }
 
