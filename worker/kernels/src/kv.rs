@@ -6,9 +6,11 @@
 //! `[layer][block][kv_head][block_size]`: they belong to a token and a head, never to a block (P2).
 //!
 //! Invariant: what is read back is what was written, rounded once to the pool's type. For bytes: the head's row is
-//! rotated ([`crate::hadamard`]); with a the greatest magnitude of the result, the scale is a/127 rounded up to bfloat16, so that nothing is cut off and every a that is
-//! not subnormal is in range, and a byte is round(x / scale), ties to even. A row with an infinity or a NaN has the scale
-//! NaN: what is not a number stays one.
+//! rotated ([`crate::hadamard`]); with a the greatest magnitude of the result, the scale is a/127 rounded up to
+//! bfloat16, so that nothing is cut off and every a that is not subnormal is in range, and a byte is round(x / scale),
+//! ties to even. A row with an infinity or a NaN has the scale NaN: what is not a number stays one.
+
+use std::cell::RefCell;
 
 use half::{bf16, f16};
 
@@ -19,6 +21,11 @@ use crate::hadamard::rotate;
 use crate::lanes::{LANES, Lanes, Rounded, kernel};
 use crate::memory::AlignedBuffer;
 use crate::path::CpuPath;
+
+thread_local! {
+    /// A head's row while it is rotated.
+    static ROTATED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Keys and values of all layers of a rank.
 pub struct CpuKvPool {
@@ -212,9 +219,8 @@ unsafe fn rotated_row(from: *const f32, to: &mut [f32]) -> *const f32 {
 /// # Safety
 /// The task's pointers hold what its numbers say; nobody else touches this head of the layer.
 #[inline(always)]
-unsafe fn write_bytes_body<L: Lanes>(task: KvWriteTask<'_>) {
+unsafe fn write_bytes_body<L: Lanes>(task: KvWriteTask<'_>, rotated: &mut [f32]) {
     let KvShape { head_dim, value_dim, block_size, .. } = task.shape;
-    let mut rotated = vec![0.0_f32; head_dim.max(value_dim)];
     for (row, &slot) in task.slots.iter().enumerate() {
         let (start, offset) = task.place(slot);
         // SAFETY: the slot lies within the pool, dim + count within the head.
@@ -243,11 +249,12 @@ unsafe fn write_bytes_body<L: Lanes>(task: KvWriteTask<'_>) {
 }
 
 kernel! {
-    /// Rounds and stores one head's rows as bytes with scales.
+    /// Rounds and stores one head's rows as bytes with scales. `rotated` has room for a row of keys or values; what it
+    /// holds does not matter.
     ///
     /// # Safety
     /// The task's pointers hold what its numbers say; nobody else touches this head of the layer.
-    unsafe fn write_bytes(task: KvWriteTask<'_>) = write_bytes_body
+    unsafe fn write_bytes(task: KvWriteTask<'_>, rotated: &mut [f32]) = write_bytes_body
 }
 
 /// Rounds and stores one head's rows.
@@ -261,7 +268,11 @@ pub(crate) unsafe fn write_head(path: CpuPath, task: KvWriteTask<'_>) {
             KvDType::F32 => write_elements::<f32>(path, task),
             KvDType::F16 => write_elements::<f16>(path, task),
             KvDType::BF16 => write_elements::<bf16>(path, task),
-            KvDType::Int8 => write_bytes(path, task),
+            KvDType::Int8 => ROTATED.with_borrow_mut(|rotated| {
+                let width = task.shape.head_dim.max(task.shape.value_dim);
+                rotated.resize(rotated.len().max(width), 0.0);
+                write_bytes(path, task, rotated);
+            }),
         }
     }
 }

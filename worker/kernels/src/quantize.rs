@@ -3,8 +3,8 @@
 //! For a block with greatest magnitude a: scale d = a/127, values round(x · (127/a)) to nearest even, d kept
 //! rounded to f16; for types with a minimum also s = f16(d · Σ values), of d before it is rounded. This is what
 //! llama.cpp's x86 code computes (`quantize_row_q8_0`, `quantize_row_q8_1`), so that results can be compared closely.
-//! Types of 256 values per block take the sums unrounded, as they do there, but keep a scale for every 32 values. Only a block with
-//! a below [`LEAST_MAGNITUDE`] counts as zeros: its 127/a could overflow, and its d is 0 in f16 anyway.
+//! Types of 256 values per block take the sums unrounded, as they do there, but keep a scale for every 32 values. Only
+//! a block with a below [`LEAST_MAGNITUDE`] counts as zeros: its 127/a could overflow, and its d is 0 in f16 anyway.
 
 use crate::error::Result;
 use crate::lanes::{LANES, Lanes, kernel};
@@ -22,11 +22,11 @@ pub(crate) struct Activations {
     pub(crate) blocks: usize,
     /// `[tokens][blocks · 32]`
     pub(crate) values: AlignedBuffer<i8>,
-    /// `[tokens][blocks]`: the f16-rounded scale d.
+    /// `[tokens][blocks]`: the scale d, rounded to f16.
     pub(crate) scales: AlignedBuffer<f32>,
-    /// `[tokens][blocks]`: the f16-rounded d · Σ values.
+    /// `[tokens][blocks]`: d before it is rounded · Σ values, the product rounded to f16 (for Q4_1 and Q5_1).
     pub(crate) rounded_sums: AlignedBuffer<f32>,
-    /// `[tokens][blocks]`: f16-rounded d · Σ values.
+    /// `[tokens][blocks]`: d as in `scales` · Σ values, the product not rounded to f16 (for types of 256).
     pub(crate) sums: AlignedBuffer<f32>,
     /// `[tokens][blocks]`: Σ of the first 16 values in the lower half, of the last 16 in the upper.
     pub(crate) half_sums: AlignedBuffer<i32>,

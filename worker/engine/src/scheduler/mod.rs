@@ -10,8 +10,9 @@
 //! What it is not: it has no clock, no channel and no logits; it does not know why a sequence ends.
 //!
 //! Invariants: the first running sequence gets on in every step, so among equals in priority every admitted one
-//! finishes (a lower priority waits for as long as higher ones keep coming); at most `max_batch_size` sequences hold blocks; a step touches blocks of running sequences only; what a sequence
-//! computes is a function of its own tokens (which blocks hold them is not visible to it).
+//! finishes (a lower priority waits for as long as higher ones keep coming); at most `max_batch_size` sequences hold
+//! blocks; a step touches blocks of running sequences only; what a sequence computes is a function of its own tokens
+//! (which blocks hold them is not visible to it).
 
 mod plan;
 mod sequence;

@@ -5,7 +5,8 @@
 //! columns included, is an exact integer. In f32, per leaf and in the order of its parts, there is one accumulator
 //! per (row, token): acc = fma(dot, d_weight · d_activation, acc), where d_weight is exact too. For a type with
 //! minima then acc = fma(m_weight, s_activation, acc), s being d · Σ values, for Q4_1 and Q5_1 rounded to f16; for
-//! Q2_K, whose minima are integers of 16 columns, acc = fma(Σ minimum · Σ values, −dmin · d_activation, acc). Leaves are added in the tree's order.
+//! Q2_K, whose minima are integers of 16 columns, acc = fma(Σ minimum · Σ values, −dmin · d_activation, acc). Leaves
+//! are added in the tree's order.
 //! Vector lanes are different outputs (16 rows), never parts of one sum: every path gives equal bits.
 
 // Indices name the rows, tokens and vectors of a register tile; several arrays share them.
