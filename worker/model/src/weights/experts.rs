@@ -187,3 +187,30 @@ fn first_name(way: &MlpNames) -> &'static str {
         MlpNames::Separate { gate: first, .. } | MlpNames::GateUp { gate_up: first, .. } | MlpNames::Plain { up: first, .. } => first,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::families::by_name;
+    use crate::{LoadMode, Model};
+
+    /// What a model's layer that its file does not have is resolved to, with as many experts as the configuration may name.
+    fn absent_layer(file: &str) -> Result<ExpertsRefs> {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/model").join(file);
+        let model = Model::open(path, LoadMode::Mmap).unwrap();
+        let architecture = model.architecture();
+        let spec = ExpertsSpec { count: 4096, ..architecture.experts.clone().unwrap() };
+        let mut resolver = Resolver::new(by_name(architecture.family).unwrap(), model.checkpoint());
+        resolver.experts("absent.", architecture.hidden_size, &spec)
+    }
+
+    #[test]
+    fn the_parts_of_a_missing_stack_take_no_memory() {
+        for file in ["rows/gpt_oss", "rows-gguf/mixtral.gguf"] {
+            assert_eq!(absent_layer(file).unwrap().experts.len(), 1, "{file}");
+        }
+        // Where each expert has tensors of its own, the list of what is missing is bounded.
+        let error = absent_layer("rows/mixtral").err();
+        assert!(matches!(&error, Some(ModelError::MissingTensors { names }) if names.len() < 2000), "{error:?}");
+    }
+}
