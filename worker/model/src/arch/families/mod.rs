@@ -264,13 +264,51 @@ mod tests {
         }
     }
 
+    const MANUAL: &str = include_str!("../../../../../docs/models.md");
+
+    /// The cells of the manual's table that has this heading, without the heading and the line under it.
+    fn manual_table(heading: &str) -> Vec<Vec<&'static str>> {
+        let lines = MANUAL.lines().skip_while(|line| !line.starts_with(heading)).skip(2);
+        let cells = |line: &'static str| line.trim_matches('|').split('|').map(str::trim).collect();
+        lines.take_while(|line| line.starts_with('|')).map(cells).collect()
+    }
+
+    /// The names of the fixtures of a folder, sorted.
+    fn fixtures(folder: &str, ending: &str) -> Vec<String> {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/model").join(folder);
+        let names = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = names.filter_map(|name| name.strip_suffix(ending).map(str::to_owned)).collect();
+        names.sort_unstable();
+        names
+    }
+
     #[test]
     fn the_manual_lists_every_row() {
-        let manual = include_str!("../../../../../docs/models.md");
         for family in FAMILIES {
             for name in family.model_types.iter().chain(family.gguf_architectures) {
-                assert!(manual.contains(&format!("`{name}`")), "docs/models.md lacks `{name}` of family {}", family.name);
+                assert!(MANUAL.contains(&format!("`{name}`")), "docs/models.md lacks `{name}` of family {}", family.name);
             }
+        }
+    }
+
+    #[test]
+    fn the_manual_lists_the_tests_of_every_row() {
+        let (rows, tests) = (manual_table("| family | `model_type`"), manual_table("| family | variants"));
+        assert_eq!(rows.len(), FAMILIES.len(), "one line for each family");
+        let sorted = |mut names: Vec<&'static str>| {
+            names.sort_unstable();
+            names
+        };
+        let family = |table: &[Vec<&'static str>]| sorted(table.iter().map(|cells| cells[0]).collect());
+        assert_eq!(family(&rows), family(&tests), "the same families in both tables");
+        let listed =
+            |column: usize| sorted(tests.iter().flat_map(|cells| cells[column].split(", ")).filter(|&name| name != "none").collect());
+        assert_eq!(listed(1), fixtures("rows", ""), "folders of tests/fixtures/model/rows");
+        assert_eq!(listed(2), fixtures("rows-gguf", ".gguf"), "files of tests/fixtures/model/rows-gguf");
+        for row in &rows {
+            let has_file = tests.iter().any(|cells| cells[0] == row[0] && cells[2] != "none");
+            let says_none = row[2] == "none" || row[2].ends_with("(untested)");
+            assert!(has_file != says_none, "{}: in GGUF {}, which its tests contradict", row[0], row[2]);
         }
     }
 }
