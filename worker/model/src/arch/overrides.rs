@@ -111,8 +111,9 @@ impl RopeScalingOverride {
         KINDS.iter().find(|(_, kind)| *kind == self.kind).map_or("", |(name, _)| name)
     }
 
-    /// The scaling for a model of this context, and the context it has then.
-    fn resolve(&self, current: &RopeScaling, context_length: usize) -> (RopeScaling, f64) {
+    /// The scaling for a model of this context, and the context it has then. What is not given is as in the model's own
+    /// scaling where that is of the same kind; the error is a reason.
+    fn resolve(&self, current: &RopeScaling, context_length: usize) -> std::result::Result<(RopeScaling, f64), &'static str> {
         let own_original = match current {
             RopeScaling::Yarn { original_context, .. }
             | RopeScaling::Llama3 { original_context, .. }
@@ -123,17 +124,10 @@ impl RopeScalingOverride {
         let original_context = self.number("original").unwrap_or(own_original);
         let factor = self.number("factor").unwrap_or(1.0);
         let scaling = match self.kind {
-            Kind::Default => return (RopeScaling::Default, own_original),
+            Kind::Default => return Ok((RopeScaling::Default, own_original)),
             Kind::Linear => RopeScaling::Linear { factor },
             Kind::Dynamic => RopeScaling::Dynamic { factor, trained_context: original_context },
-            Kind::Yarn => RopeScaling::Yarn {
-                factor,
-                original_context,
-                beta_fast: self.number("beta_fast").unwrap_or(32.0),
-                beta_slow: self.number("beta_slow").unwrap_or(1.0),
-                attention_factor: self.number("attention_factor").unwrap_or_else(|| yarn_magnitude(factor, 1.0)),
-                truncate: true,
-            },
+            Kind::Yarn => self.yarn(current, factor, original_context)?,
             Kind::Llama3 => RopeScaling::Llama3 {
                 factor,
                 low_freq_factor: self.number("low_freq_factor").unwrap_or(1.0),
@@ -141,7 +135,37 @@ impl RopeScalingOverride {
                 original_context,
             },
         };
-        (scaling, factor * original_context)
+        Ok((scaling, factor * original_context))
+    }
+
+    fn yarn(&self, current: &RopeScaling, factor: f64, original_context: f64) -> std::result::Result<RopeScaling, &'static str> {
+        let (own_fast, own_slow, truncate) = match *current {
+            RopeScaling::Yarn { beta_fast, beta_slow, truncate, .. } => (beta_fast, beta_slow, truncate),
+            _ => (32.0, 1.0, true),
+        };
+        let attention_factor = match self.number("attention_factor") {
+            Some(given) => given,
+            None => stretched_magnitude(current, factor)
+                .ok_or("the model's attention_factor fits its own factor alone, so attention_factor must be given as well")?,
+        };
+        let beta_fast = self.number("beta_fast").unwrap_or(own_fast);
+        let beta_slow = self.number("beta_slow").unwrap_or(own_slow);
+        Ok(RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor, truncate })
+    }
+}
+
+/// YaRN's factor on cos and sin for another stretch of a model: that of the method where the model's own is that or it has
+/// none; the model's where it is 1, which no stretch changes. None where it is neither and the stretch is another.
+fn stretched_magnitude(current: &RopeScaling, factor: f64) -> Option<f64> {
+    let RopeScaling::Yarn { factor: own_factor, attention_factor, .. } = *current else { return Some(yarn_magnitude(factor, 1.0)) };
+    // Files round what they store.
+    let same = |one: f64, other: f64| (one - other).abs() <= 1e-6 * other;
+    if same(attention_factor, yarn_magnitude(own_factor, 1.0)) {
+        Some(yarn_magnitude(factor, 1.0))
+    } else if same(own_factor, factor) || same(attention_factor, 1.0) {
+        Some(attention_factor)
+    } else {
+        None
     }
 }
 
@@ -236,15 +260,20 @@ impl RopeScalingOverride {
         let stretched: Vec<usize> =
             (0..architecture.layers).filter(|layer| !any_full || full(layer)).filter_map(|layer| rope.of_layer[layer]).collect();
         let context_length = architecture.context_length;
-        let mut longest = context_length as f64;
+        let mut longest: f64 = 0.0;
         let PositionSpec::Rope(rope) = &mut architecture.position else { return Ok(()) };
         for (index, table) in rope.tables.iter_mut().enumerate().filter(|(index, _)| stretched.contains(index)) {
             debug_assert!(index < rope.of_layer.len());
-            let (scaling, context) = self.resolve(&table.scaling, context_length);
+            let (scaling, context) = self.resolve(&table.scaling, context_length).map_err(|reason| ModelError::Unsupported {
+                what: format!("rope scaling {self} for family {}", architecture.family),
+                remedy: reason.to_owned(),
+            })?;
             table.scaling = scaling;
-            longest = if self.kind == Kind::Default { context } else { longest.max(context) };
+            longest = longest.max(context);
         }
-        architecture.context_length = longest as usize;
+        if longest > 0.0 {
+            architecture.context_length = longest as usize;
+        }
         Ok(())
     }
 }
@@ -328,6 +357,38 @@ mod tests {
         let plain = scaled("type=default", own).unwrap();
         assert_eq!((table(&plain), plain.context_length), (&RopeScaling::Default, 2048));
         assert_eq!(scaled("type=linear,factor=1.5", llama(&[])).unwrap().context_length, 6144);
+    }
+
+    #[test]
+    fn what_is_not_given_is_as_in_a_scaling_of_the_same_kind() {
+        let yarn = |changes: Value| {
+            let mut own = json!({
+                "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048, "beta_fast": 16.0, "beta_slow": 2.0,
+                "truncate": false
+            });
+            own.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            llama(&[("rope_scaling", own)])
+        };
+        let usual = scaled("type=yarn,factor=4,beta_slow=3", yarn(json!({}))).unwrap();
+        let RopeScaling::Yarn { beta_fast, beta_slow, attention_factor, truncate, .. } = *table(&usual) else { panic!("it is YaRN") };
+        assert_eq!((beta_fast, beta_slow, attention_factor, truncate), (16.0, 3.0, yarn_magnitude(4.0, 1.0), false));
+        let factor = |text: &str, own: f64| {
+            scaled(text, yarn(json!({ "attention_factor": own }))).map(|architecture| match *table(&architecture) {
+                RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+                ref other => panic!("{other:?}"),
+            })
+        };
+        assert_eq!(factor("type=yarn,factor=4", 1.0).unwrap(), 1.0);
+        assert_eq!(factor("type=yarn,factor=2,original=1024", 1.25).unwrap(), 1.25);
+        assert_eq!(factor("type=yarn,factor=4,attention_factor=1.5", 1.25).unwrap(), 1.5);
+        assert!(factor("type=yarn,factor=4", 1.25).unwrap_err().to_string().contains("attention_factor must be given"));
+    }
+
+    #[test]
+    fn another_kind_stretches_the_original_context_and_not_the_stretched_one() {
+        let own = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024 });
+        let linear = scaled("type=linear,factor=2", llama(&[("rope_scaling", own)])).unwrap();
+        assert_eq!((table(&linear), linear.context_length), (&RopeScaling::Linear { factor: 2.0 }, 2048));
     }
 
     #[test]
