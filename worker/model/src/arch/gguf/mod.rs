@@ -8,6 +8,7 @@ mod attention;
 mod experts;
 mod keys;
 mod position;
+mod variants;
 
 use std::collections::BTreeMap;
 
@@ -76,36 +77,6 @@ pub(crate) fn from_gguf_as(family: &Family, metadata: &Metadata, tensors: &BTree
 }
 
 impl Keys<'_> {
-    fn refuse_variants(&self) -> Result<()> {
-        // Present, not zero, and not computed here.
-        const UNKNOWN: [&str; 6] = [
-            "nextn_predict_layers",
-            "attention.temperature_scale",
-            "attention.temperature_length",
-            "attention.output_scale",
-            "rope.scaling.alpha",
-            "router_logit_softcapping",
-        ];
-        for key in UNKNOWN {
-            if let Some(value) = self.optional_float(key)?
-                && value != 0.0
-            {
-                return Err(ModelError::Unsupported {
-                    what: format!("GGUF metadata: {} = {value}", self.key(key)),
-                    remedy: "take the Hugging Face folder of this model".to_owned(),
-                });
-            }
-        }
-        let sections = self.key("rope.dimension_sections");
-        if self.metadata.optional_i32s(&sections)?.is_some_and(|sections| sections.iter().any(|section| *section != 0)) {
-            return Err(ModelError::Unsupported {
-                what: format!("GGUF metadata: {sections}"),
-                remedy: "positions of several dimensions belong to models that take images; take one that takes text".to_owned(),
-            });
-        }
-        Ok(())
-    }
-
     fn norm_eps(&self) -> Result<f32> {
         let [usual, other] = self.family.gguf_eps_keys();
         let eps = match self.optional_float(usual)? {

@@ -181,6 +181,57 @@ fn norms_of_layer_0_and_a_key_tell_how_a_layer_is_put_together() {
 }
 
 #[test]
+fn keys_that_ask_for_another_computation_are_refused_by_name() {
+    let sections = |numbers: Vec<i32>| Value::Array(Array::I32(numbers));
+    for (key, refused, off) in [
+        ("attention.causal", Value::Bool(false), Value::Bool(true)),
+        ("attention.output_scale", Value::Float(2.0), Value::Float(0.0)),
+        ("attention.key_length_swa", number(32), number(0)),
+        ("attention.relative_buckets_count", number(32), number(0)),
+        ("rope.dimension_sections", sections(vec![16, 24, 24, 0]), sections(vec![0; 4])),
+        ("rope.local.freq_base", Value::Float(1e4), Value::Float(0.0)),
+        ("rope.scaling.yarn_ext_factor", Value::Float(0.5), Value::Float(1.0)),
+        ("expert_group_scale", Value::Float(2.0), Value::Float(0.0)),
+        ("experts_per_group", number(2), number(0)),
+        ("activation_sparsity_scale", Value::Array(Array::F32(vec![1.0])), Value::Array(Array::F32(Vec::new()))),
+        ("router_logit_softcapping", Value::Float(30.0), Value::Float(0.0)),
+        ("nextn_predict_layers", number(1), number(0)),
+    ] {
+        let message = file("llama").with(key, refused).refused();
+        assert!(message.contains(&format!("llama.{key} = ")), "{key}: {message}");
+        assert!(file("llama").with(key, off).read().is_ok(), "{key}");
+    }
+    assert!(file("llama").with("rope.scaling.finetuned", Value::Bool(true)).with("tensor_data_layout", number(1)).read().is_ok());
+}
+
+#[test]
+fn factors_and_limits_name_their_key() {
+    for (name, key) in [
+        ("granite", "attention.scale"),
+        ("granite", "embedding_scale"),
+        ("granite", "residual_scale"),
+        ("granite", "logit_scale"),
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma2", "final_logit_softcapping"),
+        ("olmo", "attention.clamp_kqv"),
+        ("mpt", "attention.max_alibi_bias"),
+    ] {
+        for value in [f64::NAN, f64::INFINITY, 1e-60] {
+            let message = file(name).with("logit_scale", Value::Float(2.0)).with(key, Value::Float(value)).read();
+            if (key, value) == ("attention.max_alibi_bias", 1e-60) {
+                // Slopes of nearly 1 each.
+                assert!(message.is_ok());
+                continue;
+            }
+            let message = message.unwrap_err().to_string();
+            assert!(message.contains(key), "{name} {key} = {value}: {message}");
+        }
+    }
+    let negative = file("gemma2").with("attn_logit_softcapping", Value::Float(-50.0)).refused();
+    assert!(negative.contains("attn_logit_softcapping: is -50"), "{negative}");
+}
+
+#[test]
 fn senseless_values_name_their_key() {
     for (key, value) in [
         ("block_count", number(1 << 40)),
