@@ -167,6 +167,15 @@ unsafe fn sum_tile<L: IntegerLanes, F: Format>(
     parts: &mut [Part; CHUNK],
     sums: &mut Sums<L>,
 ) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match tokens.len() {
+            1 if F::PARTS == 1 => return sum_few::<L, F, 1>(task, first_row, tokens.start, sums),
+            2 if F::PARTS == 1 => return sum_few::<L, F, 2>(task, first_row, tokens.start, sums),
+            4 if F::PARTS == 1 => return sum_few::<L, F, 4>(task, first_row, tokens.start, sums),
+            _ => {}
+        }
+    }
     let MatrixView { base, stride, parts: row_parts, leaf_ends, merges, .. } = task.matrix;
     let count = tokens.len();
     sums.depth = 0;
@@ -200,6 +209,51 @@ unsafe fn sum_tile<L: IntegerLanes, F: Format>(
                 block += blocks;
             }
             sums.end_leaf(count, merges);
+        }
+    }
+}
+
+/// As [`sum_tile`] for M tokens and blocks of one part: what is unpacked stays in registers, as do the sums of a leaf.
+/// With so few tokens to share it, writing it to memory would cost more than multiplying it.
+///
+/// # Safety
+/// As [`sum_tile`].
+#[inline(always)]
+unsafe fn sum_few<L: IntegerLanes, F: Format, const M: usize>(
+    task: &QuantizedTask<'_>,
+    first_row: usize,
+    first_token: usize,
+    sums: &mut Sums<L>,
+) {
+    let MatrixView { base, stride, parts: row_parts, leaf_ends, merges, .. } = task.matrix;
+    sums.depth = 0;
+    let mut block = 0;
+    // SAFETY: block < leaf_end, the last of which is the row's, and the caller's contract.
+    unsafe {
+        let weights = base.add(first_row * stride);
+        let next_rows = NextRows { weights, stride, row_bytes: row_parts * F::BYTES };
+        for (&leaf_end, &merges) in leaf_ends.iter().zip(merges) {
+            let mut leaf = [L::splat(0.0); M];
+            while block < leaf_end {
+                next_rows.prefetch(block * F::BYTES..(block + 1) * F::BYTES);
+                let mut part = [Part::unwritten()];
+                F::unpack::<L::Words>(weights.add(block * F::BYTES), stride, &mut part);
+                let at = first_token * row_parts + block;
+                let tokens = TokenBlocks {
+                    values: task.activations.values.add(at * PART),
+                    scales: task.activations.scales.add(at),
+                    rounded_sums: task.activations.rounded_sums.add(at),
+                    sums: task.activations.sums.add(at),
+                    half_sums: task.activations.half_sums.add(at),
+                    blocks: row_parts,
+                };
+                multiply::<L::Words, F, M>(&part, tokens, leaf.as_mut_ptr());
+                block += 1;
+            }
+            for (sum, leaf) in sums.leaf.iter_mut().zip(leaf) {
+                sum.write(leaf);
+            }
+            sums.end_leaf(M, merges);
         }
     }
 }

@@ -179,14 +179,18 @@ unsafe fn dots<W: Words, F: Format, const M: usize>(part: &Part, tokens: TokenBl
     unsafe {
         let mut sums = [W::splat(0); M];
         let mut first_half = sums;
+        // Two chains, so that one token's dot products need not wait for each other; integers add up to the same.
+        let mut others = sums;
         for (index, bytes) in part.bytes.iter().enumerate() {
             let bytes = W::load(bytes.as_ptr().cast());
             for m in 0..M {
-                if !F::WIDE {
-                    sums[m] = bytes.dot::<false>(tokens.values.add(at[m] * PART + 4 * index), sums[m]);
-                } else {
-                    sums[m] = bytes.dot::<true>(tokens.values.add(at[m] * PART + 4 * index), sums[m]);
-                }
+                let chain = if M == 1 && index % 2 == 1 { &mut others[m] } else { &mut sums[m] };
+                let values = tokens.values.add(at[m] * PART + 4 * index);
+                *chain = if F::WIDE { bytes.dot::<true>(values, *chain) } else { bytes.dot::<false>(values, *chain) };
+            }
+            if M == 1 && (index == 7 || F::HALF_SCALES && index == 3) {
+                sums[0] = sums[0].add(others[0]);
+                others = [W::splat(0); M];
             }
             if F::HALF_SCALES && index == 3 {
                 let scale = W::load(part.half_scales[0].as_ptr().cast());
