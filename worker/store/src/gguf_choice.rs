@@ -1,13 +1,30 @@
 //! Which one of several GGUF files to take. Pure; looks at names only, what is inside is for the
 //! loader to judge.
 
-/// Quantizations this version loads, the preferred first, each with the spellings found in names.
-const PREFERENCE: [(&str, &[&str]); 6] = [
+/// Quantizations by name, the preferred first, each with the spellings found in names. First the one most people take;
+/// then by how close to the original a file is that is still small.
+const PREFERENCE: [(&str, &[&str]); 22] = [
+    ("Q4_K_M", &["q4_k_m"]),
     ("Q8_0", &["q8_0"]),
+    ("Q6_K", &["q6_k"]),
+    ("Q5_K_M", &["q5_k_m"]),
+    ("Q5_K_S", &["q5_k_s"]),
+    ("Q5_1", &["q5_1"]),
+    ("Q5_0", &["q5_0"]),
+    ("Q4_K_S", &["q4_k_s"]),
+    ("Q4_K", &["q4_k"]),
     ("Q4_1", &["q4_1"]),
     ("Q4_0", &["q4_0"]),
-    ("F16", &["f16", "fp16"]),
+    ("IQ4_NL", &["iq4_nl"]),
+    ("IQ4_XS", &["iq4_xs"]),
+    ("MXFP4", &["mxfp4"]),
+    ("Q3_K_L", &["q3_k_l"]),
+    ("Q3_K_M", &["q3_k_m"]),
+    ("Q3_K_S", &["q3_k_s"]),
+    ("Q2_K", &["q2_k"]),
+    ("Q2_K_S", &["q2_k_s"]),
     ("BF16", &["bf16"]),
+    ("F16", &["f16", "fp16"]),
     ("F32", &["f32", "fp32"]),
 ];
 
@@ -88,7 +105,8 @@ fn is_model(name: &str) -> bool {
     name.ends_with(".gguf") && !name.contains("mmproj") && !name.contains("imatrix")
 }
 
-fn is_split(name: &str) -> bool {
+/// Whether a name is that of one part of a split GGUF, as in `m-00001-of-00002.gguf`.
+pub(crate) fn is_split(name: &str) -> bool {
     let stem = name.strip_suffix(".gguf").unwrap_or(name);
     let mut parts = stem.rsplit('-');
     let number = |part: Option<&str>| part.is_some_and(|part| part.len() == 5 && part.bytes().all(|byte| byte.is_ascii_digit()));
@@ -137,13 +155,13 @@ mod tests {
     #[test]
     fn without_a_filter_the_preference_decides_and_says_so() {
         let choice = choose_gguf(&REPO, None).unwrap();
-        assert_eq!(REPO[choice.index], "M-1.5b.Q4_1.gguf");
-        assert!(choice.note.unwrap().contains("chose M-1.5b.Q4_1.gguf (Q4_1) among 6"));
+        assert_eq!(REPO[choice.index], "M-1.5b.Q4_K_M.gguf");
+        assert!(choice.note.unwrap().contains("chose M-1.5b.Q4_K_M.gguf (Q4_K_M) among 6"));
         assert_eq!(choose_gguf(&["only.Q2_K.gguf"], None).unwrap().index, 0);
-        let names = ["a-q4_k_m.gguf", "a-q5_k_m.gguf"];
-        assert!(choose_gguf(&names, None).unwrap_err().contains("Q8_0, Q4_1"));
+        let names = ["a-iq2_xxs.gguf", "a-iq1_s.gguf"];
+        assert!(choose_gguf(&names, None).unwrap_err().contains("Q4_K_M, Q8_0"));
         assert!(choose_gguf(&["config.json"], None).is_err());
         let names = ["qwen-fp16.gguf", "qwen-q4_k_m.gguf"];
-        assert_eq!(choose_gguf(&names, None).unwrap().index, 0);
+        assert_eq!(choose_gguf(&names, None).unwrap().index, 1);
     }
 }

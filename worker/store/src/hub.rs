@@ -18,9 +18,12 @@ use crate::source::{HubSource, check_scheme};
 const MAX_LISTING_BYTES: u64 = 32 << 20;
 const MAX_INDEX_BYTES: u64 = 64 << 20;
 pub(crate) const SHARD_INDEX: &str = "model.safetensors.index.json";
+/// The same beside PyTorch files, which the loader reads without executing what they hold.
+const TORCH_INDEX: &str = "pytorch_model.bin.index.json";
+const TORCH_WHOLE: &str = "pytorch_model.bin";
 
 /// Files beside the weights that a loader may read.
-const COMPANIONS: [&str; 10] = [
+const COMPANIONS: [&str; 9] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -30,7 +33,6 @@ const COMPANIONS: [&str; 10] = [
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    SHARD_INDEX,
 ];
 
 /// Everything needed to fetch one model from the hub.
@@ -95,7 +97,10 @@ impl<'a> HubClient<'a> {
             Ok(chosen) => chosen,
             Err(reason) => return Err(StoreError::NoUsableWeights { place: source.repo.clone(), reason }),
         };
-        let chosen = if chosen.sharded { self.resolve_shards(source, commit, &listing.siblings, chosen)? } else { chosen };
+        let chosen = match chosen.index {
+            Some(index) => self.resolve_shards(source, commit, &listing.siblings, chosen, index)?,
+            None => chosen,
+        };
         let mut files = Vec::new();
         for sibling in chosen.files {
             let path = &sibling.rfilename;
@@ -127,22 +132,29 @@ impl<'a> HubClient<'a> {
     }
 
     /// Replaces "every shard-like file" by the files the shard index names.
-    fn resolve_shards<'s>(&self, source: &HubSource, commit: &str, siblings: &'s [Sibling], mut chosen: Chosen<'s>) -> Result<Chosen<'s>> {
+    fn resolve_shards<'s>(
+        &self,
+        source: &HubSource,
+        commit: &str,
+        siblings: &'s [Sibling],
+        mut chosen: Chosen<'s>,
+        index_name: &str,
+    ) -> Result<Chosen<'s>> {
         #[derive(Deserialize)]
         struct ShardIndex {
             weight_map: BTreeMap<String, String>,
         }
-        let url = self.file_url(&source.repo, commit, SHARD_INDEX)?;
-        let get = Get { authorization: self.authorization.as_ref(), ..Get::new(&url, SHARD_INDEX) };
+        let url = self.file_url(&source.repo, commit, index_name)?;
+        let get = Get { authorization: self.authorization.as_ref(), ..Get::new(&url, index_name) };
         let (_, bytes) = self.http.fetch_document(&get, MAX_INDEX_BYTES)?;
         let index: ShardIndex =
-            serde_json::from_slice(&bytes).map_err(|error| self.bad(format!("{SHARD_INDEX} cannot be read ({error})")))?;
+            serde_json::from_slice(&bytes).map_err(|error| self.bad(format!("{index_name} cannot be read ({error})")))?;
         let shards: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
         for shard in shards {
             let file = siblings
                 .iter()
                 .find(|file| file.rfilename == shard)
-                .ok_or_else(|| self.bad(format!("{SHARD_INDEX} names '{}', which is not there", shard.escape_debug())))?;
+                .ok_or_else(|| self.bad(format!("{index_name} names '{}', which is not there", shard.escape_debug())))?;
             chosen.files.push(file);
         }
         Ok(chosen)
@@ -185,36 +197,51 @@ impl<'a> HubClient<'a> {
 #[derive(Debug)]
 struct Chosen<'a> {
     files: Vec<&'a Sibling>,
-    /// The shards are still to be added, as the shard index names them.
-    sharded: bool,
+    /// The shards are still to be added, as this index among the files names them.
+    index: Option<&'static str>,
     /// A single file, known by its base name.
     flatten: bool,
     note: Option<String>,
 }
 
-/// Without a filter safetensors with a config are preferred to GGUF. A filter always means a GGUF.
+/// Without a filter safetensors with a config are preferred to GGUF, and GGUF to PyTorch files. A filter always means a
+/// GGUF.
 fn choose<'a>(siblings: &'a [Sibling], filter: Option<&str>) -> Result<Chosen<'a>, String> {
-    let has = |name: &str| siblings.iter().any(|file| file.rfilename == name);
-    let weights: Vec<&Sibling> =
+    let find = |name: &str| siblings.iter().find(|file| file.rfilename == name);
+    let has_config = find("config.json").is_some();
+    let safetensors: Vec<&Sibling> =
         siblings.iter().filter(|file| file.rfilename.ends_with(".safetensors") && !file.rfilename.contains('/')).collect();
-    if filter.is_none() && has("config.json") && !weights.is_empty() {
-        let mut files: Vec<&Sibling> = siblings.iter().filter(|file| is_companion(&file.rfilename)).collect();
-        let sharded = has(SHARD_INDEX);
-        if !sharded {
-            // Some repositories hold the same weights once more under another name.
-            let whole = weights.iter().copied().find(|file| file.rfilename == "model.safetensors");
-            match (whole, &weights[..]) {
-                (Some(whole), _) => files.push(whole),
-                (None, [one]) => files.push(one),
-                (None, _) => return Err(format!("there are several safetensors files and no {SHARD_INDEX}")),
-            }
-        }
-        return Ok(Chosen { files, sharded, flatten: false, note: None });
-    }
     let names: Vec<&str> = siblings.iter().map(|file| file.rfilename.as_str()).collect();
-    if !names.iter().any(|name| name.to_ascii_lowercase().ends_with(".gguf")) {
-        return Err(if weights.is_empty() {
-            "it holds neither safetensors nor GGUF files, and other formats can run code when they are loaded".into()
+    let has_gguf = names.iter().any(|name| name.to_ascii_lowercase().ends_with(".gguf"));
+    let folder = |weights: Weights<'a>| {
+        let mut files: Vec<&Sibling> = siblings.iter().filter(|file| is_companion(&file.rfilename)).collect();
+        let (file, index) = match weights {
+            Weights::Whole(file) => (Some(file), None),
+            Weights::Sharded(index) => (find(index), Some(index)),
+        };
+        files.extend(file);
+        Chosen { files, index, flatten: false, note: None }
+    };
+    if filter.is_none() && has_config && !safetensors.is_empty() {
+        // Some repositories hold the same weights once more under another name.
+        return match (find(SHARD_INDEX), find("model.safetensors"), &safetensors[..]) {
+            (Some(_), _, _) => Ok(folder(Weights::Sharded(SHARD_INDEX))),
+            (None, Some(whole), _) => Ok(folder(Weights::Whole(whole))),
+            (None, None, [one]) => Ok(folder(Weights::Whole(one))),
+            (None, None, _) => Err(format!("there are several safetensors files and no {SHARD_INDEX}")),
+        };
+    }
+    if filter.is_none() && has_config && !has_gguf {
+        if find(TORCH_INDEX).is_some() {
+            return Ok(folder(Weights::Sharded(TORCH_INDEX)));
+        }
+        if let Some(whole) = find(TORCH_WHOLE) {
+            return Ok(folder(Weights::Whole(whole)));
+        }
+    }
+    if !has_gguf {
+        return Err(if safetensors.is_empty() {
+            format!("it holds neither safetensors, GGUF nor {TORCH_WHOLE} files, which are what can be loaded")
         } else if filter.is_some() {
             "it holds no GGUF file to choose from; leave the part after the colon out".into()
         } else {
@@ -222,7 +249,14 @@ fn choose<'a>(siblings: &'a [Sibling], filter: Option<&str>) -> Result<Chosen<'a
         });
     }
     let choice = choose_gguf(&names, filter)?;
-    Ok(Chosen { files: vec![&siblings[choice.index]], sharded: false, flatten: true, note: choice.note })
+    Ok(Chosen { files: vec![&siblings[choice.index]], index: None, flatten: true, note: choice.note })
+}
+
+/// Weights of a repository in Hugging Face layout.
+enum Weights<'a> {
+    Whole(&'a Sibling),
+    /// As this index names them.
+    Sharded(&'static str),
 }
 
 fn is_companion(name: &str) -> bool {
@@ -263,7 +297,18 @@ mod tests {
         let expected = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"];
         assert_eq!(chosen(&names, None).unwrap(), expected);
         let list = siblings(&["config.json", "model-00001-of-00002.safetensors", SHARD_INDEX]);
-        assert!(choose(&list, None).unwrap().sharded);
+        assert_eq!(choose(&list, None).unwrap().index, Some(SHARD_INDEX));
+        assert_eq!(chosen(&["config.json", SHARD_INDEX, "a.safetensors"], None).unwrap(), ["config.json", SHARD_INDEX]);
+    }
+
+    #[test]
+    fn pytorch_files_are_the_last_choice() {
+        let whole = ["config.json", "pytorch_model.bin", "training_args.bin"];
+        assert_eq!(chosen(&whole, None).unwrap(), ["config.json", "pytorch_model.bin"]);
+        let shards = ["config.json", "pytorch_model-00001-of-00002.bin", TORCH_INDEX];
+        assert_eq!(chosen(&shards, None).unwrap(), ["config.json", TORCH_INDEX]);
+        assert_eq!(choose(&siblings(&shards), None).unwrap().index, Some(TORCH_INDEX));
+        assert_eq!(chosen(&["config.json", "pytorch_model.bin", "m.Q4_1.gguf"], None).unwrap(), ["m.Q4_1.gguf"]);
     }
 
     #[test]
@@ -275,8 +320,9 @@ mod tests {
 
     #[test]
     fn a_repository_without_weights_is_refused_with_the_reason() {
-        let cases: [(&[&str], Option<&str>, &str); 4] = [
-            (&["config.json", "pytorch_model.bin"], None, "can run code"),
+        let cases: [(&[&str], Option<&str>, &str); 5] = [
+            (&["config.json", "tf_model.h5"], None, "neither safetensors"),
+            (&["pytorch_model.bin"], None, "neither safetensors"),
             (&["adapter_model.safetensors"], None, "no config.json"),
             (&["config.json", "a.safetensors", "b.safetensors"], None, "several"),
             (&["config.json", "model.safetensors"], Some("Q4_0"), "no GGUF"),

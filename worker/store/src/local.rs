@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::digest::{Digest, Hasher};
 use crate::error::{Result, StoreError};
+use crate::gguf_choice::is_split;
 use crate::resolved::{ContentDigest, ResolvedModel};
 use crate::verify::Stamp;
 
@@ -13,7 +14,7 @@ const SAMPLE_BYTES: u64 = 1 << 20;
 /// A model folder has tens of files; a home folder given by mistake has many more.
 const MAX_FILES: usize = 10_000;
 /// What a loader may read from a folder, by the end of its name.
-const PARTS: [&str; 6] = [".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"];
+const PARTS: [&str; 7] = [".safetensors", ".gguf", ".bin", ".json", ".jinja", ".model", ".txt"];
 
 /// Resolves a file or folder.
 ///
@@ -46,7 +47,8 @@ fn model_in_folder(folder: PathBuf) -> Result<(PathBuf, Vec<PathBuf>)> {
     if files.len() > MAX_FILES {
         return refuse(format!("it has more than {MAX_FILES} files, which is no model's folder"));
     }
-    if ends("/config.json") == 1 && ends(".safetensors") > 0 {
+    let torch = ends("/pytorch_model.bin") + ends("/pytorch_model.bin.index.json");
+    if ends("/config.json") == 1 && (ends(".safetensors") > 0 || (torch > 0 && ends(".gguf") == 0)) {
         return Ok((folder, files));
     }
     match (ends(".gguf"), ends(".safetensors")) {
@@ -54,10 +56,26 @@ fn model_in_folder(folder: PathBuf) -> Result<(PathBuf, Vec<PathBuf>)> {
             files.retain(|path| path.extension().is_some_and(|end| end == "gguf"));
             Ok((files[0].clone(), files))
         }
-        (0, 0) => refuse("it holds neither safetensors nor GGUF files".into()),
+        (2.., _) if parts_of_one(&files) => {
+            files.retain(|path| path.extension().is_some_and(|end| end == "gguf"));
+            Ok((files[0].clone(), files))
+        }
+        (0, 0) if torch > 0 => refuse("it has a PyTorch file but no config.json".into()),
+        (0, 0) => refuse("it holds neither safetensors, GGUF nor pytorch_model.bin files".into()),
         (0, _) => refuse("it has safetensors but no config.json".into()),
         _ => refuse("it holds several GGUF files; name the one to use".into()),
     }
+}
+
+/// Whether all GGUF files of a folder are the parts of one split model: equal names but for the part's number.
+fn parts_of_one(files: &[PathBuf]) -> bool {
+    let names: Vec<String> = files.iter().filter_map(|path| path.file_name()?.to_str().map(str::to_owned)).collect();
+    let mut stems = names.iter().filter(|name| name.ends_with(".gguf")).map(|name| {
+        let stem = name.len().checked_sub("-00001-of-00002.gguf".len())?;
+        is_split(name).then(|| (&name[..stem], &name[name.len() - "-of-00002.gguf".len()..]))
+    });
+    let first = stems.next().flatten();
+    first.is_some() && stems.all(|stem| stem == first)
 }
 
 /// Digest over name, size, modification time, inode and the first and last MiB of each file, and the whole size.
@@ -114,6 +132,23 @@ mod tests {
     }
 
     #[test]
+    fn pytorch_folders_and_split_files_are_models_too() {
+        let torch = tempfile::tempdir().unwrap();
+        write(torch.path(), "pytorch_model.bin", b"PK");
+        assert!(resolve("m".into(), torch.path()).unwrap_err().to_string().contains("no config.json"));
+        write(torch.path(), "config.json", b"{}");
+        let model = resolve("m".into(), torch.path()).unwrap();
+        assert_eq!((model.path(), model.size_bytes()), (fs::canonicalize(torch.path()).unwrap().as_path(), 4));
+
+        let split = tempfile::tempdir().unwrap();
+        write(split.path(), "m-00002-of-00002.gguf", b"two");
+        write(split.path(), "m-00001-of-00002.gguf", b"GGUF");
+        let model = resolve("m".into(), split.path()).unwrap();
+        assert!(model.path().ends_with("m-00001-of-00002.gguf"));
+        assert_eq!(model.size_bytes(), 7);
+    }
+
+    #[test]
     fn folders_without_one_model_are_refused() {
         let home = tempfile::tempdir().unwrap();
         let refusal = || resolve("m".into(), home.path()).unwrap_err().to_string();
@@ -122,6 +157,8 @@ mod tests {
         assert!(refusal().contains("no config.json"));
         write(home.path(), "a.gguf", b"x");
         write(home.path(), "b.gguf", b"x");
+        assert!(refusal().contains("several GGUF"));
+        write(home.path(), "b-00001-of-00002.gguf", b"x");
         assert!(refusal().contains("several GGUF"));
         assert!(resolve("m".into(), &home.path().join("absent")).is_err());
     }

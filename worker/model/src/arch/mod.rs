@@ -154,11 +154,11 @@ pub struct QkNormSpec {
 /// What a query or key norm is taken over, and the length of its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QkNormOver {
-    /// Each head; one weight [head_dim] for all (Qwen 3, Gemma 3, Phi).
+    /// Each head; one weight of `head_dim` values for all (Qwen 3, Gemma 3, Phi).
     Head,
-    /// Each head; a weight of its own for each, [heads, head_dim] (Cohere, StableLM).
+    /// Each head; a weight of its own for each, `[heads, head_dim]` (Cohere, StableLM).
     EachHead,
-    /// All heads together; weight [heads · head_dim] (OLMo 2). By the reduction tree where ranks share the heads.
+    /// All heads together; a weight of heads · `head_dim` values (OLMo 2). By the reduction tree where ranks share the heads.
     Full,
 }
 

@@ -1,8 +1,8 @@
 //! The table of model families: one row each, names and differences as data.
 //!
 //! Adding a family is adding a row and a golden test; the readers ([`super::hf`], [`super::gguf`]), the name check
-//! (`weights`) and the decoder follow the row. `docs/adding-a-family.md` goes through it. [`row`] is the vocabulary of
-//! rows, [`names`] that of tensor names.
+//! (`weights`) and the decoder follow the row. `docs/adding-a-family.md` goes through it. `row` is the vocabulary of
+//! rows, `names` that of tensor names.
 //!
 //! Invariant: every row has its own name, and no two rows claim one `model_type`.
 
