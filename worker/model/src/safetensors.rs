@@ -28,6 +28,9 @@ pub struct SafetensorsTensor {
 /// wanted tensor is not F32, F16, BF16 or F8_E4M3.
 pub fn parse_header(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<String, SafetensorsTensor>> {
     let malformed = |reason: String| ModelError::Malformed { format: "safetensors".to_owned(), reason };
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err(malformed("it is a Git LFS pointer, not the file it stands for; run `git lfs pull` in its repository".to_owned()));
+    }
     // The library bounds the header, and checks that offsets follow each other without gaps up to the file's end.
     let (header_bytes, metadata) = SafeTensors::read_metadata(bytes)
         .map_err(|error| malformed(format!("{error}; the file is damaged or incomplete: download it again")))?;
