@@ -14,6 +14,7 @@ mod slo;
 mod sse;
 mod summary;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -73,22 +74,33 @@ struct Report {
 pub fn serve(args: &BenchServeArgs) -> Result<()> {
     let loads = loads(args)?;
     let workload = workload(args)?;
+    args.plot.as_deref().map_or(Ok(()), check_plot)?;
     let report = runtime::start()?.block_on(async {
         tokio::select! {
             report = measure_endpoint(args, &loads, &workload) => report,
             () = runtime::stop_signal() => Err(Failure::new("stopped")),
         }
     })?;
+    // First what was measured: a plot that cannot be written must not cost the figures.
+    report::print(args.output.output, &report)?;
     if let Some(path) = &args.plot {
         let title = format!("{} at {}", report.model, report.url);
         plot::write(path, &title, &report.points)
             .map_err(|error| Failure::new(error.to_string()).while_doing(&format!("cannot write {}", path.display())))?;
     }
-    report::print(args.output.output, &report)?;
     match report.points.iter().all(|point| point.summary.completed == 0) {
         true => Err(nothing_succeeded(&report.points)),
         false => Ok(()),
     }
+}
+
+/// Refuses a plot that could not be written before anything is measured for it.
+fn check_plot(path: &Path) -> Result<()> {
+    if path.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("svg")) {
+        return Err(Failure::usage(format!("--plot {}: plots are SVG; give a name that ends in .svg", path.display())));
+    }
+    let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    opened.map(|_| ()).map_err(|error| Failure::usage(format!("--plot {}: cannot be written ({error})", path.display())))
 }
 
 /// The loads of a sweep; one of them where there is no list.

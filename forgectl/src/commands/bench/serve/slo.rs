@@ -40,6 +40,9 @@ pub fn parse_objectives(text: &str) -> Result<Objectives, String> {
     let mut objectives = Objectives::default();
     for part in text.split(',') {
         let (name, value) = part.split_once(':').ok_or_else(|| format!("{part:?} is no objective; write for example ttft:200ms"))?;
+        if value.ends_with(|letter: char| letter.is_ascii_digit()) {
+            return Err(format!("{part:?} has no unit of time; write for example ttft:200ms or e2e:2s"));
+        }
         let seconds = parse_duration(value)?.as_secs_f64();
         let slot = match name.trim() {
             "ttft" => &mut objectives.ttft_s,
@@ -77,14 +80,14 @@ mod tests {
 
     #[test]
     fn objectives_are_read_and_kept() {
-        let objectives = parse_objectives("ttft:200ms,itl:50ms,e2e:2").expect("valid");
+        let objectives = parse_objectives("ttft:200ms,itl:50ms,e2e:2s").expect("valid");
         assert_eq!(objectives, Objectives { ttft_s: Some(0.2), itl_s: Some(0.05), tpot_s: None, e2e_s: Some(2.0) });
         let record = Record { ttft_s: Some(0.1), gaps_s: vec![0.04, 0.06], e2e_s: 0.2, output_tokens: 3, ..Record::default() };
         assert!(objectives.kept_by(&record));
         assert!(!objectives.kept_by(&Record { ttft_s: Some(0.21), ..record.clone() }));
         assert!(!objectives.kept_by(&Record { gaps_s: vec![0.04, 0.07], ..record.clone() }));
         assert!(!objectives.kept_by(&Record { e2e_s: 2.1, ..record }));
-        for text in ["ttft", "ttft:x", "ttft:0ms", "speed:1s", "ttft:1h", "ttft:1s,ttft:2s", ""] {
+        for text in ["ttft", "ttft:200", "ttft:x", "ttft:0ms", "speed:1s", "ttft:1h", "ttft:1s,ttft:2s", ""] {
             assert!(parse_objectives(text).is_err(), "{text}");
         }
     }
