@@ -86,7 +86,7 @@ fn when_all_sources_fail_each_is_listed_with_its_reason() {
     assert_eq!(sources, ["hf:org/gone:m.gguf", "pypi:llm-tiny", "hf:org/last"]);
     assert!(failures[0].reason.contains("404"), "{error}");
     assert!(failures[1].reason.contains("does not match its published sha256"), "{error}");
-    assert!(failures[2].reason.contains("can run code"), "{error}");
+    assert!(failures[2].reason.contains("neither safetensors"), "{error}");
 }
 
 #[test]
