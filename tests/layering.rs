@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 /// Each crate and the crates of this workspace it may depend on directly.
 const MAY_KNOW: &[(&str, &[&str])] = &[
+    ("forge-proto", &[]),
     ("forge-shared", &[]),
+    ("forge-cluster", &["forge-proto", "forge-shared"]),
     ("forge-text", &["forge-shared"]),
     ("forge-kernels", &["forge-shared"]),
     ("forge-net", &["forge-shared", "forge-kernels"]),
@@ -16,13 +18,27 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("forge-engine", &["forge-shared", "forge-text", "forge-kernels", "forge-net", "forge-model"]),
     ("forge-eval", &["forge-shared", "forge-kernels", "forge-net", "forge-model"]),
     ("forge-store", &["forge-shared"]),
-    ("forge-coordinator", &["forge-shared"]),
-    ("forge-worker", &["forge-shared", "forge-text", "forge-kernels", "forge-net", "forge-model", "forge-engine", "forge-store"]),
-    ("forge-gateway", &["forge-shared", "forge-text"]),
+    ("forge-coordinator", &["forge-proto", "forge-shared", "forge-cluster"]),
+    (
+        "forge-worker",
+        &[
+            "forge-proto",
+            "forge-shared",
+            "forge-cluster",
+            "forge-text",
+            "forge-kernels",
+            "forge-net",
+            "forge-model",
+            "forge-engine",
+            "forge-store",
+        ],
+    ),
+    ("forge-gateway", &["forge-proto", "forge-shared", "forge-cluster", "forge-text"]),
     (
         "forgectl",
         &[
             "forge-shared",
+            "forge-cluster",
             "forge-text",
             "forge-kernels",
             "forge-net",
@@ -39,6 +55,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
         "forge-tests",
         &[
             "forge-shared",
+            "forge-cluster",
             "forge-text",
             "forge-kernels",
             "forge-net",

@@ -205,7 +205,15 @@ mod tests {
     }
 
     fn facts(weights_mib: u64) -> ModelFacts {
-        ModelFacts { layers: 30, context_length: 8192, weights_bytes: weights_mib << 20, kv_slot_bytes: 23_040, workspace_bytes: 64 << 20 }
+        ModelFacts {
+            layers: 30,
+            context_length: 8192,
+            weights_bytes: weights_mib << 20,
+            kv_slot_bytes: 23_040,
+            workspace_bytes: 64 << 20,
+            weights_digest: String::new(),
+            shape: Default::default(),
+        }
     }
 
     fn device(number: u32, free_mib: u64) -> DeviceView {

@@ -2,6 +2,7 @@
 //!
 //! What it is not: it has no policy and starts nothing. It may not depend on any other crate of the workspace.
 
+pub mod cluster;
 pub mod config;
 pub mod generate;
 pub mod ids;

@@ -123,6 +123,33 @@ pub struct ModelFacts {
     pub kv_slot_bytes: u64,
     /// Bytes of activations and logits for the wished step and batch size.
     pub workspace_bytes: u64,
+    /// Content digest of the weights, so that every worker serves what was planned for.
+    #[serde(default)]
+    pub weights_digest: String,
+    /// What can be divided among ranks.
+    #[serde(default)]
+    pub shape: ModelShape,
+}
+
+/// What of a model can be divided among ranks, and how many bytes each part has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Experts of a layer that has them; 0 without.
+    pub experts: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Rows of the vocabulary.
+    pub vocab_size: usize,
+    /// Bytes of the embedding table, on the first stage.
+    pub embedding_bytes: u64,
+    /// Bytes of the output head, on the last stage; 0 where it is the embedding table.
+    pub head_bytes: u64,
+    /// Bytes of each layer's weights.
+    pub layer_bytes: Vec<u64>,
 }
 
 /// A device that could take a rank.

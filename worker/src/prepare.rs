@@ -6,7 +6,7 @@ use forge_kernels::KvDType;
 use forge_model::{DecoderOptions, GenerationDefaults, LoadMode, Model, Overrides, Shard};
 use forge_shared::ids::Epoch;
 use forge_shared::link::DefaultSampling;
-use forge_shared::plan::ModelFacts;
+use forge_shared::plan::{ModelFacts, ModelShape};
 use forge_shared::spec::{self, KvCacheDtype, ModelServiceSpec};
 use forge_text::ModelText;
 
@@ -93,6 +93,8 @@ pub fn model_facts(model: &Model, spec: &ModelServiceSpec) -> Result<ModelFacts,
         weights_bytes: (memory.weights_bytes + memory.copied_bytes) as u64,
         kv_slot_bytes: (memory.kv_block_bytes as u64).div_ceil(spec.block_size as u64),
         workspace_bytes: (memory.workspace_bytes + memory.rope_bytes) as u64,
+        weights_digest: String::new(),
+        shape: ModelShape::default(),
     })
 }
 

@@ -1,0 +1,6 @@
+//! How Forge's processes find, trust and speak to each other: identities, mTLS, the coordinators' API and its wire.
+//!
+//! What it is not: it decides nothing about the cluster (`forge-coordinator` does) and runs no model. [`api::ClusterApi`]
+//! is the one seam: `forgectl serve` has a coordinator behind it in the same process, everything else a wire.
+
+pub mod api;

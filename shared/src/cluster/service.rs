@@ -1,0 +1,114 @@
+//! Services and their replicas as the cluster knows them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Epoch, ReplicaId};
+use crate::plan::{ModelFacts, Plan, Refusal};
+use crate::spec::ModelService;
+
+use super::Revision;
+
+/// A service, what is known of its model, and its replicas.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceRecord {
+    /// What the operator asked for, defaults filled in.
+    pub service: ModelService,
+    /// Grows with every change of the wish; replicas of an older generation are replaced.
+    pub generation: u64,
+    /// When the wish last changed.
+    pub revision: Revision,
+    /// The model's numbers, found by a worker for this generation.
+    pub facts: Facts,
+    /// Replicas by index; a missing index is not placed.
+    pub replicas: Vec<ReplicaRecord>,
+    /// Why a replica cannot be placed, from the last try; at most one for the service.
+    pub refusal: Option<Refusal>,
+    /// Highest epoch ever given out for this service: the next plan's is larger.
+    pub last_epoch: Epoch,
+}
+
+/// What is known of a service's model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase", tag = "state", deny_unknown_fields)]
+pub enum Facts {
+    /// No worker has looked yet.
+    Unknown,
+    /// A worker looked and cannot use the model: nothing is placed until the wish changes.
+    Failed {
+        /// What is wrong with it, with the remedy.
+        reason: String,
+    },
+    /// The model's numbers.
+    Known {
+        /// For placement.
+        facts: Box<ModelFacts>,
+    },
+}
+
+/// A placed replica and where it stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ReplicaRecord {
+    /// The coordinator's decision.
+    pub plan: Plan,
+    /// Generation of the service it was planned for.
+    pub generation: u64,
+    /// What its leading rank's node last reported.
+    pub status: ReplicaStatus,
+}
+
+/// What a worker reports of a replica.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ReplicaStatus {
+    /// Where it stands.
+    pub phase: ReplicaPhase,
+    /// Share done of what the phase is doing, 0 to 100.
+    pub percent: u8,
+    /// Why, where it failed; what is being waited for, elsewhere.
+    pub reason: String,
+    /// Times its engine was restarted under this plan.
+    pub restarts: u32,
+    /// Of the running engine; empty before.
+    pub numerics_id: String,
+}
+
+impl ReplicaStatus {
+    /// A replica that its worker has not spoken of yet.
+    pub fn placed() -> Self {
+        ReplicaStatus { phase: ReplicaPhase::Placed, percent: 0, reason: String::new(), restarts: 0, numerics_id: String::new() }
+    }
+}
+
+/// Where a replica stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReplicaPhase {
+    /// Planned; its worker has not answered.
+    Placed,
+    /// Its files are coming.
+    Pulling,
+    /// Its weights are being loaded.
+    Loading,
+    /// It answers.
+    Ready,
+    /// It lets running requests finish, and takes no more.
+    Draining,
+    /// Its worker gave it up; it is placed anew.
+    Failed,
+}
+
+/// A worker's report of one replica, bound to the plan it speaks of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ReplicaReport {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Under which plan; a report of another epoch changes nothing.
+    pub epoch: Epoch,
+    /// What it says.
+    pub status: ReplicaStatus,
+    /// Bytes its device really had, where they were fewer than planned: the node is believed no more than this.
+    pub found_memory_bytes: Option<u64>,
+}
