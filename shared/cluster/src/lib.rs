@@ -4,3 +4,4 @@
 //! is the one seam: `forgectl serve` has a coordinator behind it in the same process, everything else a wire.
 
 pub mod api;
+pub mod engine;

@@ -1,0 +1,55 @@
+//! A gateway's way to a worker's replicas, whether the worker is in this process or behind a wire.
+//!
+//! Invariant: a client belongs to one epoch of one replica. When the worker runs another, submissions are refused as
+//! unavailable and nothing is computed; the gateway learns of the new epoch from the coordinators and dials again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use forge_shared::ids::{Epoch, NodeId, ReplicaId};
+use forge_shared::link::EngineLink;
+use futures::future::BoxFuture;
+use tokio::sync::mpsc;
+
+use crate::api::ClusterError;
+
+/// Which replica, where, and under which plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineTarget {
+    /// Node of its leading rank: the name its certificate must carry.
+    pub node: NodeId,
+    /// `host:port` of that node's engine service.
+    pub address: String,
+    /// Which copy.
+    pub replica: ReplicaId,
+    /// Of the plan.
+    pub epoch: Epoch,
+}
+
+/// Prompt blocks that an engine can reuse: 64 bits of forge-text's prefix hash each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PrefixUpdate {
+    /// Forget everything said before.
+    pub reset: bool,
+    /// Now there.
+    pub stored: Vec<u64>,
+    /// No longer there.
+    pub removed: Vec<u64>,
+}
+
+/// One replica as a gateway uses it. Dropping it closes what belongs to it.
+pub trait ReplicaClient: EngineLink {
+    /// Tokenizer and chat template in forge-text's portable form.
+    fn model_text(&self, timeout: Duration) -> BoxFuture<'_, Result<Bytes, ClusterError>>;
+    /// Changes of the engine's prefix cache; each call begins with a reset. A reader that falls behind gets a reset.
+    fn prefixes(&self) -> mpsc::Receiver<PrefixUpdate>;
+    /// Token slots of a block, which a prefix hash covers; 0 until known.
+    fn block_size(&self) -> usize;
+}
+
+/// Makes clients. A wire's dialer connects in the background: the client's status says when it can answer.
+pub trait EngineDialer: Send + Sync + 'static {
+    /// A client of this replica.
+    fn dial(&self, target: EngineTarget) -> Arc<dyn ReplicaClient>;
+}
