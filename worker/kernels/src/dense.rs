@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use crate::lanes::{Element, LANES, Lanes, LeafStack, kernel};
+use crate::lanes::{Element, LANES, Lanes, LeafStack, kernel, padded};
 use crate::scales::BlockScales;
 
 /// Tokens whose activations are kept in the nearer caches while a task's rows pass over them.
@@ -127,12 +127,8 @@ impl WeightRow for ScaledRow<'_> {
 
     #[inline(always)]
     unsafe fn load_partial<L: Lanes>(self, column: usize, count: usize) -> L {
-        let mut bytes = [0; LANES];
         // SAFETY: the caller's contract.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.bytes.add(column), bytes.as_mut_ptr(), count);
-            L::load_f8e4m3(bytes.as_ptr()).mul(self.scale(column, count))
-        }
+        unsafe { L::load_f8e4m3(padded(self.bytes.add(column), count).as_ptr()).mul(self.scale(column, count)) }
     }
 }
 

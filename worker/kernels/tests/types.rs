@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{Random, backend, backends, bits, product, quantized, random_matrix, read, source};
+use common::{DTYPES, Random, backend, backends, bits, product, quantized, random_matrix, read, source};
 use forge_kernels::{Backend, BlockScales, CpuPath, DType, Segments, dequantize, holds_non_finite};
 
 /// The bytes of a golden file.
@@ -117,6 +117,33 @@ fn products_of_scaled_8_bit_floats_equal_those_of_their_values() {
             let wide = backend.weight(source(wide, DType::F32, rows, columns, Segments::whole(columns))).unwrap();
             let expected = product(&backend, &wide, &x, tokens, rows, None);
             assert_eq!(bits(&product(&backend, &weight, &x, tokens, rows, None)), bits(&expected), "{}", backend.path());
+        }
+    }
+}
+
+/// Files promise no alignment: neither whole vectors nor a row's last few values, of products and of embeddings.
+#[test]
+fn weights_at_odd_offsets_are_read_as_aligned_ones() {
+    let mut random = Random(43);
+    for dtype in DTYPES {
+        let (rows, columns, tokens) = (21, if dtype.is_quantized() { 256 } else { 75 }, 5);
+        let bytes = random_matrix(&mut random, dtype, rows, columns);
+        let x = random.normals(tokens * columns);
+        let ids: Vec<u32> = (0..rows as u32).collect();
+        for backend in backends() {
+            let mut expected: Option<(Vec<u32>, Vec<u32>)> = None;
+            // Wherever the allocation begins, some of these are odd for elements of every size.
+            for offset in 0..4 {
+                let shifted = [&vec![0xff; offset][..], &bytes].concat();
+                let mut weight = source(shifted, dtype, rows, columns, Segments::whole(columns));
+                weight.offset = offset;
+                let weight = backend.weight(weight).unwrap();
+                let mut table = backend.buffer(rows, columns).unwrap();
+                backend.embed(&weight, 0..rows as u32, &ids, 1.0, &mut table).unwrap();
+                let products = product(&backend, &weight, &x, tokens, rows, None);
+                let actual = (bits(&products), bits(&read(&backend, &table, rows)));
+                assert_eq!(expected.get_or_insert_with(|| actual.clone()), &actual, "{dtype} at {offset}, {}", backend.path());
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes, Sum};
+use super::{LANES, Lanes, Sum, padded, write_first};
 
 /// Sixteen f32 values in two registers.
 #[derive(Clone, Copy)]
@@ -44,11 +44,7 @@ impl Lanes for Avx2 {
             // SAFETY: 16 elements are readable, by contract.
             return unsafe { Self::load(from) };
         }
-        let mut values = [0.0; LANES];
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
-            Self::load(values.as_ptr())
-        }
+        unsafe { Self::load(padded(from, count).as_ptr()) }
     }
 
     #[inline(always)]
@@ -106,7 +102,7 @@ impl Lanes for Avx2 {
         let mut values = [0.0; LANES];
         unsafe {
             self.store(values.as_mut_ptr());
-            std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
+            write_first(values, to, count);
         }
     }
 

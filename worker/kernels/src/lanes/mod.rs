@@ -71,35 +71,45 @@ pub(crate) trait Lanes: Copy + Sum {
     /// The first `count` lanes; the rest are zero.
     #[inline(always)]
     unsafe fn load_f16_partial(from: *const u16, count: usize) -> Self {
-        let mut values = [0_u16; LANES];
         // SAFETY: `count` ≤ 16 elements are readable, by contract.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
-            Self::load_f16(values.as_ptr())
-        }
+        unsafe { Self::load_f16(padded(from, count).as_ptr()) }
     }
 
     /// The first `count` lanes; the rest are zero.
     #[inline(always)]
     unsafe fn load_bf16_partial(from: *const u16, count: usize) -> Self {
-        let mut values = [0_u16; LANES];
         // SAFETY: `count` ≤ 16 elements are readable, by contract.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
-            Self::load_bf16(values.as_ptr())
-        }
+        unsafe { Self::load_bf16(padded(from, count).as_ptr()) }
     }
 
     /// The first `count` lanes; the rest are zero.
     #[inline(always)]
     unsafe fn load_i8_partial(from: *const i8, count: usize) -> Self {
-        let mut values = [0_i8; LANES];
         // SAFETY: `count` ≤ 16 elements are readable, by contract.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
-            Self::load_i8(values.as_ptr())
-        }
+        unsafe { Self::load_i8(padded(from, count).as_ptr()) }
     }
+}
+
+/// `count` elements from a pointer that need not be aligned, followed by zeros.
+///
+/// # Safety
+/// `count` ≤ 16 elements are readable.
+#[inline(always)]
+pub(crate) unsafe fn padded<T: Copy + Default>(from: *const T, count: usize) -> [T; LANES] {
+    let mut values = [T::default(); LANES];
+    // SAFETY: the caller's contract. As bytes, which have no alignment.
+    unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), values.as_mut_ptr().cast::<u8>(), count * size_of::<T>()) };
+    values
+}
+
+/// Writes the first `count` of `values` to a pointer that need not be aligned.
+///
+/// # Safety
+/// `count` ≤ 16 elements are writable.
+#[inline(always)]
+unsafe fn write_first(values: [f32; LANES], to: *mut f32, count: usize) {
+    // SAFETY: the caller's contract. As bytes, which have no alignment.
+    unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), to.cast::<u8>(), count * size_of::<f32>()) };
 }
 
 /// What the reduction tree adds.

@@ -1,6 +1,6 @@
 //! [`Lanes`] in plain Rust: the definition the other paths must equal.
 
-use super::{LANES, Lanes, Sum};
+use super::{LANES, Lanes, Sum, padded, write_first};
 use crate::dequantize::f8e4m3_to_f32;
 
 /// Sixteen f32 values in an array.
@@ -55,10 +55,8 @@ impl Lanes for Portable {
             // SAFETY: 16 elements are readable, by contract.
             return unsafe { Self::load(from) };
         }
-        let mut values = [0.0; LANES];
         // SAFETY: `count` ≤ 16 elements are readable, by contract.
-        unsafe { std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count) };
-        Portable(values)
+        Portable(unsafe { padded(from, count) })
     }
 
     #[inline(always)]
@@ -108,7 +106,7 @@ impl Lanes for Portable {
             return unsafe { self.store(to) };
         }
         // SAFETY: `count` ≤ 16 elements are writable, by contract.
-        unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), to, count) }
+        unsafe { write_first(self.0, to, count) }
     }
 
     #[inline(always)]
