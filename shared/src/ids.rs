@@ -53,7 +53,7 @@ text_id! {
 }
 
 /// One complete copy of a model service.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ReplicaId {
     /// The service it is a copy of.
     pub service: ServiceName,

@@ -36,20 +36,22 @@ pub enum Command {
     ApplyService { service: Box<ModelService> },
     /// Changes the number of replicas.
     ScaleService { name: ServiceName, replicas: u32 },
-    /// Removes a service and its replicas.
+    /// Removes a service; its ready replicas finish their requests first.
     DeleteService { name: ServiceName },
     /// What a worker found out of a service's model. Of an older generation: changes nothing.
     RecordFacts { name: ServiceName, generation: u64, facts: Result<Box<ModelFacts>, String> },
-    /// The leader's placement. Refused where `basis` is older than the last change of a node or service, so that two
-    /// leaders' plans cannot mix; epochs must be larger than any given out for the service.
+    /// The leader's placement. Refused where `basis` is older than the last change of a node, or of a service's wish,
+    /// facts or placements, so that two leaders' plans cannot mix; epochs must be larger than any given out for the
+    /// service.
     CommitPlans {
         /// Revision of the state it was computed from.
         basis: Revision,
-        /// New or changed replicas.
+        /// New replicas. One of an index that is placed supersedes it: if the old one is ready it serves on as leaving.
         plans: Vec<PlannedReplica>,
-        /// Replicas that end, each under the epoch that is meant.
+        /// Replicas that go one step further towards their end, each under the epoch that is meant: a ready one drains, a
+        /// leaving one drains, a draining one is gone, and so is one that was never ready.
         removed: Vec<(ReplicaId, Epoch)>,
-        /// Why replicas cannot be placed; replaces what was said before.
+        /// Why replicas cannot be placed, of all services; replaces what was said before.
         refusals: Vec<Refusal>,
     },
     /// What a worker says of a replica. Of another epoch or incarnation: changes nothing.

@@ -64,7 +64,7 @@ impl Object {
             Object::Key(key) => key.name.clone(),
             Object::Member(member) => member.name.clone(),
             Object::Token(token) => token.id.clone(),
-            Object::Notice(notice) => notice.revision.to_string(),
+            Object::Notice(notice) => notice.number.to_string(),
         }
     }
 }
@@ -95,6 +95,8 @@ pub struct Event {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Notice {
+    /// Counts the cluster's notices; its name. The oldest are forgotten without an event.
+    pub number: u64,
     /// When in the history.
     pub revision: Revision,
     /// The state's time, milliseconds since 1970.

@@ -14,18 +14,49 @@ use super::Revision;
 pub struct ServiceRecord {
     /// What the operator asked for, defaults filled in.
     pub service: ModelService,
-    /// Grows with every change of the wish; replicas of an older generation are replaced.
+    /// Grows with every change of the wish but of the number of replicas; replicas of an older generation are replaced.
     pub generation: u64,
     /// When the wish last changed.
     pub revision: Revision,
     /// The model's numbers, found by a worker for this generation.
     pub facts: Facts,
-    /// Replicas by index; a missing index is not placed.
+    /// Replicas by index, ascending; a missing index is not placed. An index is there once.
     pub replicas: Vec<ReplicaRecord>,
+    /// Replicas on their way out: superseded by one in `replicas` of the same index, or not wanted any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaving: Vec<LeavingReplica>,
+    /// Wishes of older generations that still have replicas.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub older: Vec<OlderWish>,
+    /// It was deleted, and its last replicas finish their requests; the record goes with the last of them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_deleted: bool,
     /// Why a replica cannot be placed, from the last try; at most one for the service.
     pub refusal: Option<Refusal>,
     /// Highest epoch ever given out for this service: the next plan's is larger.
     pub last_epoch: Epoch,
+}
+
+/// A replica on its way out. It is told apart from its successor, which has the same id, by its epoch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LeavingReplica {
+    /// As it stood.
+    pub replica: ReplicaRecord,
+    /// Whether it takes no more requests. Before that it serves on, until its successor is ready.
+    pub is_draining: bool,
+}
+
+/// A wish that was replaced by a newer one, kept as long as replicas carry it out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct OlderWish {
+    /// Which.
+    pub generation: u64,
+    /// The wish.
+    pub service: ModelService,
+    /// Digest of the weights its replicas were planned for.
+    pub weights_digest: String,
 }
 
 /// What is known of a service's model.
@@ -97,6 +128,8 @@ pub enum ReplicaPhase {
     Draining,
     /// Its worker gave it up; it is placed anew.
     Failed,
+    /// It has ended as it was told to; nothing of it runs.
+    Stopped,
 }
 
 /// A worker's report of one replica, bound to the plan it speaks of.
@@ -109,6 +142,7 @@ pub struct ReplicaReport {
     pub epoch: Epoch,
     /// What it says.
     pub status: ReplicaStatus,
-    /// Bytes its device really had, where they were fewer than planned: the node is believed no more than this.
+    /// Bytes Forge may really use on its device, in all, where they were fewer than the node had said: it is believed no
+    /// more than this.
     pub found_memory_bytes: Option<u64>,
 }

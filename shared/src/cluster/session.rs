@@ -112,6 +112,12 @@ pub struct KeyUsage {
     pub tokens: u64,
     /// Requests refused for want of budget since the last heartbeat: demand that a larger share would serve.
     pub refused: u64,
+    /// Requests per minute of the share it holds now; absent where it holds none. A gateway reports every key it holds a
+    /// share of, used or not: the leader lends no one what another may still spend, and a new leader learns here what
+    /// the last one lent.
+    pub held_rpm: Option<u32>,
+    /// Tokens per minute of the share it holds now.
+    pub held_tpm: Option<u32>,
 }
 
 /// A gateway's share of one key's budget; kept while no coordinator answers.
