@@ -4,5 +4,6 @@
 //! the same functions.
 
 mod placement;
+pub mod raft;
 
 pub use placement::{Wish, plan};
