@@ -5,3 +5,5 @@
 
 pub mod api;
 pub mod engine;
+pub mod status;
+pub mod tls;

@@ -1,0 +1,33 @@
+//! Who a process is, and how two processes make sure of it: the cluster's CA, certificates, join tokens, mTLS.
+//!
+//! What it is not: it opens no port by itself and asks no coordinator whether a name may be used; a coordinator does
+//! that before it signs.
+//!
+//! Invariants: a process is what its certificate says and nothing else; a client never speaks to a server whose
+//! certificate does not carry the name it means; private keys are only ever in files of mode 0600 and never printed.
+
+mod ca;
+mod connector;
+mod credentials;
+mod error;
+mod files;
+mod identity;
+mod join;
+mod listener;
+mod peer;
+mod rustls_config;
+#[cfg(test)]
+mod tests;
+mod token;
+
+pub use ca::{CA_LIFETIME, ClusterCa, NODE_LIFETIME};
+pub use connector::{ChannelOptions, PeerName, channel, pinned_channel};
+pub use credentials::{Credentials, NodeKey, SharedCredentials};
+pub use error::{TlsError, diagnose};
+pub use files::{CA_CERTIFICATE_FILE, CA_KEY_FILE, NODE_FILE, write_private, write_public};
+pub use identity::{Identity, check_name};
+pub use join::{JoinWish, Joined, join};
+pub use listener::{TlsIncoming, TlsStream};
+pub use peer::Peer;
+pub use rustls_config::{client_config, server_config};
+pub use token::{JoinTokenText, secret_matches};

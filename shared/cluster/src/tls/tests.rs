@@ -1,0 +1,239 @@
+//! Certificates, tokens and handshakes over real sockets.
+
+use std::time::Duration;
+
+use forge_proto::node::admission_server::{Admission, AdmissionServer};
+use forge_proto::node::nodes_client::NodesClient;
+use forge_proto::node::nodes_server::{Nodes, NodesServer};
+use forge_proto::node::{JoinReply, JoinRequest, RenewReply, RenewRequest, SessionDown, SessionUp};
+use forge_shared::cluster::node::Role;
+use futures::stream::BoxStream;
+use tokio::net::TcpListener;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::credentials::clock_s;
+use super::*;
+use crate::api::ClusterError;
+use crate::status::from_status;
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+fn issue(ca: &ClusterCa, role: Role, name: &str, lifetime: Duration, now_s: u64) -> Credentials {
+    let key = NodeKey::generate().unwrap();
+    let identity = Identity::new(ca.cluster_id(), role, name).unwrap();
+    let certificate = ca.sign(&key.signing_request_der().unwrap(), &identity, lifetime, now_s).unwrap();
+    Credentials::from_pem(&certificate, &key.pem(), ca.certificate_pem()).unwrap()
+}
+
+/// Answers who called in the certificate's field of `Renew`, and lets in whoever has the token.
+struct Echo {
+    ca: ClusterCa,
+    token: JoinTokenText,
+}
+
+#[tonic::async_trait]
+impl Nodes for Echo {
+    type SessionStream = BoxStream<'static, Result<SessionDown, Status>>;
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
+        let caller = Peer::require(&request, &[Role::Worker, Role::Gateway])?;
+        Ok(Response::new(RenewReply { certificate_pem: caller.uri(), ..Default::default() }))
+    }
+
+    async fn session(&self, _: Request<Streaming<SessionUp>>) -> Result<Response<Self::SessionStream>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+}
+
+#[tonic::async_trait]
+impl Admission for Echo {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
+        let request = request.into_inner();
+        let record = self.token.record(Role::Worker, u64::MAX, 1);
+        if request.token_id != record.id || !secret_matches(&record, &request.token_secret) {
+            return Err(TlsError::Token { reason: "unknown".into() }.into());
+        }
+        let identity = Identity::new(self.ca.cluster_id(), Role::Worker, &request.name)?;
+        let certificate_pem = self.ca.sign(&request.signing_request_der, &identity, NODE_LIFETIME, clock_s())?;
+        Ok(Response::new(JoinReply {
+            cluster_id: self.ca.cluster_id().into(),
+            certificate_pem,
+            ca_certificate_pem: self.ca.certificate_pem().into(),
+            ..Default::default()
+        }))
+    }
+}
+
+/// Serves with these credentials; gives the address.
+async fn serve(ca: ClusterCa, server: Credentials) -> (String, JoinTokenText) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let token = JoinTokenText::generate(ca.digest(), vec![address.clone()]).unwrap();
+    let incoming = TlsIncoming::new(listener, &SharedCredentials::new(server)).unwrap();
+    let (nodes, admission) = (
+        Echo { ca: ClusterCa::from_pem(ca.certificate_pem(), &ca.key_pem()).unwrap(), token: token.clone() },
+        Echo { ca, token: token.clone() },
+    );
+    let router = tonic::transport::Server::builder().add_service(NodesServer::new(nodes)).add_service(AdmissionServer::new(admission));
+    tokio::spawn(router.serve_with_incoming(incoming));
+    (address, token)
+}
+
+async fn call(address: &str, peer: PeerName, credentials: Credentials) -> Result<String, ClusterError> {
+    let expected = peer.dns_name();
+    let channel = channel(address, &peer, &SharedCredentials::new(credentials), ChannelOptions::default()).unwrap();
+    match NodesClient::new(channel).renew(RenewRequest::default()).await {
+        Ok(reply) => Ok(reply.into_inner().certificate_pem),
+        Err(status) => Err(from_status(&status, &expected).error),
+    }
+}
+
+fn reason(result: Result<String, ClusterError>) -> String {
+    match result {
+        Err(ClusterError::Forbidden { reason }) => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn coordinator() -> PeerName {
+    PeerName::Any(Role::Coordinator)
+}
+
+#[tokio::test]
+async fn callers_are_who_their_certificate_says() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let worker = issue(&ca, Role::Worker, "w1", DAY, clock_s());
+    let admin = issue(&ca, Role::Admin, "root", DAY, clock_s());
+    let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s());
+    let (address, _) = serve(ca, server).await;
+    assert_eq!(call(&address, coordinator(), worker.clone()).await.unwrap(), "forge://c1/worker/w1");
+    let named = PeerName::One(Role::Coordinator, "a".into());
+    assert_eq!(call(&address, named, worker.clone()).await.unwrap(), "forge://c1/worker/w1");
+    assert!(reason(call(&address, coordinator(), admin).await).contains("takes a certificate of role worker or gateway"));
+    let other = PeerName::One(Role::Coordinator, "b".into());
+    assert!(reason(call(&address, other, worker).await).contains("the server is not b.coordinator.forge"));
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_ca_is_named_on_both_sides() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let foreign = ClusterCa::create("c1", clock_s()).unwrap();
+    let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s());
+    let stranger = issue(&foreign, Role::Worker, "w1", DAY, clock_s());
+    let (address, _) = serve(ca, server).await;
+    assert!(reason(call(&address, coordinator(), stranger).await).contains("the server is not of this cluster's CA"));
+}
+
+#[tokio::test]
+async fn expired_certificates_are_named() {
+    let ca = ClusterCa::create("c1", clock_s() - 1_000_000).unwrap();
+    let old = issue(&ca, Role::Worker, "w1", DAY, clock_s() - 500_000);
+    let early = issue(&ca, Role::Worker, "w1", DAY, clock_s() + 500_000);
+    let good = issue(&ca, Role::Worker, "w1", DAY, clock_s());
+    let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s() - 500_000);
+    let (address, _) = serve(ca, server).await;
+    assert!(reason(call(&address, coordinator(), old).await).contains("worker w1 of cluster c1 has expired"));
+    assert!(reason(call(&address, coordinator(), early).await).contains("is not valid yet"));
+    assert!(reason(call(&address, coordinator(), good).await).contains("the server has expired"));
+}
+
+#[tokio::test]
+async fn a_token_lets_in_and_pins_the_ca() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s());
+    let digest = ca.digest();
+    let (address, token) = serve(ca, server).await;
+    let wish = JoinWish { role: Role::Worker, name: "w9".into(), address: String::new() };
+    let joined = join(&token, &wish, Duration::from_secs(5)).await.unwrap();
+    assert_eq!(joined.credentials.ca_digest(), digest);
+    assert_eq!(call(&address, coordinator(), joined.credentials).await.unwrap(), "forge://c1/worker/w9");
+
+    // A certificate-less caller can join and nothing else.
+    let anonymous = pinned_channel(&address, digest, ChannelOptions::default()).unwrap();
+    let status = NodesClient::new(anonymous).renew(RenewRequest::default()).await.unwrap_err();
+    assert!(status.message().contains("a client certificate is needed"), "{status:?}");
+
+    let mut other_ca = token.clone();
+    other_ca.ca_sha256[0] ^= 1;
+    let error = join(&other_ca, &wish, Duration::from_millis(300)).await.unwrap_err();
+    assert!(matches!(&error, ClusterError::Forbidden { reason } if reason.contains("CA")), "{error:?}");
+
+    let forged = JoinTokenText::generate(digest, vec![address]).unwrap();
+    let error = join(&forged, &wish, Duration::from_secs(5)).await.unwrap_err();
+    assert!(matches!(&error, ClusterError::Forbidden { reason } if reason.contains("join token")), "{error:?}");
+}
+
+#[tokio::test]
+async fn replaced_credentials_are_shown_at_the_next_connection() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let shared = SharedCredentials::new(issue(&ca, Role::Worker, "w1", DAY, clock_s() - 2 * 24 * 3600));
+    let stranger = issue(&ca, Role::Worker, "w2", DAY, clock_s());
+    let fresh = issue(&ca, Role::Worker, "w1", DAY, clock_s());
+    let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s());
+    let (address, _) = serve(ca, server).await;
+    let mut client = NodesClient::new(channel(&address, &coordinator(), &shared, ChannelOptions::default()).unwrap());
+    assert!(client.renew(RenewRequest::default()).await.is_err());
+    assert!(shared.replace(stranger).is_err());
+    shared.replace(fresh).unwrap();
+    assert!(client.renew(RenewRequest::default()).await.is_ok());
+}
+
+#[test]
+fn files_are_private_and_come_back() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    ca.save(folder.path()).unwrap();
+    let credentials = issue(&ca, Role::Worker, "w1", DAY, clock_s());
+    credentials.save(folder.path()).unwrap();
+    for file in [CA_KEY_FILE, NODE_FILE] {
+        let mode = std::fs::metadata(folder.path().join(file)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file}");
+    }
+    assert_eq!(ClusterCa::load(folder.path()).unwrap().digest(), ca.digest());
+    assert_eq!(Credentials::load(folder.path()).unwrap().identity(), credentials.identity());
+
+    let other = ClusterCa::create("c2", clock_s()).unwrap();
+    assert!(other.save(folder.path()).unwrap_err().to_string().contains("another cluster's CA"));
+    std::fs::set_permissions(folder.path().join(NODE_FILE), std::fs::Permissions::from_mode(0o644)).unwrap();
+    assert!(Credentials::load(folder.path()).unwrap_err().to_string().contains("chmod 600"));
+}
+
+#[test]
+fn parts_that_do_not_belong_together_are_refused() {
+    let (ca, other) = (ClusterCa::create("c1", clock_s()).unwrap(), ClusterCa::create("c1", clock_s()).unwrap());
+    let credentials = issue(&ca, Role::Worker, "w1", DAY, clock_s());
+    let stranger = NodeKey::generate().unwrap();
+    let (certificate, key) = (credentials.certificate_pem(), credentials.key_pem());
+    assert!(Credentials::from_pem(certificate, &stranger.pem(), ca.certificate_pem()).is_err());
+    assert!(matches!(Credentials::from_pem(certificate, key, other.certificate_pem()), Err(TlsError::WrongCa { .. })));
+    assert!(ClusterCa::from_pem(ca.certificate_pem(), &other.key_pem()).is_err());
+    let identity = Identity::new("c2", Role::Worker, "w1").unwrap();
+    assert!(ca.sign(&stranger.signing_request_der().unwrap(), &identity, DAY, clock_s()).is_err());
+    let mut forged = stranger.signing_request_der().unwrap();
+    let last = forged.len() - 1;
+    forged[last] ^= 1;
+    let identity = Identity::new("c1", Role::Worker, "w1").unwrap();
+    assert!(ca.sign(&forged, &identity, DAY, clock_s()).is_err());
+}
+
+#[test]
+fn tokens_come_back_and_never_print_their_secret() {
+    let token = JoinTokenText::generate([7; 32], vec!["10.0.0.1:7000".into(), "[::1]:7000".into(), "host.example:1".into()]).unwrap();
+    assert_eq!(JoinTokenText::parse(&token.to_text()).unwrap(), token);
+    let secret = hex::encode(token.secret());
+    assert!(!format!("{token:?}").contains(&secret));
+    let record = token.record(Role::Worker, 5, 1);
+    assert!(secret_matches(&record, token.secret()) && !secret_matches(&record, b"other"));
+    assert!(!serde_json::to_string(&record).unwrap().contains(&secret));
+    let text = token.to_text();
+    for (damaged, word) in [
+        (text.replace("forge1", "forge2"), "forge1"),
+        (text.split_at(30).0.to_owned(), "secret"),
+        (text.replace("10.0.0.1:7000", "10.0.0.1"), "host:port"),
+        (format!("{text}{}", "x".repeat(5000)), "longer"),
+    ] {
+        let error = JoinTokenText::parse(&damaged).unwrap_err().to_string();
+        assert!(error.contains(word) && !error.contains(&secret), "{error}");
+    }
+}
