@@ -208,12 +208,104 @@ impl Metrics {
 
     /// The Prometheus text page (OpenMetrics 1.0).
     pub fn encode(&self) -> String {
-        let mut page = String::new();
-        // Writing to a String cannot fail; an error here would be a defect of an encoder.
-        if let Err(error) = encode(&mut page, &self.registry) {
-            page = format!("# metrics could not be encoded: {error}\n# EOF\n");
-        }
-        page
+        page(&self.registry)
+    }
+}
+
+fn page(registry: &Registry) -> String {
+    let mut page = String::new();
+    // Writing to a String cannot fail; an error here would be a defect of an encoder.
+    if let Err(error) = encode(&mut page, registry) {
+        page = format!("# metrics could not be encoded: {error}\n# EOF\n");
+    }
+    page
+}
+
+/// Label: which command.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CommandLabel {
+    /// Its name in the log.
+    pub command: String,
+    /// ok, refused or failed.
+    pub outcome: String,
+}
+
+/// Label: a role of nodes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RoleLabel {
+    /// worker or gateway.
+    pub role: String,
+}
+
+const FSYNC_S: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// Handles of a coordinator's metrics and the registry that serves them. Clones share everything.
+#[derive(Debug, Clone)]
+pub struct CoordinatorMetrics {
+    registry: Arc<Registry>,
+    /// Raft's term.
+    pub raft_term: Gauge,
+    /// Whether this member leads, 0 or 1.
+    pub raft_is_leader: Gauge,
+    /// Whom this member follows; 0 if nobody.
+    pub raft_leader_id: Gauge,
+    /// Last entry known to be committed.
+    pub raft_commit_index: Gauge,
+    /// Last entry applied here.
+    pub raft_applied_index: Gauge,
+    /// Seconds that a group of writes took to be on disk.
+    pub raft_fsync_s: Histogram,
+    /// Commands proposed here, by how they ended.
+    pub commands: Family<CommandLabel, Counter>,
+    /// Seconds from proposal to reply.
+    pub command_s: Histogram,
+    /// Sessions of nodes.
+    pub sessions: Family<RoleLabel, Gauge>,
+    /// Watchers.
+    pub watchers: Gauge,
+}
+
+impl Default for CoordinatorMetrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl CoordinatorMetrics {
+    /// A fresh registry with every metric at zero.
+    pub fn new() -> Self {
+        let mut metrics = CoordinatorMetrics {
+            registry: Arc::default(),
+            raft_term: Gauge::default(),
+            raft_is_leader: Gauge::default(),
+            raft_leader_id: Gauge::default(),
+            raft_commit_index: Gauge::default(),
+            raft_applied_index: Gauge::default(),
+            raft_fsync_s: Buckets(FSYNC_S).new_metric(),
+            commands: Family::default(),
+            command_s: Buckets(FSYNC_S).new_metric(),
+            sessions: Family::default(),
+            watchers: Gauge::default(),
+        };
+        let mut registry = Registry::default();
+        let r = &mut registry;
+        r.register("forge_raft_term", "Raft's term", metrics.raft_term.clone());
+        r.register("forge_raft_is_leader", "Whether this member leads", metrics.raft_is_leader.clone());
+        r.register("forge_raft_leader_id", "Whom this member follows, 0 if nobody", metrics.raft_leader_id.clone());
+        r.register("forge_raft_commit_index", "Last entry known to be committed", metrics.raft_commit_index.clone());
+        r.register("forge_raft_applied_index", "Last entry applied here", metrics.raft_applied_index.clone());
+        r.register("forge_raft_fsync_seconds", "Time a group of writes took to be on disk", metrics.raft_fsync_s.clone());
+        r.register("forge_commands", "Commands proposed here, by how they ended", metrics.commands.clone());
+        r.register("forge_command_duration_seconds", "From proposal to reply", metrics.command_s.clone());
+        r.register("forge_sessions", "Sessions of nodes", metrics.sessions.clone());
+        r.register("forge_watchers", "Watchers", metrics.watchers.clone());
+        metrics.registry = Arc::new(registry);
+        metrics
+    }
+
+    /// The Prometheus text page (OpenMetrics 1.0).
+    pub fn encode(&self) -> String {
+        page(&self.registry)
     }
 }
 

@@ -5,5 +5,6 @@
 
 pub mod api;
 pub mod engine;
+pub mod probes;
 pub mod status;
 pub mod tls;
