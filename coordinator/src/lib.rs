@@ -5,5 +5,6 @@
 
 mod placement;
 pub mod raft;
+pub mod watch;
 
 pub use placement::{Wish, plan};
