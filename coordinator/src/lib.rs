@@ -5,6 +5,7 @@
 
 mod placement;
 pub mod raft;
+pub mod state;
 pub mod watch;
 
 pub use placement::{Wish, plan};

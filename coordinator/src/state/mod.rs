@@ -1,0 +1,324 @@
+//! The replicated state of the cluster: what every coordinator knows after the same log entries.
+//!
+//! Plain data and rules. It has no clock, socket, disk or thread: an entry goes in, a reply and changes come out. Leases,
+//! loads and shares of budgets are the leader's memory and never here.
+//!
+//! Invariants (property-tested): two states that applied the same entries are equal, and so are their snapshots; a
+//! refused command changes nothing but what is remembered of it; every collection is bounded; a device is never given
+//! more than its node said it has at that time; epochs of a service only grow.
+//!
+//! The log's times come from different leaders' clocks. They decide how long tokens and idempotency records live, by
+//! the differences between entries (see [`clock`]), and what is shown; nothing else.
+
+mod access;
+mod checks;
+mod clock;
+mod idempotency;
+mod limits;
+mod nodes;
+mod notices;
+mod plans;
+mod replies;
+mod reports;
+mod services;
+mod snapshot;
+#[cfg(test)]
+pub(crate) mod test_support;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use forge_shared::cluster::Revision;
+use forge_shared::cluster::command::{ApiKeyRecord, Applied, Command, CommandError, Envelope, IdempotencyRecord, JoinToken, MemberRecord};
+use forge_shared::cluster::event::{Change, Kind, Notice, Object};
+use forge_shared::cluster::node::NodeRecord;
+use forge_shared::cluster::service::{ReplicaPhase, ReplicaRecord, ServiceRecord};
+use forge_shared::ids::{Epoch, NodeId, ServiceName};
+use forge_shared::plan::Plan;
+use serde::{Deserialize, Serialize};
+
+pub use limits::*;
+pub use services::{changes_replicas, check_wish};
+pub use snapshot::fuzz_snapshot;
+
+use access::KeptToken;
+use clock::Clock;
+use idempotency::Idempotency;
+use nodes::RemovedNode;
+use notices::Notices;
+use replies::Replies;
+
+/// Why bytes are no state of this build.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// It was written by a newer Forge.
+    #[error("the snapshot has format version {found}, and this Forge reads up to {known}: start a newer forge-coordinator")]
+    Newer {
+        /// Of the bytes.
+        found: u64,
+        /// This build's.
+        known: u64,
+    },
+    /// It is not what was written.
+    #[error("the snapshot is damaged: {reason}; restore a backup, or let the coordinator join anew")]
+    Damaged {
+        /// What does not fit.
+        reason: String,
+    },
+}
+
+/// Everything that the cluster agrees on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterState {
+    cluster_id: String,
+    /// Index of the last entry, whether it changed something or not.
+    applied: Revision,
+    revision: Revision,
+    /// The last revision that placement depends on: a node, or a service's wish, facts or placements.
+    placement_revision: Revision,
+    clock: Clock,
+    nodes: BTreeMap<NodeId, NodeRecord>,
+    /// Incarnations of nodes that were removed, so that their old processes do not come back.
+    removed_nodes: BTreeMap<NodeId, RemovedNode>,
+    services: BTreeMap<ServiceName, ServiceRecord>,
+    /// At least every epoch of services that are gone: one that is made again under an old name begins above it.
+    epoch_floor: Epoch,
+    /// By name.
+    keys: BTreeMap<String, ApiKeyRecord>,
+    tokens: BTreeMap<String, KeptToken>,
+    members: BTreeMap<u64, MemberRecord>,
+    idempotency: Idempotency,
+    notices: Notices,
+    /// Replies to commands from outside …
+    asked: Replies,
+    /// … and to those of leaders and workers, which come in floods and must not push the others out.
+    reported: Replies,
+}
+
+/// What a command did.
+#[derive(Debug, Default)]
+struct Effect {
+    changed: bool,
+    existing: Option<IdempotencyRecord>,
+}
+
+impl Effect {
+    const NONE: Effect = Effect { changed: false, existing: None };
+    const CHANGED: Effect = Effect { changed: true, existing: None };
+}
+
+/// One entry on its way through the state.
+struct Step {
+    index: Revision,
+    changes: Vec<Change>,
+    /// Something that placement depends on changed.
+    moves: bool,
+}
+
+impl ClusterState {
+    /// An empty state of a new cluster.
+    pub fn new(cluster_id: &str) -> Self {
+        ClusterState {
+            cluster_id: cluster_id.to_owned(),
+            applied: Revision(0),
+            revision: Revision(0),
+            placement_revision: Revision(0),
+            clock: Clock::default(),
+            nodes: BTreeMap::new(),
+            removed_nodes: BTreeMap::new(),
+            services: BTreeMap::new(),
+            epoch_floor: Epoch(0),
+            keys: BTreeMap::new(),
+            tokens: BTreeMap::new(),
+            members: BTreeMap::new(),
+            idempotency: Idempotency::default(),
+            notices: Notices::default(),
+            asked: Replies::default(),
+            reported: Replies::default(),
+        }
+    }
+
+    /// Applies one entry. The changes are in order, each object as it is after the entry; notices are among them.
+    ///
+    /// The reply's error says why nothing changed. A request id that was applied lately answers as it did then.
+    pub fn apply(&mut self, index: Revision, envelope: &Envelope) -> (Result<Applied, CommandError>, Vec<Change>) {
+        if index <= self.applied {
+            let reason = format!("entry {index} came after entry {}", self.applied);
+            return (Err(CommandError::Stale { reason }), Vec::new());
+        }
+        self.applied = index;
+        self.clock.advance(envelope.proposed_ms);
+        if let Err(error) = checks::envelope(envelope) {
+            return (Err(error), Vec::new());
+        }
+        let digest = replies::digest(&envelope.command);
+        let is_asked = is_asked(&envelope.command);
+        let known = if is_asked { &self.asked } else { &self.reported };
+        if let Some(reply) = known.get(&envelope.request_id, &digest) {
+            return (reply, Vec::new());
+        }
+        let mut step = Step { index, changes: Vec::new(), moves: false };
+        let reply = match self.run(&envelope.command, &mut step) {
+            Ok(Effect { changed, existing }) => {
+                if changed {
+                    self.revision = index;
+                }
+                if step.moves {
+                    self.placement_revision = index;
+                }
+                Ok(Applied { revision: self.revision, changed, existing })
+            }
+            Err(error) => {
+                debug_assert!(step.changes.is_empty(), "a refused command changed something: {error}");
+                Err(error)
+            }
+        };
+        let (replies, limit) = if is_asked { (&mut self.asked, MAX_ASKED_REPLIES) } else { (&mut self.reported, MAX_REPORTED_REPLIES) };
+        replies.remember(&envelope.request_id, digest, &reply, limit);
+        (reply, step.changes)
+    }
+
+    fn run(&mut self, command: &Command, step: &mut Step) -> Result<Effect, CommandError> {
+        match command {
+            Command::ApplyService { service } => self.apply_service(service, step),
+            Command::ScaleService { name, replicas } => self.scale_service(name, *replicas, step),
+            Command::DeleteService { name } => self.delete_service(name, step),
+            Command::RecordFacts { name, generation, facts } => self.record_facts(name, *generation, facts.as_deref(), step),
+            Command::CommitPlans { basis, plans, removed, refusals } => self.commit_plans(*basis, plans, removed, refusals, step),
+            Command::ReportReplica { node, incarnation, report } => self.report_replica(node, *incarnation, report, step),
+            Command::JoinNode { spec } => self.join_node(spec, step),
+            Command::LoseNode { node, incarnation, reason } => self.lose_node(node, *incarnation, reason, step),
+            Command::CordonNode { node, cordoned } => self.cordon_node(node, *cordoned, step),
+            Command::DrainNode { node, draining } => self.drain_node(node, *draining, step),
+            Command::RemoveNode { node } => self.remove_node(node, step),
+            Command::PutJoinToken { token } => self.put_token(token, step),
+            Command::UseJoinToken { id, role, node } => self.use_token(id, *role, node, step),
+            Command::RemoveJoinToken { id } => self.remove_token(id, step),
+            Command::PutKey { key } => self.put_key(key, step),
+            Command::RevokeKey { name } => self.revoke_key(name, step),
+            Command::RecordIdempotency { record } => self.record_idempotency(record),
+            Command::PutMember { member } => self.put_member(member, step),
+            Command::RemoveMember { id } => self.remove_member(*id, step),
+        }
+    }
+
+    /// Which cluster.
+    pub fn cluster_id(&self) -> &str {
+        &self.cluster_id
+    }
+
+    /// Index of the last entry that changed something.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// The last revision that placement depends on: the `basis` a commit must not be older than.
+    pub fn placement_revision(&self) -> Revision {
+        self.placement_revision
+    }
+
+    /// The latest of the leaders' clocks, milliseconds since 1970; for display.
+    pub fn time_ms(&self) -> u64 {
+        self.clock.latest_ms()
+    }
+
+    /// All nodes by name.
+    pub fn nodes(&self) -> &BTreeMap<NodeId, NodeRecord> {
+        &self.nodes
+    }
+
+    /// All services by name.
+    pub fn services(&self) -> &BTreeMap<ServiceName, ServiceRecord> {
+        &self.services
+    }
+
+    /// All API keys by name, revoked ones too.
+    pub fn keys(&self) -> &BTreeMap<String, ApiKeyRecord> {
+        &self.keys
+    }
+
+    /// All members of the raft group by id.
+    pub fn members(&self) -> &BTreeMap<u64, MemberRecord> {
+        &self.members
+    }
+
+    /// A join token that still lets somebody in, for comparing its secret's hash.
+    pub fn token(&self, id: &str) -> Option<&JoinToken> {
+        self.tokens.get(id).filter(|kept| !kept.is_over(&self.clock)).map(|kept| &kept.token)
+    }
+
+    /// All join tokens by id, those included that have run out and not been cleared away.
+    pub fn tokens(&self) -> impl Iterator<Item = &JoinToken> {
+        self.tokens.values().map(|kept| &kept.token)
+    }
+
+    /// What is remembered of an idempotent request.
+    pub fn idempotency(&self, tenant: &str, key: &str) -> Option<&IdempotencyRecord> {
+        self.idempotency.get(tenant, key, &self.clock)
+    }
+
+    /// What happened lately, oldest first.
+    pub fn notices(&self) -> impl Iterator<Item = &Notice> {
+        self.notices.iter()
+    }
+
+    /// Epoch that a service of this name which does not exist yet begins above.
+    pub fn epoch_floor(&self) -> Epoch {
+        self.epoch_floor
+    }
+
+    /// All objects of a kind, in order of their names; notices in order of time.
+    pub fn objects(&self, kind: Kind) -> Vec<Object> {
+        match kind {
+            Kind::Node => self.nodes.values().map(|node| Object::Node(Box::new(node.clone()))).collect(),
+            Kind::Service => self.services.values().map(|service| Object::Service(Box::new(service.clone()))).collect(),
+            Kind::Key => self.keys.values().map(|key| Object::Key(Box::new(key.clone()))).collect(),
+            Kind::Member => self.members.values().cloned().map(Object::Member).collect(),
+            Kind::Token => self.tokens().cloned().map(Object::Token).collect(),
+            Kind::Notice => self.notices().cloned().map(Object::Notice).collect(),
+        }
+    }
+
+    /// One object, if there is one of this name.
+    pub fn object(&self, kind: Kind, name: &str) -> Option<Object> {
+        match kind {
+            Kind::Node => self.nodes.get(&NodeId::from(name)).map(|node| Object::Node(Box::new(node.clone()))),
+            Kind::Service => self.services.get(&ServiceName::from(name)).map(|service| Object::Service(Box::new(service.clone()))),
+            Kind::Key => self.keys.get(name).map(|key| Object::Key(Box::new(key.clone()))),
+            Kind::Member => self.members.values().find(|member| member.name == name).cloned().map(Object::Member),
+            Kind::Token => self.tokens.get(name).map(|kept| Object::Token(kept.token.clone())),
+            Kind::Notice => self.notices().find(|notice| notice.number.to_string() == name).cloned().map(Object::Notice),
+        }
+    }
+
+    /// Plans that hold memory: placed replicas and leaving ones, without those whose worker has ended them.
+    pub fn standing_plans(&self) -> impl Iterator<Item = &Plan> {
+        self.services.values().flat_map(standing).map(|replica| &replica.plan)
+    }
+}
+
+/// A service's replicas, placed and leaving, of which something may run.
+pub fn standing(service: &ServiceRecord) -> impl Iterator<Item = &ReplicaRecord> {
+    service.replicas.iter().chain(service.leaving.iter().map(|leaving| &leaving.replica)).filter(|replica| runs(replica))
+}
+
+/// Whether something of a replica may run.
+pub fn runs(replica: &ReplicaRecord) -> bool {
+    !matches!(replica.status.phase, ReplicaPhase::Failed | ReplicaPhase::Stopped)
+}
+
+/// Whether a command comes from outside, where somebody may ask again after an answer was lost. The others are fenced by
+/// incarnations, epochs and generations as well.
+fn is_asked(command: &Command) -> bool {
+    !matches!(
+        command,
+        Command::RecordFacts { .. }
+            | Command::CommitPlans { .. }
+            | Command::ReportReplica { .. }
+            | Command::JoinNode { .. }
+            | Command::LoseNode { .. }
+            | Command::RecordIdempotency { .. }
+    )
+}

@@ -1,0 +1,93 @@
+//! The state as bytes: one line that says what follows, then JSON.
+//!
+//! `forge-cluster-state VERSION CRC32 LENGTH` and a line feed; the CRC (hex) and the length are of the JSON. A version
+//! that this build does not know is refused by number before anything else is read.
+//!
+//! Invariant: equal states have equal bytes, and what is decoded encodes to the bytes it came from.
+
+use super::{
+    ClusterState, MAX_ASKED_REPLIES, MAX_KEYS, MAX_MEMBERS, MAX_NODES, MAX_REMOVED_NODES, MAX_REPORTED_REPLIES, MAX_SERVICES, MAX_TOKENS,
+    StateError,
+};
+
+const MAGIC: &str = "forge-cluster-state";
+/// The version this build writes, and the newest it reads.
+const VERSION: u64 = 1;
+/// The longest first line.
+const MAX_HEADER: usize = 96;
+
+impl ClusterState {
+    /// The whole state as bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        // Maps have text or numbers as keys, and no number is a float: this cannot fail.
+        let json = serde_json::to_vec(self).unwrap_or_default();
+        debug_assert!(!json.is_empty());
+        with_header(&json)
+    }
+
+    /// A state from its bytes.
+    ///
+    /// # Errors
+    /// [`StateError::Newer`] for a newer format, [`StateError::Damaged`] for anything that [`ClusterState::encode`] did not
+    /// write.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let damaged = |reason: &str| StateError::Damaged { reason: reason.to_owned() };
+        let end = bytes.iter().take(MAX_HEADER).position(|&byte| byte == b'\n').ok_or_else(|| damaged("it has no first line"))?;
+        let header = std::str::from_utf8(&bytes[..end]).map_err(|_| damaged("its first line is no text"))?;
+        let json = &bytes[end + 1..];
+        let words: Vec<&str> = header.split(' ').collect();
+        let [MAGIC, version, rest @ ..] = words.as_slice() else { return Err(damaged("it is no snapshot of a cluster")) };
+        let found: u64 = version.parse().map_err(|_| damaged("its version is no number"))?;
+        if found > VERSION {
+            return Err(StateError::Newer { found, known: VERSION });
+        }
+        let [crc, length] = rest else { return Err(damaged("its first line has other fields")) };
+        if found != VERSION || length.parse() != Ok(json.len()) {
+            return Err(damaged(&format!("its first line says version {version} and {length} bytes, and {} follow", json.len())));
+        }
+        if *crc != format!("{:08x}", crc32fast::hash(json)) {
+            return Err(damaged("its checksum does not match"));
+        }
+        let state: ClusterState = serde_json::from_slice(json).map_err(|error| damaged(&error.to_string()))?;
+        state.check().map_err(damaged)?;
+        Ok(state)
+    }
+
+    /// Whether collections are within their bounds and named by what they hold.
+    fn check(&self) -> Result<(), &'static str> {
+        let rules = [
+            (self.revision <= self.applied && self.placement_revision <= self.revision, "its revisions are out of order"),
+            (self.nodes.len() <= MAX_NODES && self.nodes.iter().all(|(id, node)| *id == node.spec.id), "its nodes"),
+            (self.removed_nodes.len() <= MAX_REMOVED_NODES, "its removed nodes"),
+            (
+                self.services.len() <= MAX_SERVICES && self.services.iter().all(|(name, service)| name.0 == service.service.metadata.name),
+                "its services",
+            ),
+            (self.keys.len() <= MAX_KEYS && self.keys.iter().all(|(name, key)| *name == key.name), "its keys"),
+            (self.tokens.len() <= MAX_TOKENS && self.tokens.iter().all(|(id, kept)| *id == kept.token.id), "its join tokens"),
+            (self.members.len() <= MAX_MEMBERS && self.members.iter().all(|(id, member)| *id == member.id), "its members"),
+            (self.idempotency.is_sound(), "its idempotency records"),
+            (self.notices.is_sound(), "its notices"),
+            (self.asked.is_sound(MAX_ASKED_REPLIES) && self.reported.is_sound(MAX_REPORTED_REPLIES), "its remembered replies"),
+        ];
+        rules.iter().find(|(holds, _)| !holds).map_or(Ok(()), |(_, what)| Err(*what))
+    }
+}
+
+fn with_header(json: &[u8]) -> Vec<u8> {
+    let mut bytes = format!("{MAGIC} {VERSION} {:08x} {}\n", crc32fast::hash(json), json.len()).into_bytes();
+    bytes.extend_from_slice(json);
+    bytes
+}
+
+/// For fuzzing: bytes as they are, and as the body of a snapshot whose checksum is right. Nothing may panic, and what is
+/// taken must encode to what it came from, once written by this build.
+pub fn fuzz_snapshot(bytes: &[u8]) {
+    for snapshot in [bytes.to_vec(), with_header(bytes)] {
+        if let Ok(state) = ClusterState::decode(&snapshot) {
+            let written = state.encode();
+            let again = ClusterState::decode(&written);
+            assert_eq!(again.as_ref(), Ok(&state), "a snapshot changes when it is read");
+        }
+    }
+}
