@@ -4,7 +4,9 @@
 //! is the one seam: `forgectl serve` has a coordinator behind it in the same process, everything else a wire.
 
 pub mod api;
+pub mod client;
 pub mod engine;
 pub mod probes;
 pub mod status;
 pub mod tls;
+pub mod tracing;

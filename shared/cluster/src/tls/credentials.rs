@@ -237,7 +237,7 @@ fn certificate_pem_of(certificate: &CertificateDer<'_>) -> String {
 }
 
 /// Seconds since 1970 by this machine's clock, for checks of certificates.
-pub(super) fn clock_s() -> u64 {
+pub(crate) fn clock_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 

@@ -22,6 +22,7 @@ mod token;
 
 pub use ca::{CA_LIFETIME, ClusterCa, NODE_LIFETIME};
 pub use connector::{ChannelOptions, PeerName, channel, pinned_channel};
+pub(crate) use credentials::clock_s;
 pub use credentials::{Credentials, NodeKey, SharedCredentials};
 pub use error::{TlsError, diagnose};
 pub use files::{CA_CERTIFICATE_FILE, CA_KEY_FILE, NODE_FILE, write_private, write_public};

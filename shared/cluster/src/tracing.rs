@@ -1,0 +1,212 @@
+//! Logs and traces of a process: lines on standard error, spans to an OTLP receiver where one is configured, and W3C
+//! `traceparent` from process to process.
+//!
+//! What it is not: metrics (`forge_shared::telemetry`), nor a collector.
+//!
+//! Invariants: a receiver that is away or slow costs dropped spans, never a request; without a receiver a request's trace
+//! id still travels with it, so that logs of several hosts can be put together.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use ::tracing::Span;
+use opentelemetry::propagation::TextMapPropagator;
+use opentelemetry::trace::{TraceContextExt, TracerProvider};
+use opentelemetry::{Context, KeyValue};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+use tonic::codegen::http::HeaderMap;
+use tonic::metadata::{MetadataMap, MetadataValue};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::filter::{EnvFilter, FilterFn};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// W3C's name of the header and metadata key.
+pub const TRACEPARENT: &str = "traceparent";
+/// `00-` + 32 + `-` + 16 + `-` + 2 characters; longer ones of later versions are cut by W3C's rules.
+const MAX_TRACEPARENT_CHARS: usize = 128;
+/// Longest single export.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Longest wait for the last spans at the end of a process.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Form of a log line.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// What to log and trace.
+#[derive(Debug, Clone, Default)]
+pub struct TelemetryOptions {
+    /// `service.name` of its spans: `forge-coordinator`, `forge-worker`, …
+    pub service: String,
+    /// `service.instance.id`: the process's name in the cluster.
+    pub instance: String,
+    /// Where spans go: `http://host:4317` (OTLP over gRPC). None: nowhere.
+    pub otlp_endpoint: Option<String>,
+    /// A level or a list such as `info,forge_gateway=debug`.
+    pub log_filter: String,
+    /// Form of log lines.
+    pub log_format: LogFormat,
+}
+
+/// What cannot be started.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TelemetryError {
+    /// Of the log's filter.
+    #[error("log filter {filter:?}: {reason}; write error, warn, info, debug or trace, or a list such as info,forge_gateway=debug")]
+    Filter {
+        /// What was given.
+        filter: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Of the receiver's address.
+    #[error("otlpEndpoint {endpoint:?}: {reason}")]
+    Endpoint {
+        /// What was given.
+        endpoint: String,
+        /// What is wrong and what to write.
+        reason: String,
+    },
+    /// Another part of this process began already.
+    #[error("logging was started before")]
+    Started,
+}
+
+/// Running telemetry. Dropping it sends the last spans, for a bounded time.
+#[derive(Debug)]
+pub struct Telemetry {
+    provider: SdkTracerProvider,
+    is_exporting: bool,
+}
+
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        if self.is_exporting {
+            let _ = self.provider.shutdown_with_timeout(FLUSH_TIMEOUT);
+        }
+    }
+}
+
+impl Telemetry {
+    /// Prepares spans. Call it within a tokio runtime where there is a receiver.
+    ///
+    /// # Errors
+    /// [`TelemetryError::Endpoint`].
+    pub fn new(options: &TelemetryOptions) -> Result<Self, TelemetryError> {
+        let attributes = [KeyValue::new("service.instance.id", options.instance.clone())];
+        let resource = Resource::builder().with_service_name(options.service.clone()).with_attributes(attributes).build();
+        let builder = SdkTracerProvider::builder().with_resource(resource);
+        let provider = match &options.otlp_endpoint {
+            // Contexts are made and passed on; nothing is recorded.
+            None => builder.with_sampler(Sampler::AlwaysOff).build(),
+            Some(endpoint) => {
+                let wrong = |reason: String| TelemetryError::Endpoint { endpoint: endpoint.clone(), reason };
+                if !endpoint.starts_with("http://") {
+                    return Err(wrong("write http://host:port of an OTLP receiver that speaks gRPC (usually port 4317)".into()));
+                }
+                let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT_TIMEOUT).build();
+                let exporter = exporter.map_err(|error| wrong(error.to_string()))?;
+                builder.with_sampler(Sampler::ParentBased(Box::new(Sampler::AlwaysOn))).with_batch_exporter(exporter).build()
+            }
+        };
+        Ok(Telemetry { provider, is_exporting: options.otlp_endpoint.is_some() })
+    }
+
+    /// The layer that makes OpenTelemetry spans of Forge's own spans.
+    pub fn layer<S>(&self) -> impl Layer<S> + Send + Sync + use<S>
+    where
+        S: ::tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
+    {
+        let ours = FilterFn::new(|metadata| metadata.target().starts_with("forge") && *metadata.level() <= ::tracing::Level::INFO);
+        tracing_opentelemetry::layer().with_tracer(self.provider.tracer("forge")).with_filter(ours)
+    }
+}
+
+/// Starts logs and traces of this process. Keep what it gives until the process ends.
+///
+/// # Errors
+/// [`TelemetryError`].
+pub fn start(options: &TelemetryOptions) -> Result<Telemetry, TelemetryError> {
+    let filter = EnvFilter::try_new(&options.log_filter)
+        .map_err(|error| TelemetryError::Filter { filter: options.log_filter.clone(), reason: error.to_string() })?;
+    let telemetry = Telemetry::new(options)?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match options.log_format {
+        LogFormat::Text => lines.with_target(false).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).boxed(),
+        LogFormat::Json => lines.json().boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(telemetry.layer())
+        .with(lines.with_filter(filter))
+        .try_init()
+        .map_err(|_| TelemetryError::Started)?;
+    Ok(telemetry)
+}
+
+/// `traceparent` of the current span, or empty outside of a trace.
+pub fn current_traceparent() -> String {
+    traceparent_of(&Span::current().context())
+}
+
+/// Makes a remote span the parent of this one. Empty or unreadable text changes nothing.
+pub fn set_parent(span: &Span, traceparent: &str) {
+    let context = context_of(traceparent);
+    if context.span().span_context().is_valid() {
+        // Without the layer (a program that uses this crate as a library) there is no trace to be part of.
+        let _ = span.set_parent(context);
+    }
+}
+
+/// Writes the current span into a call's metadata.
+pub fn inject(metadata: &mut MetadataMap) {
+    if let Ok(value) = MetadataValue::try_from(current_traceparent())
+        && !value.is_empty()
+    {
+        metadata.insert(TRACEPARENT, value);
+    }
+}
+
+/// `traceparent` of a call, or empty.
+pub fn from_metadata(metadata: &MetadataMap) -> String {
+    readable(metadata.get(TRACEPARENT).and_then(|value| value.to_str().ok()))
+}
+
+/// `traceparent` of an HTTP request, or empty.
+pub fn from_headers(headers: &HeaderMap) -> String {
+    readable(headers.get(TRACEPARENT).and_then(|value| value.to_str().ok()))
+}
+
+/// The text, if it names a trace.
+fn readable(text: Option<&str>) -> String {
+    let text = text.unwrap_or_default();
+    if context_of(text).span().span_context().is_valid() { text.to_owned() } else { String::new() }
+}
+
+fn context_of(traceparent: &str) -> Context {
+    if traceparent.is_empty() || traceparent.len() > MAX_TRACEPARENT_CHARS {
+        return Context::new();
+    }
+    let carrier = HashMap::from([(TRACEPARENT.to_owned(), traceparent.to_owned())]);
+    TraceContextPropagator::new().extract_with_context(&Context::new(), &carrier)
+}
+
+fn traceparent_of(context: &Context) -> String {
+    let mut carrier = HashMap::new();
+    TraceContextPropagator::new().inject_context(context, &mut carrier);
+    carrier.remove(TRACEPARENT).unwrap_or_default()
+}
+
+#[cfg(test)]
+#[path = "tracing_tests.rs"]
+mod tests;
