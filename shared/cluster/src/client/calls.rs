@@ -1,0 +1,153 @@
+//! One call with its retries: whom to ask, how long, and what an end without an answer means.
+
+use std::future::Future;
+use std::time::Duration;
+
+use forge_proto::cluster::cluster_client::ClusterClient;
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+
+use super::channels::{Channels, EXPECTED};
+use super::route::{Next, Route};
+use crate::api::ClusterError;
+use crate::status::{Failure, from_status};
+use crate::tracing::inject;
+
+/// Longest wait for one coordinator's answer. A frozen one is noticed by then; the next is asked with the same request id.
+const TRY_TIMEOUT: Duration = Duration::from_secs(3);
+
+impl Channels {
+    /// Asks coordinators until one answers, the error is final, or `timeout` is over. `changes` says that an answer that
+    /// was lost matters: then the error is `Unknown`.
+    pub(super) async fn call<Q, R, F>(
+        &self,
+        timeout: Duration,
+        changes: bool,
+        send: impl Fn(ClusterClient<Channel>, Request<Q>) -> F,
+        request: Q,
+    ) -> Result<R, ClusterError>
+    where
+        Q: Clone,
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let attempt = |address: String, wait: Duration| {
+            let client = self.cluster(&address);
+            let request = request.clone();
+            let send = &send;
+            async move {
+                let client = client?;
+                let mut request = Request::new(request);
+                request.set_timeout(wait);
+                inject(request.metadata_mut());
+                Ok(send(client, request).await?.into_inner())
+            }
+        };
+        self.attempts(timeout, changes, attempt).await
+    }
+
+    /// The loop of [`Channels::call`] and of the beginnings of streams. `attempt` is given an address and its time.
+    pub(super) async fn attempts<R, F>(
+        &self,
+        timeout: Duration,
+        changes: bool,
+        attempt: impl Fn(String, Duration) -> F,
+    ) -> Result<R, ClusterError>
+    where
+        F: Future<Output = Result<R, Status>>,
+    {
+        let begun = Instant::now();
+        let mut route = Route::new(&self.addresses());
+        let mut tally = Tally::default();
+        loop {
+            let left = timeout.saturating_sub(begun.elapsed());
+            let address = match route.next() {
+                Next::Ask(address) if !left.is_zero() => address,
+                Next::Pause(pause) if pause < left => {
+                    if let Some(refusal) = tally.everyone_refuses() {
+                        return Err(refusal);
+                    }
+                    tokio::time::sleep(jittered(pause)).await;
+                    route.begin_round(&self.addresses());
+                    tally.begin_round();
+                    continue;
+                }
+                Next::Ask(_) | Next::Pause(_) => return Err(tally.end(changes, begun.elapsed())),
+            };
+            let wait = left.min(TRY_TIMEOUT);
+            let status = match tokio::time::timeout(wait, attempt(address.clone(), wait)).await {
+                Ok(Ok(reply)) => {
+                    self.prefer(&address);
+                    return Ok(reply);
+                }
+                Ok(Err(status)) => status,
+                Err(_) => Status::deadline_exceeded(format!("no answer within {} ms", wait.as_millis())),
+            };
+            let failure = from_status(&status, EXPECTED);
+            if !failure.is_retryable {
+                return Err(failure.error);
+            }
+            if let Some(leader) = &failure.leader {
+                self.learn(leader);
+                route.follow(&address, leader);
+            }
+            tally.add(&address, failure);
+        }
+    }
+}
+
+/// What the tries so far came to.
+#[derive(Debug, Default)]
+struct Tally {
+    may_have_happened: bool,
+    last: String,
+    refusals: Vec<ClusterError>,
+    others: usize,
+}
+
+impl Tally {
+    fn add(&mut self, address: &str, failure: Failure) {
+        self.may_have_happened |= failure.may_have_happened;
+        match failure.error {
+            refusal @ ClusterError::Forbidden { .. } => {
+                self.last = format!("{address}: {refusal}");
+                self.refusals.push(refusal);
+            }
+            ClusterError::Unavailable { reason, .. } | ClusterError::Unknown { reason } => {
+                self.others += 1;
+                self.last = format!("{address}: {reason}");
+            }
+            other => {
+                self.others += 1;
+                self.last = format!("{address}: {other}");
+            }
+        }
+    }
+
+    fn begin_round(&mut self) {
+        self.refusals.clear();
+        self.others = 0;
+    }
+
+    /// A certificate that nobody takes will not be taken later either.
+    fn everyone_refuses(&mut self) -> Option<ClusterError> {
+        if self.others == 0 && !self.may_have_happened { self.refusals.pop() } else { None }
+    }
+
+    fn end(&mut self, changes: bool, waited: Duration) -> ClusterError {
+        if let Some(refusal) = self.everyone_refuses() {
+            return refusal;
+        }
+        let reason =
+            if self.last.is_empty() { "the time was over before anyone was asked".to_owned() } else { std::mem::take(&mut self.last) };
+        if changes && self.may_have_happened {
+            return ClusterError::Unknown { reason };
+        }
+        ClusterError::Unavailable { waited_ms: waited.as_millis() as u64, reason }
+    }
+}
+
+/// Half to all of it, so that clients of a fallen coordinator do not come back in one beat.
+pub(super) fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(rand::random_range(0.5..=1.0))
+}
