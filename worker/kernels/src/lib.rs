@@ -30,6 +30,7 @@ mod norm;
 mod path;
 mod peak;
 mod pool;
+mod prefetch;
 mod quantize;
 mod quantized;
 mod rope;

@@ -204,7 +204,7 @@ fn every_path_equals_the_formulas_bit_for_bit() {
     let mut random = Random(1);
     for backend in backends() {
         for dtype in DTYPES {
-            for (rows, blocks, tokens) in [(1, 1, 1), (5, 3, 2), (16, 2, 3), (17, 9, 5), (40, 18, 9), (67, 11, 37)] {
+            for (rows, blocks, tokens) in [(1, 1, 1), (5, 3, 2), (16, 2, 3), (17, 9, 5), (40, 18, 9), (67, 11, 37), (6, 33, 70)] {
                 let columns = columns(dtype, blocks, 5);
                 let bytes = random_matrix(&mut random, dtype, rows, columns);
                 let x = random.normals(tokens * columns);

@@ -6,6 +6,7 @@ use super::{LANES, Lanes, Sum, padded, write_first};
 
 /// Sixteen f32 values in two registers.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 
 /// Sixteen 8-bit floats as f16 of 2⁻⁸ of their values, which is exact; NaN stays NaN.
@@ -16,11 +17,54 @@ pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 pub(super) unsafe fn f8e4m3_to_f16(from: *const u8) -> __m256i {
     // SAFETY: the caller's contract.
     unsafe {
-        let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()));
-        let magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
-        let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)));
-        let nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7e00));
-        _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16::<7>(magnitude), sign), nan)
+        // The sign's copies above it and the magnitude move to f16's places; only one sign stays.
+        let codes = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())));
+        let halves = _mm256_and_si256(codes, _mm256_set1_epi16(0xbf80_u16 as i16));
+        let greatest = _mm256_set1_epi16(0x3f80);
+        _mm256_or_si256(halves, _mm256_cmpeq_epi16(_mm256_and_si256(codes, greatest), greatest))
+    }
+}
+
+/// [`Lanes::add_products`] of eight lanes, `first` and on. A function of its own, so that the compiler gives all registers
+/// to its loop.
+///
+/// # Safety
+/// As there.
+#[inline(never)]
+#[allow(clippy::needless_range_loop, reason = "indices name rows and tokens of several arrays")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn add_half_products<const R: usize, const T: usize>(
+    sums: [*mut Avx2; T],
+    rows: [*const f32; R],
+    inputs: [*const f32; T],
+    columns: usize,
+    first: usize,
+) {
+    // SAFETY: the caller's contract; sixteen lanes lie one after the other.
+    unsafe {
+        let mut tile = [[_mm256_setzero_ps(); R]; T];
+        for t in 0..T {
+            for r in 0..R {
+                tile[t][r] = _mm256_loadu_ps(sums[t].add(r).cast::<f32>().add(first));
+            }
+        }
+        for column in (first..columns).step_by(LANES) {
+            let mut x = [_mm256_setzero_ps(); T];
+            for t in 0..T {
+                x[t] = _mm256_loadu_ps(inputs[t].add(column));
+            }
+            for r in 0..R {
+                let row = _mm256_loadu_ps(rows[r].add(column));
+                for t in 0..T {
+                    tile[t][r] = _mm256_fmadd_ps(row, x[t], tile[t][r]);
+                }
+            }
+        }
+        for t in 0..T {
+            for r in 0..R {
+                _mm256_storeu_ps(sums[t].add(r).cast::<f32>().add(first), tile[t][r]);
+            }
+        }
     }
 }
 
@@ -28,6 +72,8 @@ pub(super) unsafe fn f8e4m3_to_f16(from: *const u8) -> __m256i {
 // contract of `Lanes`.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx2 {
+    const TOKENS: usize = 3;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         unsafe { Avx2(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
@@ -210,6 +256,20 @@ impl Lanes for Avx2 {
                 }
             }
             Self::load(values.as_ptr())
+        }
+    }
+
+    /// First lanes 0 to 7 of all columns, then lanes 8 to 15: both would not fit the registers.
+    #[inline(always)]
+    unsafe fn add_products<const R: usize, const T: usize>(
+        sums: [*mut Self; T],
+        rows: [*const f32; R],
+        inputs: [*const f32; T],
+        columns: usize,
+    ) {
+        unsafe {
+            add_half_products(sums, rows, inputs, columns, 0);
+            add_half_products(sums, rows, inputs, columns, 8);
         }
     }
 

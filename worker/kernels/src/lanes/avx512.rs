@@ -19,6 +19,8 @@ fn lowest(count: usize) -> __mmask16 {
 // contract of `Lanes`.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx512 {
+    const TOKENS: usize = 4;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         unsafe { Avx512(_mm512_set1_ps(value)) }

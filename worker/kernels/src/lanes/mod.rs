@@ -28,6 +28,9 @@ pub(crate) const LANES: usize = 16;
 /// made by [`kernel!`]). Loads and stores touch 16 elements (the `_partial` ones `count` ≤ 16) at the pointer,
 /// which need not be aligned.
 pub(crate) trait Lanes: Copy + Sum {
+    /// Tokens whose sums with four rows the registers hold, in [`Lanes::add_products`].
+    const TOKENS: usize;
+
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     /// The first `count` lanes; the rest are zero.
@@ -63,6 +66,38 @@ pub(crate) trait Lanes: Copy + Sum {
     unsafe fn scale_by_power(self, biased: Self) -> Self;
     /// Lanes `start..end` of self, `other` elsewhere.
     unsafe fn keep(self, start: usize, end: usize, other: f32) -> Self;
+    /// To R sums at each of T pointers: the products of `columns` (a multiple of 16) values of a row and of an input, one
+    /// FMA after the other in each lane.
+    #[inline(always)]
+    unsafe fn add_products<const R: usize, const T: usize>(
+        sums: [*mut Self; T],
+        rows: [*const f32; R],
+        inputs: [*const f32; T],
+        columns: usize,
+    ) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let mut tile = [[Self::splat(0.0); R]; T];
+            for t in 0..T {
+                tile[t] = sums[t].cast::<[Self; R]>().read();
+            }
+            for column in (0..columns).step_by(LANES) {
+                let mut x = [Self::splat(0.0); T];
+                for t in 0..T {
+                    x[t] = Self::load(inputs[t].add(column));
+                }
+                for r in 0..R {
+                    let row = Self::load(rows[r].add(column));
+                    for t in 0..T {
+                        tile[t][r] = row.mul_add(x[t], tile[t][r]);
+                    }
+                }
+            }
+            for t in 0..T {
+                sums[t].cast::<[Self; R]>().write(tile[t]);
+            }
+        }
+    }
     /// Halving tree: i + (i + 8), then + 4, + 2, + 1.
     unsafe fn sum(self) -> f32;
     /// Greatest lane, by the same tree.
@@ -135,7 +170,7 @@ pub(crate) struct LeafStack<T, const N: usize> {
 
 impl<T: Sum, const N: usize> LeafStack<T, N> {
     #[inline(always)]
-    pub(crate) fn new(zero: T) -> Self {
+    pub(crate) const fn new(zero: T) -> Self {
         LeafStack { waiting: [[zero; N]; 4], depth: 0 }
     }
 

@@ -25,6 +25,7 @@ use self::words::{IntegerLanes, Words};
 use crate::dtype::DType;
 use crate::lanes::{LANES, Lanes, kernel};
 use crate::path::CpuPath;
+use crate::prefetch::NextRows;
 
 /// A matrix as the kernels see it: at least 16 rows of whole blocks.
 #[derive(Clone, Copy)]
@@ -38,6 +39,14 @@ pub(crate) struct MatrixView<'a> {
     /// Where each leaf ends, in blocks of the format; merges after each.
     pub(crate) leaf_ends: &'a [usize],
     pub(crate) merges: &'a [u8],
+}
+
+impl MatrixView<'_> {
+    /// What follows the 16 rows at `current`.
+    #[inline(always)]
+    fn after<F: Format>(&self, current: *const u8) -> NextRows {
+        NextRows { current, rows: LANES, stride_bytes: self.stride, row_bytes: self.parts / F::PARTS * F::BYTES }
+    }
 }
 
 /// Quantized activations of the tokens of one task.
@@ -183,13 +192,14 @@ unsafe fn sum_tile<L: IntegerLanes, F: Format>(
     // SAFETY: block < leaf_end, the last of which is the row's, and the caller's contract.
     unsafe {
         let weights = base.add(first_row * stride);
+        let next_rows = task.matrix.after::<F>(weights);
         for (&leaf_end, &merges) in leaf_ends.iter().zip(merges) {
             sums.begin_leaf(count);
             while block < leaf_end {
                 let blocks = (SMALL_BLOCKS / F::PARTS).max(1).min(leaf_end - block);
                 // Half before and half after unpacking: too many at once make it wait.
                 let (start, end) = (block * F::BYTES, (block + blocks) * F::BYTES);
-                let (next_rows, middle) = (NextRows { weights, stride, row_bytes: row_parts / F::PARTS * F::BYTES }, (start + end) / 2);
+                let middle = (start + end) / 2;
                 next_rows.prefetch(start..middle);
                 for index in 0..blocks {
                     let parts = &mut parts[index * F::PARTS..(index + 1) * F::PARTS];
@@ -231,7 +241,7 @@ unsafe fn sum_few<L: IntegerLanes, F: Format, const M: usize>(
     // SAFETY: block < leaf_end, the last of which is the row's, and the caller's contract.
     unsafe {
         let weights = base.add(first_row * stride);
-        let next_rows = NextRows { weights, stride, row_bytes: row_parts * F::BYTES };
+        let next_rows = task.matrix.after::<F>(weights);
         for (&leaf_end, &merges) in leaf_ends.iter().zip(merges) {
             let mut leaf = [L::splat(0.0); M];
             while block < leaf_end {
@@ -297,34 +307,6 @@ unsafe fn multiply_tokens<W: Words, F: Format>(parts: &[Part], tokens: TokenBloc
                 }
             };
         }
-    }
-}
-
-/// The 16 rows after those being multiplied.
-struct NextRows {
-    weights: *const u8,
-    stride: usize,
-    row_bytes: usize,
-}
-
-impl NextRows {
-    /// Asks for as large a part of them as `bytes` is of one row. They lie side by side, so it need not be the same
-    /// bytes of each.
-    #[inline(always)]
-    fn prefetch(&self, bytes: Range<usize>) {
-        #[cfg(target_arch = "x86_64")]
-        if self.stride == self.row_bytes {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let start = self.weights.wrapping_add(LANES * (self.stride + bytes.start));
-            let mut line = 0;
-            while line < LANES * bytes.len() {
-                // SAFETY: a prefetch may name any address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
-                line += 64;
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (self, bytes);
     }
 }
 
