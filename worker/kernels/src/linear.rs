@@ -13,7 +13,7 @@ use crate::memory::SharedPointer;
 use crate::path::CpuPath;
 use crate::pool::ThreadPool;
 use crate::quantize::{Activations, BLOCK, QuantizedRow, quantize_row};
-use crate::quantized::{ActivationView, MatrixView, QuantizedTask, quantized_rows};
+use crate::quantized::{MatrixView, QuantizedTask, TokenBlocks, quantized_rows};
 use crate::weight::CpuWeight;
 
 /// Tasks per thread: enough that the slowest does not keep the others waiting, few enough to stay cheap.
@@ -170,12 +170,13 @@ unsafe fn run_quantized(path: CpuPath, product: &CheckedProduct<'_>, rows: Range
             merges: &weight.merges,
         },
         rows,
-        activations: ActivationView {
+        activations: TokenBlocks {
             values: activations.values[first_block * BLOCK..].as_ptr(),
             scales: activations.scales[first_block..].as_ptr(),
             rounded_sums: activations.rounded_sums[first_block..].as_ptr(),
             sums: activations.sums[first_block..].as_ptr(),
             half_sums: activations.half_sums[first_block..].as_ptr(),
+            blocks: activations.blocks,
         },
         tokens: product.tokens.len(),
         bias: product.bias.map(<[f32]>::as_ptr),

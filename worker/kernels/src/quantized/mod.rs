@@ -20,7 +20,9 @@ mod words;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use self::part::{Format, PART, Part, TokenBlocks, multiply};
+pub(crate) use self::part::TokenBlocks;
+
+use self::part::{Format, PART, Part, multiply};
 use self::words::{IntegerLanes, Words};
 use crate::dtype::DType;
 use crate::lanes::{LANES, Lanes, kernel};
@@ -49,24 +51,12 @@ impl MatrixView<'_> {
     }
 }
 
-/// Quantized activations of the tokens of one task.
-#[derive(Clone, Copy)]
-pub(crate) struct ActivationView {
-    /// `[tokens][parts · 32]`
-    pub(crate) values: *const i8,
-    /// `[tokens][parts]`, each.
-    pub(crate) scales: *const f32,
-    pub(crate) rounded_sums: *const f32,
-    pub(crate) sums: *const f32,
-    pub(crate) half_sums: *const i32,
-}
-
 /// One task: some rows times all its tokens.
 #[derive(Clone)]
 pub(crate) struct QuantizedTask<'a> {
     pub(crate) matrix: MatrixView<'a>,
     pub(crate) rows: Range<usize>,
-    pub(crate) activations: ActivationView,
+    pub(crate) activations: TokenBlocks,
     pub(crate) tokens: usize,
     pub(crate) bias: Option<*const f32>,
     pub(crate) out: *mut f32,
@@ -206,15 +196,7 @@ unsafe fn sum_tile<L: IntegerLanes, F: Format>(
                     F::unpack::<L::Words>(weights.add((block + index) * F::BYTES), stride, parts);
                 }
                 next_rows.prefetch(middle..end);
-                let at = tokens.start * row_parts + block * F::PARTS;
-                let tokens = TokenBlocks {
-                    values: task.activations.values.add(at * PART),
-                    scales: task.activations.scales.add(at),
-                    rounded_sums: task.activations.rounded_sums.add(at),
-                    sums: task.activations.sums.add(at),
-                    half_sums: task.activations.half_sums.add(at),
-                    blocks: row_parts,
-                };
+                let tokens = task.activations.after(tokens.start * row_parts + block * F::PARTS);
                 multiply_tokens::<L::Words, F>(&parts[..blocks * F::PARTS], tokens, count, sums.leaf.as_mut_ptr().cast());
                 block += blocks;
             }
@@ -248,15 +230,7 @@ unsafe fn sum_few<L: IntegerLanes, F: Format, const M: usize>(
                 next_rows.prefetch(block * F::BYTES..(block + 1) * F::BYTES);
                 let mut part = [Part::unwritten()];
                 F::unpack::<L::Words>(weights.add(block * F::BYTES), stride, &mut part);
-                let at = first_token * row_parts + block;
-                let tokens = TokenBlocks {
-                    values: task.activations.values.add(at * PART),
-                    scales: task.activations.scales.add(at),
-                    rounded_sums: task.activations.rounded_sums.add(at),
-                    sums: task.activations.sums.add(at),
-                    half_sums: task.activations.half_sums.add(at),
-                    blocks: row_parts,
-                };
+                let tokens = task.activations.after(first_token * row_parts + block);
                 multiply::<L::Words, F, M>(&part, tokens, leaf.as_mut_ptr());
                 block += 1;
             }
@@ -278,15 +252,7 @@ unsafe fn multiply_tokens<W: Words, F: Format>(parts: &[Part], tokens: TokenBloc
     while token < count {
         // SAFETY: no more tokens are asked for than there are.
         unsafe {
-            let from = token * tokens.blocks;
-            let tokens = TokenBlocks {
-                values: tokens.values.add(from * PART),
-                scales: tokens.scales.add(from),
-                rounded_sums: tokens.rounded_sums.add(from),
-                sums: tokens.sums.add(from),
-                half_sums: tokens.half_sums.add(from),
-                blocks: tokens.blocks,
-            };
+            let tokens = tokens.after(token * tokens.blocks);
             let sums = sums.add(token);
             token += match count - token {
                 8.. if W::TOKENS >= 8 => {

@@ -140,6 +140,27 @@ pub(crate) struct TokenBlocks {
     pub(crate) blocks: usize,
 }
 
+impl TokenBlocks {
+    /// The same from `blocks` blocks further on.
+    ///
+    /// # Safety
+    /// They lie within the same allocations.
+    #[inline(always)]
+    pub(super) unsafe fn after(self, blocks: usize) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe {
+            TokenBlocks {
+                values: self.values.add(blocks * PART),
+                scales: self.scales.add(blocks),
+                rounded_sums: self.rounded_sums.add(blocks),
+                sums: self.sums.add(blocks),
+                half_sums: self.half_sums.add(blocks),
+                blocks: self.blocks,
+            }
+        }
+    }
+}
+
 /// Adds the parts' products with M tokens to their accumulators, in order.
 ///
 /// # Safety
