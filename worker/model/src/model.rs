@@ -136,11 +136,7 @@ impl Model {
     /// Facts for `show`.
     pub fn summary(&self) -> ModelSummary {
         let mut quantization = Quantization::default();
-        let mut weights_bytes = 0;
-        for tensor in self.checkpoint.distinct_tensors() {
-            quantization.count(tensor.dtype, tensor.elements());
-            weights_bytes += tensor.bytes.len();
-        }
+        self.checkpoint.distinct_tensors().for_each(|tensor| quantization.count(tensor.dtype, tensor.elements()));
         let text = |key: &str| match self.checkpoint.config() {
             RawConfig::Gguf(metadata) => metadata.optional_string(&format!("general.{key}")).ok().flatten().map(str::to_owned),
             RawConfig::HuggingFace { .. } => None,
@@ -151,7 +147,7 @@ impl Model {
             parameters: quantization.types.values().map(|count| count.parameters).sum(),
             quantization,
             context_length: self.architecture.context_length,
-            weights_bytes,
+            weights_bytes: self.checkpoint.stored_bytes(),
             name: text("name"),
             license: text("license"),
         }

@@ -12,8 +12,8 @@ use crate::gguf::tensor_bytes;
 /// A tensor of the header: type, row-major shape, bytes within the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SafetensorsTensor {
-    /// Storage type.
-    pub dtype: DType,
+    /// Storage type; `None` of unsigned bytes, in which quantized checkpoints pack what their names explain.
+    pub dtype: Option<DType>,
     /// Row-major shape.
     pub shape: Vec<usize>,
     /// Bytes within the file.
@@ -25,7 +25,7 @@ pub struct SafetensorsTensor {
 ///
 /// # Errors
 /// [`ModelError::Malformed`] where header and file do not fit each other; [`ModelError::UnsupportedType`] where a
-/// wanted tensor is not F32, F16, BF16 or F8_E4M3.
+/// wanted tensor is not F32, F16, BF16, F8_E4M3 or U8.
 pub fn parse_header(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<String, SafetensorsTensor>> {
     let malformed = |reason: String| ModelError::Malformed { format: "safetensors".to_owned(), reason };
     if bytes.starts_with(b"version https://git-lfs") {
@@ -41,23 +41,22 @@ pub fn parse_header(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<BTree
             continue;
         }
         let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F8_E4M3 => DType::F8E4M3,
-            other => {
-                return Err(ModelError::UnsupportedType {
-                    tensor: name,
-                    found: format!("{other:?}"),
-                    remedy: "take a checkpoint stored as F32, F16, BF16 or F8_E4M3, or a GGUF file".to_owned(),
-                });
-            }
+            Dtype::F32 => Some(DType::F32),
+            Dtype::F16 => Some(DType::F16),
+            Dtype::BF16 => Some(DType::BF16),
+            Dtype::F8_E4M3 => Some(DType::F8E4M3),
+            Dtype::U8 => None,
+            other => return Err(unsupported(name, format!("{other:?}"))),
         };
         let (start, end) = info.data_offsets;
         // A number alone has no dimensions.
         let shape: &[usize] = if info.shape.is_empty() { &[1] } else { &info.shape };
-        if shape.contains(&0) || tensor_bytes(dtype, shape) != end.checked_sub(start) {
-            return Err(malformed(format!("tensor {name:?} of {dtype} {:?} does not fit its {start}..{end} bytes", info.shape)));
+        let needed = match dtype {
+            Some(dtype) => tensor_bytes(dtype, shape),
+            None => shape.iter().try_fold(1_usize, |bytes, &size| bytes.checked_mul(size)),
+        };
+        if shape.contains(&0) || needed != end.checked_sub(start) {
+            return Err(malformed(format!("tensor {name:?} of {:?} {:?} does not fit its {start}..{end} bytes", info.dtype, info.shape)));
         }
         let range = data_start + start..data_start + end;
         if range.end > bytes.len() {
@@ -66,4 +65,10 @@ pub fn parse_header(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Result<BTree
         tensors.insert(name, SafetensorsTensor { dtype, shape: info.shape.clone(), bytes: range });
     }
     Ok(tensors)
+}
+
+/// A type that no weights have which are read.
+pub(crate) fn unsupported(tensor: String, found: String) -> ModelError {
+    let remedy = "take a checkpoint stored as F32, F16, BF16 or F8_E4M3, or a GGUF file".to_owned();
+    ModelError::UnsupportedType { tensor, found, remedy }
 }

@@ -18,3 +18,9 @@ checks! { quantized: logits = check_rounded_logits, batch = check_batch, ranks =
     qwen3moe_q5_1: "qwen3moe-q5_1",
     qwen3moe_mxfp4: "qwen3moe-mxfp4",
 } }
+
+mod folders {
+    crate::checks! { quantized_folder: logits = check_rounded_logits, batch = check_batch, ranks = check_ranks => {
+        gpt_oss_mxfp4: "gpt_oss-mxfp4",
+    } }
+}

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::foreign::{self, Kind, first_bytes, kind};
 use super::quantized::{self, Fp8};
-use super::{Checkpoint, Directory, LoadMode, RawConfig};
+use super::{Checkpoint, Directory, LoadMode, RawConfig, mxfp4};
 use crate::arch::detect;
 use crate::arch::families::{Family, Ignored};
 use crate::error::{ModelError, Result};
@@ -56,7 +56,7 @@ pub(super) fn open_folder(path: &Path, mode: LoadMode, family: Option<&'static F
 /// Every tensor is in the file that the index says.
 fn check_index(index: &str, map: &BTreeMap<String, String>, names: &[String], directory: &Directory, ignored: &Ignored) -> Result<()> {
     for (tensor, file) in map.iter().filter(|(tensor, _)| !ignored.has(tensor)) {
-        let found = directory.tensors.get(tensor).map(|entry| &names[entry.source]);
+        let found = directory.file_of(tensor).map(|source| &names[source]);
         if found != Some(file) {
             let found = found.map_or_else(|| "is not".to_owned(), |other| format!("is in {other}"));
             let reason = format!("weight_map: tensor {tensor:?} should be in {file} and {found}");
@@ -104,6 +104,7 @@ fn finish(
     mut directory: Directory,
     fp8: Option<Fp8>,
 ) -> Result<Checkpoint> {
+    directory.packed = mxfp4::join(std::mem::take(&mut directory.packed), &mut directory.tensors)?;
     let sources: &[SharedBytes] = &directory.sources;
     let bytes = |entry: &super::TensorEntry| &(*sources[entry.source]).as_ref()[entry.bytes.clone()];
     directory.scales = quantized::take_scales(&mut directory.tensors, bytes, fp8.unwrap_or_default())?;
@@ -126,7 +127,7 @@ fn add_file(directory: &mut Directory, path: &Path, mode: LoadMode, ignored: &Ig
         Kind::Zip => {
             let bytes = source::open(path, mode)?;
             let found = torch::parse((*bytes).as_ref(), wanted).map_err(|error| in_file(&name, error))?;
-            directory.add(bytes, found.into_iter().map(|(name, tensor)| (name, tensor.dtype, tensor.shape, tensor.bytes)))
+            directory.add(bytes, found.into_iter().map(|(name, tensor)| (name, Some(tensor.dtype), tensor.shape, tensor.bytes)))
         }
         // A damaged header is safetensors' own to describe.
         Kind::Other if !name.ends_with(".safetensors") || start.is_empty() => {

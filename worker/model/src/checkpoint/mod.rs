@@ -3,14 +3,15 @@
 //! What it is: it tells by content what a path holds, opens the files and joins their tensor directories. What it
 //! is not: it interprets neither configuration nor names ([`crate::arch`], `weights` do).
 //!
-//! Invariant: every entry of the directory lies inside its file and has the bytes its type and shape need.
+//! Invariant: every entry of the directory lies inside its file and has the bytes its type and shape need. (Of MXFP4 in a
+//! folder those are in two tensors: an entry has the values, [`Checkpoint::exponents`] the rest.)
 
 mod folder;
 mod foreign;
+mod mxfp4;
 pub(crate) mod quantized;
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -79,12 +80,21 @@ impl TensorEntry {
     }
 }
 
+/// A tensor of unsigned bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct PackedBytes {
+    shape: Vec<usize>,
+    source: usize,
+    bytes: Range<usize>,
+}
+
 /// An opened checkpoint.
 pub struct Checkpoint {
     path: PathBuf,
     config: RawConfig,
     tensors: BTreeMap<String, TensorEntry>,
     scales: BTreeMap<String, BlockScales>,
+    exponents: BTreeMap<String, PackedBytes>,
     sources: Vec<SharedBytes>,
 }
 
@@ -140,8 +150,8 @@ impl Checkpoint {
     }
 
     fn new(path: &Path, config: RawConfig, directory: Directory) -> Self {
-        let Directory { tensors, scales, sources } = directory;
-        Checkpoint { path: path.to_owned(), config, tensors, scales, sources }
+        let Directory { tensors, scales, packed: exponents, sources } = directory;
+        Checkpoint { path: path.to_owned(), config, tensors, scales, exponents, sources }
     }
 
     /// What was opened.
@@ -187,6 +197,19 @@ impl Checkpoint {
         self.scales.get(name)
     }
 
+    /// The exponents of an MXFP4 tensor whose entry has the values alone, 16 bytes a block: one byte a block, in their
+    /// order. They are not in the directory themselves.
+    pub fn exponents(&self, name: &str) -> Option<&[u8]> {
+        let exponents = self.exponents.get(name)?;
+        Some(&(*self.sources[exponents.source]).as_ref()[exponents.bytes.clone()])
+    }
+
+    /// Bytes of all weights as stored, those that share a storage counted once.
+    pub fn stored_bytes(&self) -> usize {
+        let values: usize = self.distinct_tensors().map(|entry| entry.bytes.len()).sum();
+        values + self.exponents.values().map(|exponents| exponents.bytes.len()).sum::<usize>()
+    }
+
     /// The bytes of a tensor of this checkpoint.
     pub fn bytes(&self, entry: &TensorEntry) -> &[u8] {
         &(*self.sources[entry.source]).as_ref()[entry.bytes.clone()]
@@ -203,27 +226,39 @@ impl Checkpoint {
 struct Directory {
     tensors: BTreeMap<String, TensorEntry>,
     scales: BTreeMap<String, BlockScales>,
+    /// Tensors of unsigned bytes: as found, and once all files are joined, the exponents of the tensors by name.
+    packed: BTreeMap<String, PackedBytes>,
     sources: Vec<SharedBytes>,
 }
 
 impl Directory {
-    /// Adds a file and its tensors: name, type, shape and bytes of each.
-    fn add(&mut self, bytes: SharedBytes, found: impl IntoIterator<Item = (String, DType, Vec<usize>, Range<usize>)>) -> Result<()> {
+    /// Adds a file and its tensors: name, type (none of unsigned bytes), shape and bytes of each.
+    fn add(
+        &mut self,
+        bytes: SharedBytes,
+        found: impl IntoIterator<Item = (String, Option<DType>, Vec<usize>, Range<usize>)>,
+    ) -> Result<()> {
         let source = self.sources.len();
         self.sources.push(bytes);
         for (name, dtype, shape, bytes) in found {
-            match self.tensors.entry(name) {
-                Entry::Vacant(vacant) => drop(vacant.insert(TensorEntry { dtype, shape, source, bytes })),
-                Entry::Occupied(there) => {
-                    let reason = format!("tensor {:?} is in more than one of its files", there.key());
-                    return Err(ModelError::Malformed { format: "checkpoint".to_owned(), reason });
-                }
+            if self.file_of(&name).is_some() {
+                let reason = format!("tensor {name:?} is in more than one of its files");
+                return Err(ModelError::Malformed { format: "checkpoint".to_owned(), reason });
+            }
+            match dtype {
+                Some(dtype) => drop(self.tensors.insert(name, TensorEntry { dtype, shape, source, bytes })),
+                None => drop(self.packed.insert(name, PackedBytes { shape, source, bytes })),
             }
         }
         Ok(())
     }
 
+    /// In which of the files a tensor is.
+    fn file_of(&self, name: &str) -> Option<usize> {
+        self.tensors.get(name).map(|entry| entry.source).or_else(|| self.packed.get(name).map(|packed| packed.source))
+    }
+
     fn add_gguf(&mut self, bytes: SharedBytes, tensors: BTreeMap<String, gguf::GgufTensor>) -> Result<()> {
-        self.add(bytes, tensors.into_iter().map(|(name, tensor)| (name, tensor.dtype, tensor.shape, tensor.bytes)))
+        self.add(bytes, tensors.into_iter().map(|(name, tensor)| (name, Some(tensor.dtype), tensor.shape, tensor.bytes)))
     }
 }

@@ -1,5 +1,5 @@
-//! Schemes by which Hugging Face checkpoints are quantized: 8-bit floats with scales are read, the rest is recognized and
-//! refused with the conversion to use.
+//! Schemes by which Hugging Face checkpoints are quantized: 8-bit floats with scales and MXFP4 ([`super::mxfp4`]) are read,
+//! the rest is recognized and refused with the conversion to use.
 //!
 //! A scheme is told by `quantization_config`, and where that is missing by the names of tensors that only it has.
 
@@ -24,7 +24,7 @@ pub(crate) struct Fp8 {
     scaled: bool,
 }
 
-/// What config.json says of quantization: nothing, or 8-bit floats.
+/// What config.json says of quantization beside what tensors tell themselves: of 8-bit floats.
 ///
 /// # Errors
 /// [`ModelError::Unsupported`] for every other scheme, with the conversion to use.
@@ -52,7 +52,9 @@ pub(crate) fn scheme(config: &Value) -> Result<Option<Fp8>> {
             Some(fp8) => Ok(Some(fp8)),
             None => refuse(format!("`compressed-tensors` of format `{}`", text("format").unwrap_or("unknown")), UNQUANTIZED),
         },
-        "gptq" | "awq" | "mxfp4" => refuse(format!("a checkpoint quantized by `{method}`"), UNQUANTIZED),
+        // Its tensors have names and types of their own.
+        "mxfp4" => Ok(None),
+        "gptq" | "awq" => refuse(format!("a checkpoint quantized by `{method}`"), UNQUANTIZED),
         "bitsandbytes" => refuse("a checkpoint quantized by `bitsandbytes`".to_owned(), DEQUANTIZE),
         other => refuse(format!("a checkpoint quantized by `{other}`"), DEQUANTIZE),
     }

@@ -185,8 +185,19 @@ mod tests {
     #[test]
     fn what_is_counted_is_what_is_loaded() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/model");
-        // Transposed, grouped, one after another, by turns in stacks, an expert a tensor, latent, shared by ranks.
-        let rows = ["gpt2", "rows/falcon-40b", "rows/phi3", "rows/gpt_oss", "rows/mixtral", "rows/deepseek_v2", "rows/olmo2-grouped"];
+        // Transposed, grouped, one after another, by turns in stacks, blocks apart, an expert a tensor, latent (joined and
+        // apart), shared by ranks.
+        let rows = [
+            "gpt2",
+            "rows/falcon-40b",
+            "rows/phi3",
+            "rows/gpt_oss",
+            "quantized/gpt_oss-mxfp4",
+            "rows/mixtral",
+            "rows/deepseek_v2",
+            "rows-gguf/deepseek_v2.gguf",
+            "rows/olmo2-grouped",
+        ];
         for row in rows {
             let model = Model::open(format!("{folder}/{row}"), LoadMode::Mmap).unwrap();
             let mut gathered_by_any = 0;
@@ -198,7 +209,8 @@ mod tests {
                 assert_eq!((count.mapped, count.gathered), loaded(&model, &layout), "{row}: rank {tp_rank} of {tp_size}");
                 gathered_by_any += count.gathered;
             }
-            let gathers = ["gpt2", "rows/falcon-40b", "rows/gpt_oss"].contains(&row);
+            let gathers =
+                ["gpt2", "rows/falcon-40b", "rows/gpt_oss", "quantized/gpt_oss-mxfp4", "rows-gguf/deepseek_v2.gguf"].contains(&row);
             assert_eq!(gathered_by_any > 0, gathers, "{row}");
         }
     }

@@ -105,18 +105,20 @@ impl Resolver<'_> {
         }
     }
 
-    /// An expert's rows of a stack [experts, inputs, outputs].
+    /// An expert's rows of a stack [experts, inputs, outputs], or [experts, outputs, inputs] where it is MXFP4.
     fn transposed_part(&mut self, StackPart { name, expert, count, part }: StackPart) -> Result<LinearRef> {
         let MlpPart { all_rows, rows, columns, bias } = part;
-        let dtype = self.entry(&name, &[count, columns, all_rows])?.dtype;
+        let (shape, order) = match self.checkpoint.exponents(&name) {
+            Some(_) => ([count, all_rows, columns], Order::SplitBlocks),
+            None => ([count, columns, all_rows], Order::Transposed { outputs: all_rows }),
+        };
+        let dtype = order.seen(self.entry(&name, &shape)?.dtype);
+        let rows = rows.moved(expert * all_rows);
         let bias = match bias {
-            true => Some(self.vector(&format!("{name}_bias"), &[count, all_rows], rows.moved(expert * all_rows))?),
+            true => Some(self.vector(&format!("{name}_bias"), &[count, all_rows], rows)?),
             false => None,
         };
-        let order = Order::Transposed { outputs: all_rows, plane: expert };
-        let weight = MatrixRef { name, rows, columns, dtype, order };
-        weight.check_order()?;
-        Ok(LinearRef { weight, bias })
+        Ok(LinearRef { weight: MatrixRef { name, rows, columns, dtype, order }, bias })
     }
 
     /// An MLP stored in the first of some ways that the checkpoint has.

@@ -1,7 +1,7 @@
 //! Matrices of a checkpoint, and any part of them as a [`MatrixSource`].
 //!
-//! A part whose rows lie one after another is used where it lies in the file; rows from several places, and matrices
-//! stored [inputs, outputs], are copied into owned memory, which [`MatrixRef::place`] tells beforehand.
+//! A part whose rows lie one after another is used where it lies in the file. Rows from several places, and matrices
+//! stored in another [`Order`], are copied into owned memory, which [`MatrixRef::place`] tells beforehand.
 //!
 //! Invariant: a part lies inside its tensor, and its columns are whole blocks.
 
@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use forge_kernels::{DType, MatrixSource, Segments};
 
+use super::mxfp4::SplitBlocks;
 use super::runs::Runs;
+use super::transposed::Planes;
 use crate::checkpoint::Checkpoint;
 use crate::error::{ModelError, Result};
 
@@ -21,6 +23,7 @@ pub(crate) struct MatrixRef {
     /// Rows of the (untransposed) tensor; of a three-dimensional one, of all its matrices in a row.
     pub rows: Runs,
     pub columns: usize,
+    /// Of what the decoder sees; what is stored may have another type ([`Order::Transposed`]).
     pub dtype: DType,
     pub order: Order,
 }
@@ -30,8 +33,18 @@ pub(crate) struct MatrixRef {
 pub(crate) enum Order {
     /// [outputs, inputs].
     Rows,
-    /// [inputs, outputs], with all outputs of the tensor per row; of a three-dimensional tensor, matrix `plane`.
-    Transposed { outputs: usize, plane: usize },
+    /// [inputs, outputs], with all outputs of the tensor per row; of a three-dimensional tensor, its matrices in a row.
+    /// Types that store values in blocks are read as f32.
+    Transposed { outputs: usize },
+    /// [outputs, inputs] in MXFP4, the exponents apart from the values ([`Checkpoint::exponents`]).
+    SplitBlocks,
+}
+
+impl Order {
+    /// What the decoder sees of a tensor of this type in this order.
+    pub fn seen(self, stored: DType) -> DType {
+        if matches!(self, Order::Transposed { .. }) && stored.block_elements() > 1 { DType::F32 } else { stored }
+    }
 }
 
 /// What a part needs of memory.
@@ -87,7 +100,7 @@ impl MatrixRef {
             (None, _, _) => None,
             (Some(scales), Order::Rows, [run]) => Some(scales.part(run.start, columns.start)),
             (Some(scales), Order::Rows, runs) => Some(scales.gathered(runs).part(0, columns.start)),
-            (Some(_), Order::Transposed { .. }, _) => {
+            (Some(_), Order::Transposed { .. } | Order::SplitBlocks, _) => {
                 return Err(ModelError::Unsupported {
                     what: format!("{} of 8-bit floats with scales, stored transposed,", self.name),
                     remedy: "take the unquantized checkpoint".to_owned(),
@@ -116,63 +129,12 @@ impl MatrixRef {
                 stored.into_iter().flatten().for_each(|stored| owned.extend_from_slice(row(stored)));
                 owned
             }
-            Order::Transposed { outputs, plane } => {
-                let element = self.dtype.block_bytes();
-                let stored_plane = StoredPlane { bytes: &bytes[plane * self.columns * outputs * element..], outputs, element };
-                stored_plane.transpose(&stored, columns.clone())
+            Order::Transposed { outputs } => Planes { bytes, inputs: self.columns, outputs, dtype: entry.dtype }.part(&stored, &columns),
+            Order::SplitBlocks => {
+                let exponents = checkpoint.exponents(&self.name).unwrap_or_default();
+                SplitBlocks { values: bytes, exponents, columns: self.columns }.joined(&stored, &columns)
             }
         };
         Ok(source(Arc::new(owned), 0, part_bytes))
-    }
-}
-
-/// A matrix stored [inputs, outputs].
-struct StoredPlane<'a> {
-    bytes: &'a [u8],
-    outputs: usize,
-    /// Bytes of a value.
-    element: usize,
-}
-
-impl StoredPlane<'_> {
-    /// [outputs, inputs] of the wanted ones. Walks in tiles, so that both sides stay in the cache.
-    fn transpose(&self, outputs: &[Range<usize>], inputs: Range<usize>) -> Vec<u8> {
-        const TILE: usize = 32;
-        let element = self.element;
-        let outputs: Vec<usize> = outputs.iter().cloned().flatten().collect();
-        let mut owned = vec![0; outputs.len() * inputs.len() * element];
-        for input_tile in inputs.clone().step_by(TILE) {
-            for (tile, outputs) in outputs.chunks(TILE).enumerate() {
-                for (index, output) in outputs.iter().enumerate() {
-                    let row = (tile * TILE + index) * inputs.len();
-                    for input in input_tile..(input_tile + TILE).min(inputs.end) {
-                        let from = (input * self.outputs + output) * element;
-                        let to = (row + input - inputs.start) * element;
-                        owned[to..to + element].copy_from_slice(&self.bytes[from..from + element]);
-                    }
-                }
-            }
-        }
-        owned
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn transposes_any_part() {
-        // More than one tile each way, value = input · 256 + output in two bytes.
-        let (inputs, outputs) = (70, 90);
-        let stored: Vec<u8> = (0..inputs).flat_map(|input| (0..outputs).flat_map(move |output| [input as u8, output as u8])).collect();
-        let plane = StoredPlane { bytes: &stored, outputs, element: 2 };
-        let wanted = [3..44, 47..48, 50..90];
-        let part = plane.transpose(&wanted, 5..70);
-        let outputs: Vec<usize> = wanted.into_iter().flatten().collect();
-        assert_eq!(part.len(), outputs.len() * 65 * 2);
-        for (index, value) in part.chunks_exact(2).enumerate() {
-            assert_eq!(value, [(index % 65 + 5) as u8, outputs[index / 65] as u8]);
-        }
     }
 }

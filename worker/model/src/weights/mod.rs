@@ -10,8 +10,10 @@
 mod experts;
 mod layers;
 mod matrix;
+mod mxfp4;
 mod resolver;
 mod runs;
+mod transposed;
 mod vector;
 
 use crate::arch::families::Family;

@@ -161,14 +161,12 @@ impl<'a> Resolver<'a> {
     pub fn linear_part(&mut self, base: &str, all_rows: usize, rows: Runs, columns: usize, bias: bool) -> Result<LinearRef> {
         let name = format!("{base}.weight");
         let (shape, order) = match self.transposed {
-            true => ([columns, all_rows], Order::Transposed { outputs: all_rows, plane: 0 }),
+            true => ([columns, all_rows], Order::Transposed { outputs: all_rows }),
             false => ([all_rows, columns], Order::Rows),
         };
-        let dtype = self.entry(&name, &shape)?.dtype;
+        let dtype = order.seen(self.entry(&name, &shape)?.dtype);
         let bias = if bias { Some(self.vector(&format!("{base}.bias"), &[all_rows], rows)?) } else { None };
-        let weight = MatrixRef { name, rows, columns, dtype, order };
-        weight.check_order()?;
-        Ok(LinearRef { weight, bias })
+        Ok(LinearRef { weight: MatrixRef { name, rows, columns, dtype, order }, bias })
     }
 
     /// A whole product.
@@ -206,19 +204,5 @@ impl<'a> Resolver<'a> {
         }
         let left: Vec<String> = self.checkpoint.tensors().keys().filter(|name| !self.consumed.contains(*name)).cloned().collect();
         if left.is_empty() { Ok(()) } else { Err(ModelError::UnexpectedTensors { names: left }) }
-    }
-}
-
-impl MatrixRef {
-    /// Values are transposed one by one, so none may lie in a block.
-    pub(super) fn check_order(&self) -> Result<()> {
-        if self.order == Order::Rows || self.dtype.block_elements() == 1 {
-            return Ok(());
-        }
-        Err(ModelError::UnsupportedType {
-            tensor: self.name.clone(),
-            found: self.dtype.to_string(),
-            remedy: "this family stores matrices as [inputs, outputs], which must be F32, F16 or BF16".to_owned(),
-        })
     }
 }

@@ -125,7 +125,6 @@ fn quantized_checkpoints_are_recognized_with_the_conversion_to_use() {
     for (quantization, expected) in [
         (serde_json::json!({ "quant_method": "gptq", "bits": 4 }), "quantized by `gptq`"),
         (serde_json::json!({ "quant_method": "awq" }), "quantized by `awq`"),
-        (serde_json::json!({ "quant_method": "mxfp4" }), "quantized by `mxfp4`"),
         (serde_json::json!({ "quant_method": "bitsandbytes" }), "model.dequantize()"),
         (serde_json::json!({ "load_in_4bit": true }), "quantized by `bitsandbytes`"),
         (serde_json::json!({ "quant_method": "hqq" }), "quantized by `hqq`"),
@@ -170,6 +169,46 @@ fn scales_of_eight_bit_floats_that_do_not_fit_are_named() {
     without_size["quantization_config"]["weight_block_size"] = serde_json::Value::Null;
     let text = with(Some((Dtype::F32, vec![4, 3], &ones)), &without_size.to_string()).unwrap_err();
     assert!(text.contains("weight_block_size: is missing"), "{text}");
+}
+
+#[test]
+fn mxfp4_stacks_that_are_incomplete_or_do_not_fit_are_named() {
+    use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+    let source = fixture("quantized/gpt_oss-mxfp4");
+    let config = std::fs::read_to_string(source.join("config.json")).unwrap();
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let base = "model.layers.1.mlp.experts.down_proj";
+    let (blocks, scales) = (format!("{base}_blocks"), format!("{base}_scales"));
+    let change = |name: &str, replaced_by: Option<(&str, Dtype, Vec<usize>, &[u8])>| {
+        let mut tensors: Vec<(String, TensorView<'_>)> = file.tensors().into_iter().filter(|(other, _)| other != name).collect();
+        if let Some((name, dtype, shape, data)) = replaced_by {
+            tensors.push((name.to_owned(), TensorView::new(dtype, shape, data).unwrap()));
+        }
+        open_folder(&config, &safetensors::serialize(tensors, None).unwrap())
+    };
+    let text = |name: &str, replaced_by| change(name, replaced_by).unwrap_err().to_string();
+    let (values, exponents) = (file.tensor(&blocks).unwrap().data(), file.tensor(&scales).unwrap().data());
+    assert!(change("", None).is_ok());
+    assert!(text(&blocks, None).contains(&format!("lacks {blocks}")));
+    assert!(text(&scales, None).contains(&format!("lacks {scales}")));
+    let cut = text(&scales, Some((&scales, Dtype::U8, vec![3, 64, 2], &exponents[..384])));
+    assert!(cut.contains(&scales) && cut.contains("needs [3, 64, 3]"), "{cut}");
+    let flat = text(&blocks, Some((&blocks, Dtype::U8, vec![3, 64, 48], values)));
+    assert!(flat.contains(&blocks) && flat.contains("[3, 64, 48]") && flat.contains("take a GGUF file"), "{flat}");
+    // As the configuration of another model would have it.
+    let swapped = text(&blocks, Some((&blocks, Dtype::U8, vec![3, 32, 6, 16], values)));
+    assert!(swapped.contains(&scales) && swapped.contains("needs [3, 32, 6]"), "{swapped}");
+    let twice = text("", Some((base, Dtype::BF16, vec![1], &[0; 2])));
+    assert!(twice.contains(base) && twice.contains(&blocks), "{twice}");
+    let other = text(&blocks, Some(("model.layers.1.mask", Dtype::U8, vec![4], &[0; 4])));
+    assert!(other.contains("model.layers.1.mask has type U8"), "{other}");
+    // An exponent beyond f32 is found when the weights are looked through.
+    let mut damaged = exponents.to_vec();
+    damaged[200] = 255;
+    let model = change(&scales, Some((&scales, Dtype::U8, vec![3, 64, 3], &damaged))).unwrap();
+    let error = model.decoder(super::common::backend(), &super::common::options()).map(drop).unwrap_err();
+    assert!(matches!(&error, ModelError::NonFinite { tensor, .. } if tensor == base), "{error}");
 }
 
 #[test]

@@ -40,6 +40,11 @@ impl Row {
         Row { model: format!("quantized/{name}.gguf"), golden: format!("quantized/{name}.golden.safetensors") }
     }
 
+    /// A folder of quantized/.
+    pub fn quantized_folder(name: &str) -> Row {
+        Row { model: format!("quantized/{name}"), golden: format!("quantized/{name}/golden.safetensors") }
+    }
+
     fn open(&self) -> Model {
         Model::open(fixture(&self.model), LoadMode::Mmap).unwrap_or_else(|error| panic!("{}: {error}", self.model))
     }
