@@ -6,7 +6,7 @@ use forge_kernels::{Alibi, AttentionBatch, AttentionParams, Backend, Columns, He
 
 use super::forward::{Current, Pass, params, product};
 use super::layout::HeadSums;
-use super::loaded::{AttentionWeights, DirectWeights, LatentWeights, Norm, QkvWeights};
+use super::loaded::{AttentionWeights, DirectWeights, Expand, LatentWeights, Norm, QkvWeights};
 use super::workspace::{AttentionBuffers, LatentBuffers, Parts};
 use crate::arch::{LatentSpec, PositionSpec, QkNormOver, QkNormSpec};
 use crate::error::Result;
@@ -170,7 +170,10 @@ impl<B: Backend> Pass<'_, B> {
             }
         }
         self.norm_in_place(latent, 1, &weights.latent_norm, norm)?;
-        backend.linear(latent, rows, &mut [product(&weights.expand, expanded)])?;
+        match &weights.expand {
+            Expand::Joined(both) => backend.linear(latent, rows, &mut [product(both, expanded)])?,
+            Expand::Apart { keys, values } => backend.linear(latent, rows, &mut [product(keys, expanded), product(values, v)])?,
+        }
         let (heads, head_dim, positions) = (self.layout.heads.len(), self.architecture.attention.head_dim, &self.plan.positions);
         if let Some(table) = self.rope_table(index) {
             backend.rope(q, heads, head_dim, spec.plain_dim, positions, table)?;
@@ -179,16 +182,19 @@ impl<B: Backend> Pass<'_, B> {
         self.expand(&spec, expanded, rotary_key, k, v)
     }
 
-    /// Puts keys and values together: per head a plain and the shared rotary part of the key, and the value.
+    /// Puts keys together, per head a plain and the shared rotary part, and values, where they are not there yet.
     fn expand(&self, spec: &LatentSpec, expanded: &B::Buffer, rotary: &B::Buffer, k: &mut B::Buffer, v: &mut B::Buffer) -> Result<()> {
         let (backend, rows, heads) = (self.backend, self.rows(), self.layout.heads.len());
         let (head_dim, value_dim) = (self.architecture.attention.head_dim, self.architecture.attention.value_dim);
         let runs = |width| HeadRuns { heads, width };
         let columns = |start, stride| Columns { start, stride };
-        let stride = spec.plain_dim + value_dim;
+        let apart = self.layout.expands_apart;
+        let stride = spec.plain_dim + if apart { 0 } else { value_dim };
         backend.copy_columns(expanded, rows, columns(0, stride), k, columns(0, head_dim), runs(spec.plain_dim))?;
         backend.copy_columns(rotary, rows, columns(0, 0), k, columns(spec.plain_dim, head_dim), runs(spec.rope_dim))?;
-        backend.copy_columns(expanded, rows, columns(spec.plain_dim, stride), v, columns(0, value_dim), runs(value_dim))?;
+        if !apart {
+            backend.copy_columns(expanded, rows, columns(spec.plain_dim, stride), v, columns(0, value_dim), runs(value_dim))?;
+        }
         Ok(())
     }
 }

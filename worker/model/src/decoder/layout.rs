@@ -11,7 +11,7 @@ use forge_kernels::{KvShape, Segments};
 use super::options::{DecoderOptions, Shard};
 use crate::arch::{Architecture, AttentionSpec, MlpSpec};
 use crate::error::{ModelError, Result};
-use crate::weights::{DecoderRefs, FeedForwardRefs, LinearRef};
+use crate::weights::{DecoderRefs, ExpandRefs, FeedForwardRefs, LayerRefs, LinearRef, QkvRefs};
 
 /// A rank's part. Ranges may be empty: such a rank only takes part in the collectives.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,6 +32,8 @@ pub(crate) struct Layout {
     /// How sums over all query heads and over all key heads are split.
     pub query_sums: HeadSums,
     pub key_sums: HeadSums,
+    /// Whether plain keys and values come from latents by a product each, in all layers.
+    pub expands_apart: bool,
     /// Inner units of layers without experts.
     pub mlp: Inner,
     /// Inner units of every expert.
@@ -89,6 +91,7 @@ impl Layout {
             key_sums: key_sums(&local_bounds, &kv_heads, group, head_dim),
             kv_heads,
             heads,
+            expands_apart: refs.layers.iter().any(expands_apart),
             mlp: inner(Some(&architecture.mlp), blocks.mlp),
             expert: inner(experts.map(|experts| &experts.expert), blocks.expert),
             shared: inner(experts.and_then(|experts| experts.shared.as_ref()).map(|shared| &shared.mlp), blocks.shared),
@@ -162,6 +165,10 @@ impl Blocks {
         }
         blocks
     }
+}
+
+fn expands_apart(layer: &LayerRefs) -> bool {
+    matches!(&layer.attention.qkv, QkvRefs::Latent(latent) if matches!(latent.expand, ExpandRefs::Apart { .. }))
 }
 
 fn check_degree(shard: &Shard) -> Result<()> {

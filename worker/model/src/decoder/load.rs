@@ -195,7 +195,15 @@ impl<S: Store> Loader<'_, S> {
                 })
             }
             QkvRefs::Latent(latent) => {
-                let expanded = spec.latent.map_or(0, |latent| latent.plain_dim) + spec.value_dim;
+                let plain_dim = spec.latent.map_or(0, |latent| latent.plain_dim);
+                let rows = |width| layout.head_rows(width);
+                let expand = match &latent.expand {
+                    ExpandRefs::Joined(both) => Expand::Joined(self.linear(both, std::slice::from_ref(&rows(plain_dim + spec.value_dim)))?),
+                    ExpandRefs::Apart { keys, values } => Expand::Apart {
+                        keys: self.linear(keys, std::slice::from_ref(&rows(plain_dim)))?,
+                        values: self.linear(values, std::slice::from_ref(&rows(spec.value_dim)))?,
+                    },
+                };
                 let query_latent = match &latent.query_latent {
                     Some((down, norm)) => Some((self.whole_linear(down)?, self.norm(norm)?)),
                     None => None,
@@ -206,7 +214,7 @@ impl<S: Store> Loader<'_, S> {
                     latent: self.whole_linear(&latent.latent)?,
                     latent_norm: self.norm(&latent.latent_norm)?,
                     rotary_key: self.whole_linear(&latent.rotary_key)?,
-                    expand: self.linear(&latent.expand, std::slice::from_ref(&layout.head_rows(expanded)))?,
+                    expand,
                 })
             }
         };

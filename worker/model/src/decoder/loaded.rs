@@ -52,7 +52,13 @@ pub(crate) struct LatentWeights<S: Slots> {
     pub latent: Linear<S>,
     pub latent_norm: Norm<S>,
     pub rotary_key: Linear<S>,
-    pub expand: Linear<S>,
+    pub expand: Expand<S>,
+}
+
+/// From latents to plain keys and values: one product or two; see [`super::layout::Layout::expands_apart`].
+pub(crate) enum Expand<S: Slots> {
+    Joined(Linear<S>),
+    Apart { keys: Linear<S>, values: Linear<S> },
 }
 
 pub(crate) enum FeedForward<S: Slots> {

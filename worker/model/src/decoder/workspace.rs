@@ -47,7 +47,7 @@ pub(crate) struct LatentBuffers<T> {
     pub query: Option<T>,
     pub latent: T,
     pub rotary_key: T,
-    /// Plain keys and values of every head.
+    /// Plain keys of every head, and its values where one product gives both.
     pub expanded: T,
 }
 
@@ -169,7 +169,7 @@ impl<T> AttentionBuffers<T> {
                     query: query_rank.map(|rank| buffer(rows, rank)).transpose()?,
                     latent: buffer(rows, kv_rank)?,
                     rotary_key: buffer(rows, rope_dim)?,
-                    expanded: buffer(rows, heads * (plain_dim + spec.value_dim))?,
+                    expanded: buffer(rows, heads * (plain_dim + if layout.expands_apart { 0 } else { spec.value_dim }))?,
                 }),
                 None => None,
             },

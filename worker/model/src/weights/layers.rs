@@ -1,8 +1,9 @@
 //! The tensors of a layer: norms, and attention in all the ways that checkpoints store it.
 
+use super::matrix::Order;
 use super::resolver::Resolver;
 use super::runs::Runs;
-use super::{AttentionRefs, DirectRefs, FeedForwardRefs, LatentRefs, LayerRefs, NormRef, QkvRefs};
+use super::{AttentionRefs, DirectRefs, ExpandRefs, FeedForwardRefs, LatentRefs, LayerRefs, LinearRef, MatrixRef, NormRef, QkvRefs};
 use crate::arch::families::{LatentNames, Names, QkvNames};
 use crate::arch::{Architecture, AttentionSpec, LatentSpec, QkNormOver};
 use crate::error::{ModelError, Result};
@@ -105,8 +106,8 @@ impl Resolver<'_> {
     /// Latent attention. Biases are those of the products that read x.
     fn latent(&mut self, prefix: &str, names: &LatentNames, latent: &LatentSpec, architecture: &Architecture) -> Result<LatentRefs> {
         let (spec, hidden) = (&architecture.attention, architecture.hidden_size);
-        let AttentionSpec { heads, head_dim, value_dim, qkv_bias, .. } = *spec;
-        let LatentSpec { query_rank, kv_rank, plain_dim, rope_dim, .. } = *latent;
+        let AttentionSpec { heads, head_dim, qkv_bias, .. } = *spec;
+        let LatentSpec { query_rank, kv_rank, rope_dim, .. } = *latent;
         let name = |base: &str| format!("{prefix}{base}");
         let norm = latent.norm();
         let (query_latent, q) = match query_rank {
@@ -125,7 +126,27 @@ impl Resolver<'_> {
             latent: self.linear_part(&kv_a, rows, Runs::contiguous(0..kv_rank), hidden, qkv_bias)?,
             rotary_key: self.linear_part(&kv_a, rows, Runs::contiguous(kv_rank..rows), hidden, qkv_bias)?,
             latent_norm: self.norm(&name(names.kv_a_norm), kv_rank, norm)?,
-            expand: self.linear(&name(names.kv_b), heads * (plain_dim + value_dim), kv_rank, false)?,
+            expand: self.expand(prefix, names, latent, spec)?,
+        })
+    }
+
+    /// The products that make keys and values of the latent. Which way they are stored is one for all layers.
+    fn expand(&mut self, prefix: &str, names: &LatentNames, latent: &LatentSpec, spec: &AttentionSpec) -> Result<ExpandRefs> {
+        let AttentionSpec { heads, value_dim, .. } = *spec;
+        let LatentSpec { kv_rank, plain_dim, .. } = *latent;
+        let name = |base: &str| format!("{prefix}{base}");
+        let Some((keys, values)) = names.apart.filter(|(keys, _)| self.has_like(&name(keys))) else {
+            return Ok(ExpandRefs::Joined(self.linear(&name(names.kv_b), heads * (plain_dim + value_dim), kv_rank, false)?));
+        };
+        let mut stack = |base: &str, shape: [usize; 3], width: usize, order: Order| -> Result<LinearRef> {
+            let name = format!("{}.weight", name(base));
+            let dtype = order.seen(self.entry(&name, &shape)?.dtype);
+            let rows = Runs::contiguous(0..heads * width);
+            Ok(LinearRef { weight: MatrixRef { name, rows, columns: kv_rank, dtype, order }, bias: None })
+        };
+        Ok(ExpandRefs::Apart {
+            keys: stack(keys, [heads, kv_rank, plain_dim], plain_dim, Order::Transposed { outputs: plain_dim })?,
+            values: stack(values, [heads, value_dim, kv_rank], value_dim, Order::Rows)?,
         })
     }
 }

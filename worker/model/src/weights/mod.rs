@@ -88,8 +88,16 @@ pub(crate) struct LatentRefs {
     pub latent_norm: NormRef,
     /// From x to the rotary part of keys.
     pub rotary_key: LinearRef,
-    /// From the key-value latent to [heads, (key, value), …].
-    pub expand: LinearRef,
+    pub expand: ExpandRefs,
+}
+
+/// From the key-value latent to plain keys and values of every head.
+#[derive(Debug, Clone)]
+pub(crate) enum ExpandRefs {
+    /// One product: [heads, (key, value), …].
+    Joined(LinearRef),
+    /// One for each.
+    Apart { keys: LinearRef, values: LinearRef },
 }
 
 /// A layer's feed-forward part.

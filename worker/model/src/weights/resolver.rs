@@ -70,7 +70,7 @@ impl<'a> Resolver<'a> {
     }
 
     /// Whether there is a tensor of this name but for layer and expert numbers.
-    fn has_like(&self, base: &str) -> bool {
+    pub fn has_like(&self, base: &str) -> bool {
         let base = without_numbers(base);
         self.kinds.contains(&format!("{base}.weight")) || self.kinds.contains(&base)
     }

@@ -199,6 +199,7 @@ pub(super) const DEEPSEEK_V2: Family = Family {
                 kv_a: "self_attn.kv_a_proj_with_mqa",
                 kv_a_norm: "self_attn.kv_a_layernorm",
                 kv_b: "self_attn.kv_b_proj",
+                apart: None,
             }),
             experts: Some(ExpertNames {
                 correction_bias: &["mlp.gate.e_score_correction_bias"],

@@ -63,6 +63,8 @@ pub(crate) struct LatentNames {
     pub kv_a_norm: &'static str,
     /// Rows [heads, (key, value), …].
     pub kv_b: &'static str,
+    /// Where keys and values are stored apart: [heads, latent, key], which is transposed, and [heads, value, latent].
+    pub apart: Option<(&'static str, &'static str)>,
 }
 
 /// How an MLP is stored.
@@ -232,6 +234,7 @@ pub(super) const GGUF: TensorNames = TensorNames {
         kv_a: "attn_kv_a_mqa",
         kv_a_norm: "attn_kv_a_norm",
         kv_b: "attn_kv_b",
+        apart: Some(("attn_k_b", "attn_v_b")),
     }),
     out: &["attn_output"],
     mlp_norm: &["ffn_norm"],

@@ -100,12 +100,6 @@ impl Keys<'_> {
     }
 
     fn latent(&self, widths: &Widths, norm_eps: f32) -> Result<LatentSpec> {
-        if self.layer_name(&["attn_k_b", "attn_v_b"], "weight").is_some() {
-            return Err(ModelError::Unsupported {
-                what: "latent attention stored as blk.N.attn_k_b and blk.N.attn_v_b".to_owned(),
-                remedy: "take the Hugging Face folder, or a file that stores blk.N.attn_kv_b".to_owned(),
-            });
-        }
         let rope_dim = self.size("rope.dimension_count")?;
         let plain_dim = widths.key.checked_sub(rope_dim).filter(|plain| *plain > 0).ok_or_else(|| {
             config_error(&self.key("rope.dimension_count"), format!("is {rope_dim}, keys have only {} values", widths.key))

@@ -101,7 +101,6 @@ fn the_router_of_deepseek_files_follows_its_keys_and_tensors() {
     assert_eq!((three.attention.kv_heads, three.attention.value_dim), (4, 12));
     assert_eq!(deepseek(1).read().unwrap().family, "deepseek_v2");
     assert!(deepseek(9).refused().contains("expert_gating_func = 9"));
-    assert!(deepseek(2).tensor("blk.0.attn_k_b.weight", &[1]).refused().contains("attn_kv_b"));
     assert!(deepseek(2).with("nextn_predict_layers", number(1)).refused().contains("nextn_predict_layers = 1"));
 }
 
