@@ -8,6 +8,7 @@
 //! | you want | use |
 //! |---|---|
 //! | all text parts of a model | [`ModelText`] |
+//! | the same in another process | [`ModelText::to_portable`] |
 //! | text to ids and back | [`Tokenizer`] |
 //! | text of a token stream, never broken UTF-8 | [`IncrementalDecoder`] |
 //! | stop strings over that text | [`StopMatcher`] |
@@ -21,6 +22,7 @@ mod gguf;
 mod hugging_face;
 mod incremental;
 mod model_text;
+mod portable;
 mod prefix_hash;
 mod sentencepiece;
 mod stop;
@@ -33,6 +35,7 @@ pub use gguf::{GgufTokenizer, supported_gguf_pre_tokenizers};
 pub use hugging_face::HuggingFaceFiles;
 pub use incremental::IncrementalDecoder;
 pub use model_text::ModelText;
+pub use portable::MAX_PORTABLE_BYTES;
 pub use prefix_hash::{PrefixHash, PrefixHasher};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatRender, ChatTemplate, ContentFormat, TemplateLimits};

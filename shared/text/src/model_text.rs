@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::hugging_face::{SideFiles, parse_object};
+use crate::portable::TextSource;
 use crate::{ChatTemplate, GgufTokenizer, HuggingFaceFiles, Result, TextError, Tokenizer};
 
 /// A model's tokenizer and chat templates.
@@ -18,6 +20,10 @@ pub struct ModelText {
     chat_template: Result<ChatTemplate>,
     tool_template: Option<Result<ChatTemplate>>,
     special_tokens: BTreeMap<String, String>,
+    /// What it was built from.
+    pub(crate) source: TextSource,
+    /// The template that took the model's own place.
+    pub(crate) replaced_template: Option<String>,
 }
 
 /// Template texts of a Hugging Face folder.
@@ -91,6 +97,8 @@ impl ModelText {
             },
             tool_template: sources.tools.map(|source| ChatTemplate::new(&source, texts)),
             special_tokens: side.special_token_texts(),
+            source: TextSource::HuggingFace(Arc::new(files.clone())),
+            replaced_template: None,
         })
     }
 
@@ -107,6 +115,8 @@ impl ModelText {
             },
             tool_template: None,
             special_tokens: metadata.special_token_texts(),
+            source: TextSource::Gguf(Arc::new(metadata.clone())),
+            replaced_template: None,
         })
     }
 
@@ -143,6 +153,7 @@ impl ModelText {
     pub fn with_chat_template(mut self, source: &str) -> Result<Self> {
         self.chat_template = Ok(ChatTemplate::new(source, self.special_tokens.clone())?);
         self.tool_template = None;
+        self.replaced_template = Some(source.to_owned());
         Ok(self)
     }
 }

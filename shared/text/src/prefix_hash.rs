@@ -9,6 +9,15 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PrefixHash(pub [u8; 32]);
 
+impl PrefixHash {
+    /// Its first 64 bits: what engines and gateways tell each other of a block. Two blocks with equal ones are told apart
+    /// by the engine alone; to a gateway they are one more reason to route somewhere.
+    pub fn short(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
 /// Computes the chain. Stateless: all state is the parent hash.
 ///
 /// ```
