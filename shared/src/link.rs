@@ -66,6 +66,17 @@ pub struct EngineStatus {
     pub restarts: u32,
 }
 
+/// Changes of an engine's prefix cache: prompt blocks it can reuse, each by the first 64 bits of forge-text's prefix hash.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PrefixUpdate {
+    /// Forget everything said before.
+    pub reset: bool,
+    /// Now there.
+    pub stored: Vec<u64>,
+    /// No longer there.
+    pub removed: Vec<u64>,
+}
+
 /// A way to one replica's engine.
 pub trait EngineLink: Send + Sync + 'static {
     /// Submits a request. `Ok` means admitted: it will be answered even if this engine dies and another

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forge_shared::ids::{Epoch, NodeId, ReplicaId};
 use forge_shared::link::EngineLink;
+pub use forge_shared::link::PrefixUpdate;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
@@ -25,17 +26,6 @@ pub struct EngineTarget {
     pub replica: ReplicaId,
     /// Of the plan.
     pub epoch: Epoch,
-}
-
-/// Prompt blocks that an engine can reuse: 64 bits of forge-text's prefix hash each.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PrefixUpdate {
-    /// Forget everything said before.
-    pub reset: bool,
-    /// Now there.
-    pub stored: Vec<u64>,
-    /// No longer there.
-    pub removed: Vec<u64>,
 }
 
 /// One replica as a gateway uses it. Dropping it closes what belongs to it.

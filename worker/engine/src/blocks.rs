@@ -75,6 +75,17 @@ pub struct BlockManager {
     /// Blocks that nobody holds but whose content is known, longest unused first.
     reusable: BTreeMap<u64, u32>,
     releases: u64,
+    /// What became known and forgotten since [`Self::take_changes`]; nothing is noted while nobody asks.
+    changes: Option<Vec<PrefixChange>>,
+}
+
+/// A block's content became known to the prefix cache, or is forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrefixChange {
+    /// It can be reused.
+    Stored(PrefixHash),
+    /// It cannot any more.
+    Removed(PrefixHash),
 }
 
 impl BlockManager {
@@ -87,6 +98,7 @@ impl BlockManager {
             by_hash: HashMap::new(),
             reusable: BTreeMap::new(),
             releases: 0,
+            changes: None,
         }
     }
 
@@ -118,6 +130,30 @@ impl BlockManager {
     /// Blocks for `slots` token slots.
     pub fn blocks_for(&self, slots: usize) -> usize {
         slots.div_ceil(self.block_size)
+    }
+
+    /// Begins or ends to note changes of what the prefix cache knows.
+    pub fn note_changes(&mut self, on: bool) {
+        match on {
+            true => self.changes = self.changes.take().or(Some(Vec::new())),
+            false => self.changes = None,
+        }
+    }
+
+    /// What was noted since the last call, in order.
+    pub fn take_changes(&mut self) -> Vec<PrefixChange> {
+        self.changes.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// All content that the prefix cache knows, in no order.
+    pub fn known(&self) -> impl Iterator<Item = PrefixHash> + '_ {
+        self.by_hash.keys().copied()
+    }
+
+    fn note(&mut self, change: PrefixChange) {
+        if let Some(changes) = &mut self.changes {
+            changes.push(change);
+        }
     }
 
     /// How many of `hashes`, from the first on, are cached; and how many of those blocks nobody holds now, so
@@ -177,6 +213,7 @@ impl BlockManager {
             } else if let Some(hash) = self.blocks[block as usize].hash.take() {
                 // Its content is about to change.
                 self.by_hash.remove(&hash);
+                self.note(PrefixChange::Removed(hash));
             }
         }
         self.extend(table, slots);
@@ -199,6 +236,7 @@ impl BlockManager {
         if self.blocks[block as usize].hash.is_none() && !self.by_hash.contains_key(&hash) {
             self.by_hash.insert(hash, block);
             self.blocks[block as usize].hash = Some(hash);
+            self.note(PrefixChange::Stored(hash));
         }
     }
 
@@ -223,8 +261,9 @@ impl BlockManager {
             Some(block) => block,
             None => {
                 let (_, block) = self.reusable.pop_first().expect("the caller checked that a block is available");
-                let hash = self.blocks[block as usize].hash.take();
-                self.by_hash.remove(&hash.expect("a reusable block has a hash"));
+                let hash = self.blocks[block as usize].hash.take().expect("a reusable block has a hash");
+                self.by_hash.remove(&hash);
+                self.note(PrefixChange::Removed(hash));
                 block
             }
         };

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use forge_model::{StepModel, StepModelInfo, StepPlan};
 use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
+use forge_shared::link::PrefixUpdate;
 use forge_shared::telemetry::Metrics;
 use forge_text::{PrefixHasher, Tokenizer};
 use tokio::sync::mpsc::Sender;
@@ -24,6 +25,7 @@ use tokio::sync::mpsc::Sender;
 use crate::active::{Active, Next};
 use crate::blocks::BlockManager;
 use crate::draws::{Draw, Samplers};
+use crate::listeners::Listeners;
 use crate::meter::Meter;
 use crate::outlet::Outlet;
 use crate::retry::RetryEstimate;
@@ -45,6 +47,7 @@ pub struct EngineCore {
     plan: StepPlan,
     retry: RetryEstimate,
     meter: Meter,
+    listeners: Listeners,
 }
 
 impl EngineCore {
@@ -69,6 +72,7 @@ impl EngineCore {
             leaving: Vec::new(),
             retry: RetryEstimate::default(),
             meter: Meter::new(metrics, model_name),
+            listeners: Listeners::default(),
             info,
             options,
             tokenizer,
@@ -161,6 +165,17 @@ impl EngineCore {
         model.step(&self.plan, logits)?;
         self.finish_step(logits, now)?;
         Ok(true)
+    }
+
+    /// Tells `updates` of the prefix cache's changes from now on, beginning with everything it knows.
+    pub fn listen(&mut self, updates: Sender<PrefixUpdate>) {
+        self.listeners.add(updates);
+    }
+
+    /// Hands the changes since the last call to whoever listens. Returns whether someone waits for room in its channel.
+    pub fn tell_listeners(&mut self) -> bool {
+        self.listeners.tell(self.scheduler.blocks_mut());
+        self.listeners.any_behind()
     }
 
     /// Whether no request is left, events that wait for room in their channels included.

@@ -6,12 +6,13 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use forge_shared::generate::{AdmitError, GenerateRequest};
-use forge_shared::link::{EngineLink, EngineStatus, EventStream, ModelCard};
+use forge_shared::link::{EngineLink, EngineStatus, EventStream, ModelCard, PrefixUpdate};
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::EngineCore;
+use crate::listeners::LISTENER_DEPTH;
 use crate::thread::Command;
 
 /// What the thread tells its handles. The thread writes it between steps.
@@ -120,6 +121,16 @@ impl EngineHandle {
             let commands = self.commands.clone();
             std::thread::spawn(move || commands.send(command));
         }
+    }
+
+    /// Changes of the prefix cache, beginning with everything it knows; a reader that falls behind begins anew. Ends with
+    /// the engine.
+    pub fn prefixes(&self) -> mpsc::Receiver<PrefixUpdate> {
+        let (updates, receiver) = mpsc::channel(LISTENER_DEPTH);
+        // Refused by an engine that has ended, or whose inbox is full of requests: the channel closes, and a caller that
+        // still wants to know asks again.
+        let _ = self.commands.try_send(Command::Listen { updates });
+        receiver
     }
 
     /// Where the time went so far.

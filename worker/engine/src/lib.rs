@@ -88,6 +88,7 @@ mod draws;
 mod engine;
 mod error;
 mod handle;
+mod listeners;
 mod meter;
 mod options;
 mod outlet;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use forge_model::StepModel;
 use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
-use forge_shared::link::ModelCard;
+use forge_shared::link::{ModelCard, PrefixUpdate};
 use forge_shared::telemetry::Metrics;
 use forge_text::Tokenizer;
 use tokio::sync::{mpsc, oneshot};
@@ -56,6 +56,10 @@ pub(crate) enum Command {
         events: mpsc::Sender<EngineEvent>,
         reply: oneshot::Sender<Result<(), AdmitError>>,
     },
+    /// Tell of the prefix cache's changes.
+    Listen {
+        updates: mpsc::Sender<PrefixUpdate>,
+    },
     /// Finish what was admitted, but fail what is left at the deadline.
     Drain {
         deadline: Instant,
@@ -78,7 +82,17 @@ impl EngineThread {
         let (exit_sender, exit) = oneshot::channel();
         let shared = Arc::new(Shared::new(core.scheduler().blocks().total()));
         let handle = EngineHandle::new(commands, shared.clone(), card, event_capacity);
-        let mut worker = Worker { core, model, inbox, shared, start: Instant::now(), deadline: None, abandoned: false, logits: Vec::new() };
+        let mut worker = Worker {
+            core,
+            model,
+            inbox,
+            shared,
+            start: Instant::now(),
+            deadline: None,
+            abandoned: false,
+            listener_behind: false,
+            logits: Vec::new(),
+        };
         std::thread::Builder::new().name("forge-engine".into()).spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| worker.run()));
             let exit = match result {
@@ -118,6 +132,8 @@ struct Worker {
     deadline: Option<Instant>,
     /// All handles are gone; only streams are left.
     abandoned: bool,
+    /// A listener to the prefix cache has no room.
+    listener_behind: bool,
     logits: Vec<f32>,
 }
 
@@ -136,6 +152,7 @@ impl Worker {
                 self.run_step(begin)?;
             }
             self.shared.observe(&self.core);
+            self.listener_behind = self.core.tell_listeners();
             if stepped {
                 continue;
             }
@@ -176,7 +193,7 @@ impl Worker {
     /// Sleeps until there is something to do: a command when idle, room in a channel when all clients are
     /// behind.
     fn wait(&mut self) {
-        if self.core.is_idle() {
+        if self.core.is_idle() && !self.listener_behind {
             match self.inbox.recv() {
                 Ok(command) => self.take(command),
                 Err(_) => self.abandoned = true,
@@ -204,6 +221,7 @@ impl Worker {
                 // If the submitter went away, so did its receiver, and the next step drops the request.
                 let _ = reply.send(result);
             }
+            Command::Listen { updates } => self.core.listen(updates),
             Command::Drain { deadline } => {
                 self.deadline = Some(self.deadline.map_or(deadline, |earlier| earlier.min(deadline)));
             }

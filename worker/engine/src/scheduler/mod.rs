@@ -189,6 +189,11 @@ impl Scheduler {
         &self.blocks
     }
 
+    /// The block manager, for those who are told of its changes.
+    pub(crate) fn blocks_mut(&mut self) -> &mut BlockManager {
+        &mut self.blocks
+    }
+
     /// Counts since the start.
     pub fn counts(&self) -> SchedulerCounts {
         self.counts
