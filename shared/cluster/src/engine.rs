@@ -3,6 +3,18 @@
 //! Invariant: a client belongs to one epoch of one replica. When the worker runs another, submissions are refused as
 //! unavailable and nothing is computed; the gateway learns of the new epoch from the coordinators and dials again.
 
+mod dialer;
+mod error;
+pub mod fuzz;
+mod prefixes;
+mod remote;
+#[cfg(test)]
+mod remote_tests;
+pub mod reply;
+pub mod request;
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +26,9 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use crate::api::ClusterError;
+
+pub use dialer::RemoteDialer;
+pub use error::WireError;
 
 /// Which replica, where, and under which plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
