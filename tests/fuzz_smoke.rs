@@ -53,6 +53,26 @@ fn safetensors_headers() {
 }
 
 #[test]
+fn submitted_requests() {
+    smoke("submit_request", fuzzing::submit_request);
+}
+
+#[test]
+fn engine_replies() {
+    smoke("engine_reply", fuzzing::engine_reply);
+}
+
+#[test]
+fn replica_updates() {
+    smoke("replica_update", fuzzing::replica_update);
+}
+
+#[test]
+fn join_tokens() {
+    smoke("join_token", fuzzing::join_token);
+}
+
+#[test]
 fn torch_files() {
     smoke("torch", fuzzing::torch);
 }

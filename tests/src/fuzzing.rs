@@ -44,6 +44,29 @@ pub fn weight_index(bytes: &[u8]) {
     }
 }
 
+/// A request that a gateway submits: must be taken or refused, and what is taken must come back the same.
+pub fn submit_request(bytes: &[u8]) {
+    drop(forge_cluster::engine::fuzz::submit_request(bytes));
+}
+
+/// Events that a worker answers with: as [`submit_request`].
+pub fn engine_reply(bytes: &[u8]) {
+    drop(forge_cluster::engine::fuzz::engine_reply(bytes));
+}
+
+/// What a worker says of a replica: as [`submit_request`].
+pub fn replica_update(bytes: &[u8]) {
+    drop(forge_cluster::engine::fuzz::replica_update(bytes));
+}
+
+/// A join token as an operator pastes it: must be read or refused, and what is read must print the same.
+pub fn join_token(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(token) = forge_cluster::tls::JoinTokenText::parse(text) {
+        assert_eq!(forge_cluster::tls::JoinTokenText::parse(&token.to_text()), Ok(token));
+    }
+}
+
 /// A SentencePiece model file: must be taken or refused, and what is taken must encode and decode.
 pub fn sentencepiece(bytes: &[u8]) {
     let files = HuggingFaceFiles { tokenizer_model: Some(bytes.to_vec()), ..HuggingFaceFiles::default() };
