@@ -78,6 +78,7 @@ impl Format for Q2K {
     const BYTES: usize = 84;
     const PARTS: usize = 8;
     const OFFSET: i16 = 0;
+    const GREATEST: u8 = 45;
     const MINIMA: Minima = Minima::Integer;
 
     #[inline(always)]
@@ -119,8 +120,8 @@ unsafe fn q3_scales<W: Words>(words: &[W; 3], part: usize) -> [W; 2] {
         for (half, scale) in scales.iter_mut().enumerate() {
             let run = 2 * part + half;
             let low = byte(words, run % 8).field(4 * (run / 8) as u32, 15);
-            let high = byte(words, 8 + run % 4).field(2 * (run / 4) as u32, 3);
-            *scale = low.or(high.shl(4)).add(W::splat(-32_i32 as u32));
+            let high = byte(words, 8 + run % 4).moved_field(2 * (run / 4) as u32, 4, 3);
+            *scale = low.or(high).add(W::splat(-32_i32 as u32));
         }
         scales
     }
@@ -130,6 +131,7 @@ impl Format for Q3K {
     const BYTES: usize = 110;
     const PARTS: usize = 8;
     const OFFSET: i16 = 4;
+    const GREATEST: u8 = 7;
     const HALF_SCALES: bool = true;
 
     #[inline(always)]
@@ -144,7 +146,7 @@ impl Format for Q3K {
                 for (shift, part) in parts[4 * quarter..4 * quarter + 4].iter_mut().enumerate() {
                     let number = 4 * quarter + shift;
                     for (index, word) in words.into_iter().enumerate() {
-                        let third = third[index].field(number as u32, LOWEST_BIT).shl(2);
+                        let third = third[index].moved_field(number as u32, 2, LOWEST_BIT);
                         part.set_bytes(index, word.field(2 * shift as u32, TWO_BITS).or(third));
                     }
                     let [first, last] = q3_scales(&scales, number);
@@ -172,7 +174,7 @@ unsafe fn set_six_bit_scales<W: Words>(block: *const u8, stride: usize, parts: &
             let (scale, minimum) = if number < 4 {
                 (scales.field(at, 63), minima.field(at, 63))
             } else {
-                let (scale, minimum) = (scales.field(at + 6, 3).shl(4), minima.field(at + 6, 3).shl(4));
+                let (scale, minimum) = (scales.moved_field(at + 6, 4, 3), minima.moved_field(at + 6, 4, 3));
                 (upper.field(at, 15).or(scale), upper.field(at + 4, 15).or(minimum))
             };
             part.set_scale::<W>(d.mul(scale.to_floats()));
@@ -185,6 +187,7 @@ impl Format for Q4K {
     const BYTES: usize = 144;
     const PARTS: usize = 8;
     const OFFSET: i16 = 0;
+    const GREATEST: u8 = 15;
     const MINIMA: Minima = Minima::Float;
 
     #[inline(always)]
@@ -207,6 +210,7 @@ impl Format for Q5K {
     const BYTES: usize = 176;
     const PARTS: usize = 8;
     const OFFSET: i16 = 0;
+    const GREATEST: u8 = 31;
     const MINIMA: Minima = Minima::Float;
 
     #[inline(always)]
@@ -220,7 +224,7 @@ impl Format for Q5K {
                 for (index, word) in words.into_iter().enumerate() {
                     for half in 0..2 {
                         let number = 2 * pair + half;
-                        let fifth = fifth[index].field(number as u32, LOWEST_BIT).shl(4);
+                        let fifth = fifth[index].moved_field(number as u32, 4, LOWEST_BIT);
                         parts[number].set_bytes(index, word.field(4 * half as u32, FOUR_BITS).or(fifth));
                     }
                 }
@@ -233,6 +237,7 @@ impl Format for Q6K {
     const BYTES: usize = 210;
     const PARTS: usize = 8;
     const OFFSET: i16 = 32;
+    const GREATEST: u8 = 63;
     const HALF_SCALES: bool = true;
 
     #[inline(always)]
@@ -246,7 +251,7 @@ impl Format for Q6K {
                     for (index, (lower, upper)) in lower.into_iter().zip(upper).enumerate() {
                         for step in 0..2 {
                             let number = column + 2 * step;
-                            let upper = upper.field(2 * number as u32, TWO_BITS).shl(4);
+                            let upper = upper.moved_field(2 * number as u32, 4, TWO_BITS);
                             parts[4 * half + number].set_bytes(index, lower.field(4 * step as u32, FOUR_BITS).or(upper));
                         }
                     }
@@ -267,6 +272,7 @@ impl Format for Iq4Xs {
     const BYTES: usize = 136;
     const PARTS: usize = 8;
     const OFFSET: i16 = 128;
+    const GREATEST: u8 = 255;
 
     #[inline(always)]
     unsafe fn unpack<W: Words>(block: *const u8, stride: usize, parts: &mut [Part]) {
@@ -280,7 +286,7 @@ impl Format for Iq4Xs {
                 for (index, bytes) in bytes.into_iter().enumerate() {
                     part.set_bytes(index, bytes.look_up(&IQ4_TABLE));
                 }
-                let high = head.field(16 + 2 * number as u32, 3).shl(4);
+                let high = head.moved_field(16 + 2 * number as u32, 4, 3);
                 let scale = low.field(4 * number as u32, 15).or(high).add(W::splat(-32_i32 as u32));
                 part.set_scale::<W>(d.mul(scale.to_floats()));
             }

@@ -118,6 +118,7 @@ impl Format for Q4_0 {
     const BYTES: usize = 18;
     const PARTS: usize = 1;
     const OFFSET: i16 = 8;
+    const GREATEST: u8 = 15;
 
     #[inline(always)]
     unsafe fn unpack<W: Words>(block: *const u8, stride: usize, parts: &mut [Part]) {
@@ -133,6 +134,7 @@ impl Format for Q4_1 {
     const BYTES: usize = 20;
     const PARTS: usize = 1;
     const OFFSET: i16 = 0;
+    const GREATEST: u8 = 15;
     const MINIMA: Minima = Minima::Rounded;
 
     #[inline(always)]
@@ -149,6 +151,7 @@ impl Format for Q5_0 {
     const BYTES: usize = 22;
     const PARTS: usize = 1;
     const OFFSET: i16 = 16;
+    const GREATEST: u8 = 31;
 
     #[inline(always)]
     unsafe fn unpack<W: Words>(block: *const u8, stride: usize, parts: &mut [Part]) {
@@ -164,6 +167,7 @@ impl Format for Q5_1 {
     const BYTES: usize = 24;
     const PARTS: usize = 1;
     const OFFSET: i16 = 0;
+    const GREATEST: u8 = 31;
     const MINIMA: Minima = Minima::Rounded;
 
     #[inline(always)]
@@ -180,6 +184,7 @@ impl Format for Q8_0 {
     const BYTES: usize = 34;
     const PARTS: usize = 1;
     const OFFSET: i16 = 128;
+    const GREATEST: u8 = 255;
 
     #[inline(always)]
     unsafe fn unpack<W: Words>(block: *const u8, stride: usize, parts: &mut [Part]) {
@@ -202,6 +207,7 @@ impl Format for Iq4Nl {
     const BYTES: usize = 18;
     const PARTS: usize = 1;
     const OFFSET: i16 = 128;
+    const GREATEST: u8 = 255;
 
     #[inline(always)]
     unsafe fn unpack<W: Words>(block: *const u8, stride: usize, parts: &mut [Part]) {
@@ -229,6 +235,7 @@ impl Format for Mxfp4 {
     const BYTES: usize = 17;
     const PARTS: usize = 1;
     const OFFSET: i16 = MXFP4_OFFSET;
+    const GREATEST: u8 = 24;
 
     #[inline(always)]
     unsafe fn unpack<W: Words>(block: *const u8, stride: usize, parts: &mut [Part]) {

@@ -32,6 +32,8 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
     const PARTS: usize;
     /// Taken off every unpacked byte; 128 where bytes go beyond 127.
     const OFFSET: i16;
+    /// Greatest unpacked byte.
+    const GREATEST: u8;
     /// Whether each half of a part has an integer scale of its own (else bytes count as they are).
     const HALF_SCALES: bool = false;
     /// Minima.
@@ -39,6 +41,9 @@ pub(crate) trait Format: Copy + Send + Sync + 'static {
 
     /// Whether unpacked bytes go beyond 127.
     const WIDE: bool = Self::OFFSET == 128;
+
+    /// Words whose dot products, of two bytes each, add up to no more than 16 bits hold.
+    const GROUP: usize = if Self::WIDE { 1 } else { i16::MAX as usize / (2 * 127 * Self::GREATEST as usize) };
 
     /// Unpacks a block of 16 rows, the first at `block`, the next `stride` bytes on.
     ///
@@ -59,7 +64,7 @@ pub(crate) struct Part {
     scale: Row16,
     /// f32.
     minimum: Row16,
-    /// Signed integers, for the first and last 16 columns.
+    /// Signed integers, for the first and last 16 columns, as [`Words::dots_scale`] has them.
     half_scales: [Row16; 2],
     /// Two signed 16-bit integers, for the first and last 16 columns: with [`Format::HALF_SCALES`] −offset · scale,
     /// with [`Minima::Integer`] the minima.
@@ -105,8 +110,8 @@ impl Part {
     pub(super) unsafe fn set_half_scales<W: Words>(&mut self, first: W, last: W, offset: i16) {
         // SAFETY: the caller's contract.
         unsafe {
-            first.store(self.half_scales[0].as_mut_ptr().cast());
-            last.store(self.half_scales[1].as_mut_ptr().cast());
+            first.dots_scale().store(self.half_scales[0].as_mut_ptr().cast());
+            last.dots_scale().store(self.half_scales[1].as_mut_ptr().cast());
             let negative = W::splat(-i32::from(offset) as u32);
             self.set_pair(first.mul(negative).field(0, 0xffff), last.mul(negative));
         }
@@ -199,32 +204,26 @@ unsafe fn dots<W: Words, F: Format, const M: usize>(part: &Part, tokens: TokenBl
     // SAFETY: the caller's contract.
     unsafe {
         let mut sums = [W::splat(0); M];
-        let mut first_half = sums;
-        // Two chains, so that one token's dot products need not wait for each other; integers add up to the same.
-        let mut others = sums;
+        let mut dots = [W::splat(0); M];
+        // So that one token's dot products need not wait for each other; integers add up to the same.
+        let two_chains = M == 1 && !W::NARROW_DOTS;
+        let mut others = dots;
         for (index, bytes) in part.bytes.iter().enumerate() {
             let bytes = W::load(bytes.as_ptr().cast());
+            let ends = index == 7 || F::HALF_SCALES && index == 3 || W::NARROW_DOTS && (index + 1) % F::GROUP == 0;
             for m in 0..M {
-                let chain = if M == 1 && index % 2 == 1 { &mut others[m] } else { &mut sums[m] };
+                let chain = if two_chains && index % 2 == 1 { &mut others[m] } else { &mut dots[m] };
                 let values = tokens.values.add(at[m] * PART + 4 * index);
                 *chain = if F::WIDE { bytes.dot::<true>(values, *chain) } else { bytes.dot::<false>(values, *chain) };
-            }
-            if M == 1 && (index == 7 || F::HALF_SCALES && index == 3) {
-                sums[0] = sums[0].add(others[0]);
-                others = [W::splat(0); M];
-            }
-            if F::HALF_SCALES && index == 3 {
-                let scale = W::load(part.half_scales[0].as_ptr().cast());
-                for m in 0..M {
-                    first_half[m] = sums[m].mul(scale);
+                if ends {
+                    let all = if two_chains { dots[m].add(others[m]) } else { dots[m] };
+                    sums[m] = if F::HALF_SCALES {
+                        sums[m].add_scaled_dots(all, W::load(part.half_scales[index / 4].as_ptr().cast()))
+                    } else {
+                        sums[m].add_dots(all)
+                    };
+                    (dots[m], others[m]) = (W::splat(0), W::splat(0));
                 }
-                sums = [W::splat(0); M];
-            }
-        }
-        if F::HALF_SCALES {
-            let scale = W::load(part.half_scales[1].as_ptr().cast());
-            for m in 0..M {
-                sums[m] = sums[m].mul(scale).add(first_half[m]);
             }
         }
         if F::OFFSET != 0 && !(F::WIDE && W::DOT_TAKES_OFF_128) {

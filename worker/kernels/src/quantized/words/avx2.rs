@@ -49,13 +49,13 @@ unsafe fn load_eight(first: *const u8, stride: usize) -> [__m256i; 4] {
     }
 }
 
-/// sum + the products of eight words' bytes with four activations. Narrow bytes: 2 · 127 · 127 < 2¹⁵, so no 16-bit
-/// sum saturates. Wide ones are made signed again first.
+/// dots + the products of eight words' bytes with four activations, in 16-bit halves. Wide bytes are made signed again
+/// first: 2 · 128 · 127 < 2¹⁵.
 ///
 /// # Safety
 /// AVX2 is available.
 #[inline(always)]
-unsafe fn dot_eight<const WIDE: bool>(bytes: __m256i, activations: __m256i, sum: __m256i) -> __m256i {
+unsafe fn dot_eight<const WIDE: bool>(bytes: __m256i, activations: __m256i, dots: __m256i) -> __m256i {
     // SAFETY: the caller's contract.
     unsafe {
         let pairs = if WIDE {
@@ -64,7 +64,7 @@ unsafe fn dot_eight<const WIDE: bool>(bytes: __m256i, activations: __m256i, sum:
         } else {
             _mm256_maddubs_epi16(bytes, activations)
         };
-        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        _mm256_add_epi16(dots, pairs)
     }
 }
 
@@ -90,6 +90,7 @@ impl Words for Words256 {
 
     const TOKENS: usize = 4;
     const DOT_TAKES_OFF_128: bool = true;
+    const NARROW_DOTS: bool = true;
 
     #[inline(always)]
     unsafe fn splat(value: u32) -> Self {
@@ -178,11 +179,27 @@ impl Words for Words256 {
     }
 
     #[inline(always)]
-    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, sum: Self) -> Self {
+    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, dots: Self) -> Self {
         unsafe {
             let activations = _mm256_set1_epi32(activations.cast::<i32>().read_unaligned());
-            Words256(dot_eight::<WIDE>(self.0, activations, sum.0), dot_eight::<WIDE>(self.1, activations, sum.1))
+            Words256(dot_eight::<WIDE>(self.0, activations, dots.0), dot_eight::<WIDE>(self.1, activations, dots.1))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn add_dots(self, dots: Self) -> Self {
+        unsafe { self.add_scaled_dots(dots, Self::splat(0x0001_0001)) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_scaled_dots(self, dots: Self, scale: Self) -> Self {
+        unsafe { self.add(Words256(_mm256_madd_epi16(dots.0, scale.0), _mm256_madd_epi16(dots.1, scale.1))) }
+    }
+
+    /// The scale in both halves.
+    #[inline(always)]
+    unsafe fn dots_scale(self) -> Self {
+        unsafe { self.and(Self::splat(0xffff)).or(self.shl(16)) }
     }
 
     #[inline(always)]

@@ -37,6 +37,7 @@ impl Words for Words512 {
 
     const TOKENS: usize = 8;
     const DOT_TAKES_OFF_128: bool = false;
+    const NARROW_DOTS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(value: u32) -> Self {
@@ -132,11 +133,26 @@ impl Words for Words512 {
     }
 
     #[inline(always)]
-    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, sum: Self) -> Self {
+    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, dots: Self) -> Self {
         unsafe {
             let activations = _mm512_set1_epi32(activations.cast::<i32>().read_unaligned());
-            Words512(_mm512_dpbusd_epi32(sum.0, self.0, activations))
+            Words512(_mm512_dpbusd_epi32(dots.0, self.0, activations))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn add_dots(self, dots: Self) -> Self {
+        unsafe { self.add(dots) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_scaled_dots(self, dots: Self, scale: Self) -> Self {
+        unsafe { self.add(dots.mul(scale)) }
+    }
+
+    #[inline(always)]
+    unsafe fn dots_scale(self) -> Self {
+        self
     }
 
     #[inline(always)]

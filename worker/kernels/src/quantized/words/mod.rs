@@ -31,6 +31,9 @@ pub(crate) trait Words: Copy {
     /// Whether [`Words::dot`] of wide bytes has already taken off the 128 that was added to each.
     const DOT_TAKES_OFF_128: bool;
 
+    /// Whether [`Words::dot`] adds in halves of words: the products of a word's first two bytes, and of its last two.
+    const NARROW_DOTS: bool;
+
     unsafe fn splat(value: u32) -> Self;
     unsafe fn load(from: *const u32) -> Self;
     unsafe fn store(self, to: *mut u32);
@@ -50,8 +53,15 @@ pub(crate) trait Words: Copy {
     unsafe fn spread(self) -> Self;
     /// Each byte, below 16, replaced by the table's.
     unsafe fn look_up(self, table: &[u8; 16]) -> Self;
-    /// sum + the products of the word's four unsigned bytes with four activations. Bytes above 127 need `WIDE`.
-    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, sum: Self) -> Self;
+    /// dots + the products of the word's four unsigned bytes with four activations, whose magnitudes are at most 127. Bytes
+    /// above 127 need `WIDE`. Narrow dots must not grow beyond 16 bits ([`super::part::Format::GROUP`]).
+    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, dots: Self) -> Self;
+    /// self + what [`Words::dot`] summed up.
+    unsafe fn add_dots(self, dots: Self) -> Self;
+    /// self + what [`Words::dot`] summed up · scale.
+    unsafe fn add_scaled_dots(self, dots: Self, scale: Self) -> Self;
+    /// Signed integers of at most 16 bits as the scale of [`Words::add_scaled_dots`].
+    unsafe fn dots_scale(self) -> Self;
     /// sum + the products of the word's two signed halves with the two at `pair`.
     unsafe fn dot_pair(self, pair: *const i32, sum: Self) -> Self;
     /// Of signed integers, rounded to nearest even.
@@ -66,6 +76,16 @@ pub(crate) trait Words: Copy {
     unsafe fn field(self, bits: u32, mask: u32) -> Self {
         // SAFETY: the caller's contract.
         unsafe { self.shr(bits).and(Self::splat(mask)) }
+    }
+
+    /// `((self >> from) & mask) << to`, for a mask that neither shift cuts, in one shift.
+    #[inline(always)]
+    unsafe fn moved_field(self, from: u32, to: u32, mask: u32) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let moved = if from > to { self.shr(from - to) } else { self.shl(to - from) };
+            moved.and(Self::splat(mask << to))
+        }
     }
 }
 

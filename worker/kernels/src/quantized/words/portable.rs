@@ -34,6 +34,7 @@ impl Words for PortableWords {
 
     const TOKENS: usize = 4;
     const DOT_TAKES_OFF_128: bool = false;
+    const NARROW_DOTS: bool = false;
 
     #[inline(always)]
     unsafe fn splat(value: u32) -> Self {
@@ -106,13 +107,28 @@ impl Words for PortableWords {
     }
 
     #[inline(always)]
-    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, sum: Self) -> Self {
+    unsafe fn dot<const WIDE: bool>(self, activations: *const i8, dots: Self) -> Self {
         let activations = unsafe { activations.cast::<[i8; 4]>().read() }.map(i32::from);
-        self.zip(sum, |word, sum| {
+        self.zip(dots, |word, dots| {
             let bytes = word.to_le_bytes();
             let product = (0..4).fold(0, |dot, at| dot + i32::from(bytes[at]) * activations[at]);
-            sum.wrapping_add(product as u32)
+            dots.wrapping_add(product as u32)
         })
+    }
+
+    #[inline(always)]
+    unsafe fn add_dots(self, dots: Self) -> Self {
+        unsafe { self.add(dots) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_scaled_dots(self, dots: Self, scale: Self) -> Self {
+        unsafe { self.add(dots.mul(scale)) }
+    }
+
+    #[inline(always)]
+    unsafe fn dots_scale(self) -> Self {
+        self
     }
 
     #[inline(always)]
