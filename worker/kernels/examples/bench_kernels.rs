@@ -18,25 +18,6 @@ use forge_kernels::{
 const RESIDENT_BYTES: usize = 128 << 20;
 /// Seconds per measurement.
 const SECONDS: f64 = 0.15;
-const TYPES: [DType; 17] = [
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::Q2_K,
-    DType::Q3_K,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-    DType::IQ4_NL,
-    DType::IQ4_XS,
-    DType::MXFP4,
-    DType::F8E4M3,
-    DType::F16,
-    DType::BF16,
-    DType::F32,
-];
 
 fn main() -> Result<(), KernelError> {
     let threads = std::env::args().nth(1).and_then(|threads| threads.parse().ok());
@@ -50,7 +31,7 @@ fn main() -> Result<(), KernelError> {
     }
     println!("{:>6} {:>12} {:>6} {:>10} {:>8} {:>6}", "type", "shape", "tokens", "GFLOP/s", "GB/s", "of bw");
     for (rows, columns) in [(960, 576), (3072, 576), (576, 1536), (4096, 1024), (1024, 4096)] {
-        for dtype in TYPES.into_iter().filter(|dtype| columns % dtype.block_elements() == 0) {
+        for dtype in DType::ALL.into_iter().filter(|dtype| columns % dtype.block_elements() == 0) {
             bench_products(&backend, dtype, rows, columns, bandwidth)?;
         }
     }

@@ -80,6 +80,27 @@ impl DType {
         }
     }
 
+    /// Every type.
+    pub const ALL: [DType; 17] = [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q8_0,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q2_K,
+        DType::Q3_K,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
+        DType::IQ4_NL,
+        DType::IQ4_XS,
+        DType::MXFP4,
+        DType::F8E4M3,
+    ];
+
     /// Values per block.
     pub const fn block_elements(self) -> usize {
         self.facts().block_elements

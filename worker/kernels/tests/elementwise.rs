@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use forge_kernels::{ActivationKind, Backend, CpuPath, KernelError, NormKind, NormParams, RopeParams, RopeStyle, Segments};
+use forge_kernels::{ActivationKind, Backend, CpuPath, DType, KernelError, NormKind, NormParams, RopeParams, RopeStyle, Segments};
 
 #[test]
 fn norms_agree_with_f64_on_every_path() {
@@ -188,7 +188,7 @@ fn embedding_dequantizes_every_format() {
     const WIDTH: usize = 256;
     let mut random = Random(25);
     let backend = backend(CpuPath::fastest(), 2);
-    for dtype in DTYPES {
+    for dtype in DType::ALL {
         let bytes = random_matrix(&mut random, dtype, 10, WIDTH);
         let values = dequantize(&bytes, dtype);
         let table = backend.weight(source(bytes, dtype, 10, WIDTH, Segments::whole(WIDTH))).unwrap();

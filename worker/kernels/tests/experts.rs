@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 use forge_kernels::tree::share;
-use forge_kernels::{Backend, CpuBackend, CpuPath, ExpertChoices, ExpertEntry, GroupProduct, KernelError, RowGroup, Segments};
+use forge_kernels::{Backend, CpuBackend, CpuPath, DType, ExpertChoices, ExpertEntry, GroupProduct, KernelError, RowGroup, Segments};
 
 /// Where the groups' rows begin: of different sizes, one empty, with a row between that belongs to none.
 const GROUPS: [std::ops::Range<usize>; 5] = [0..1, 1..6, 6..6, 7..8, 8..29];
@@ -15,7 +15,7 @@ fn a_row_of_a_group_is_the_row_alone() {
     let (inner, columns) = (40, 512);
     let x = random.normals(29 * columns);
     let bias = random.normals(inner);
-    for dtype in DTYPES {
+    for dtype in DType::ALL {
         let sources: Vec<_> = GROUPS.iter().map(|_| random_matrix(&mut random, dtype, inner, columns)).collect();
         for backend in backends() {
             let weights: Vec<_> = sources

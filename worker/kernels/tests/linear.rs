@@ -203,7 +203,7 @@ fn columns(dtype: DType, blocks: usize, tail: usize) -> usize {
 fn every_path_equals_the_formulas_bit_for_bit() {
     let mut random = Random(1);
     for backend in backends() {
-        for dtype in DTYPES {
+        for dtype in DType::ALL {
             for (rows, blocks, tokens) in [(1, 1, 1), (5, 3, 2), (16, 2, 3), (17, 9, 5), (40, 18, 9), (67, 11, 37), (6, 33, 70)] {
                 let columns = columns(dtype, blocks, 5);
                 let bytes = random_matrix(&mut random, dtype, rows, columns);
@@ -272,7 +272,7 @@ fn tiny_activations_make_no_infinity_and_no_nan() {
 fn products_approximate_the_exact_sums() {
     let mut random = Random(2);
     let backend = backend(CpuPath::fastest(), 2);
-    for dtype in DTYPES {
+    for dtype in DType::ALL {
         let (rows, columns, tokens) = (48, 1536, 10);
         let bytes = random_matrix(&mut random, dtype, rows, columns);
         let dense = dequantize(&bytes, dtype);
@@ -294,7 +294,7 @@ fn products_approximate_the_exact_sums() {
 fn shards_added_in_the_tree_equal_the_whole() {
     let mut random = Random(3);
     let backend = backend(CpuPath::fastest(), 2);
-    for dtype in DTYPES {
+    for dtype in DType::ALL {
         for blocks in [3, 8, 11, 48] {
             let (rows, columns, tokens) = (20, blocks * dtype.block_elements().max(32), 3);
             let bounds = bounds(dtype, columns, true);
@@ -361,11 +361,11 @@ proptest! {
     /// A row's result is the same alone and in any batch, on any path, with any number of threads.
     #[test]
     fn a_row_does_not_see_its_batch(
-        seed in any::<u64>(), dtype in 0..DTYPES.len(), rows in 1..70_usize, blocks in 1..20_usize,
+        seed in any::<u64>(), dtype in 0..DType::ALL.len(), rows in 1..70_usize, blocks in 1..20_usize,
         tail in 0..31_usize, tokens in 2..64_usize, split in any::<bool>(),
     ) {
         let mut random = Random(seed);
-        let dtype = DTYPES[dtype];
+        let dtype = DType::ALL[dtype];
         let columns = columns(dtype, blocks, tail);
         let bytes = random_matrix(&mut random, dtype, rows, columns);
         let segments = Segments::from_bounds(bounds(dtype, columns, split)).unwrap();

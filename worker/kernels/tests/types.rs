@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{DTYPES, Random, backend, backends, bits, product, quantized, random_matrix, read, source};
+use common::{Random, backend, backends, bits, product, quantized, random_matrix, read, source};
 use forge_kernels::{Backend, BlockScales, CpuPath, DType, Segments, dequantize, holds_non_finite};
 
 /// The bytes of a golden file.
@@ -125,7 +125,7 @@ fn products_of_scaled_8_bit_floats_equal_those_of_their_values() {
 #[test]
 fn weights_at_odd_offsets_are_read_as_aligned_ones() {
     let mut random = Random(43);
-    for dtype in DTYPES {
+    for dtype in DType::ALL {
         let (rows, columns, tokens) = (21, if dtype.is_quantized() { 256 } else { 75 }, 5);
         let bytes = random_matrix(&mut random, dtype, rows, columns);
         let x = random.normals(tokens * columns);

@@ -9,29 +9,9 @@ use std::sync::Arc;
 use forge_kernels::{Backend, CpuBackend, CpuBuffer, CpuOptions, CpuPath, CpuWeight, DType, MatrixSource, Product, Segments};
 use half::{bf16, f16};
 
-pub const DTYPES: [DType; 17] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::F8E4M3,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::Q2_K,
-    DType::Q3_K,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-    DType::IQ4_NL,
-    DType::IQ4_XS,
-    DType::MXFP4,
-];
-
 /// Every quantized type.
 pub fn quantized() -> impl Iterator<Item = DType> {
-    DTYPES.into_iter().filter(|dtype| dtype.is_quantized())
+    DType::ALL.into_iter().filter(|dtype| dtype.is_quantized())
 }
 
 /// SplitMix64: small and repeatable.
