@@ -291,9 +291,11 @@ pub fn message_out(message: &eraftpb::Message) -> wire::Message {
 /// # Errors
 /// Names the field.
 pub fn meta_in(meta: wire::SnapshotMeta) -> Result<eraftpb::SnapshotMetadata, ConvertError> {
-    let mut converted = eraftpb::SnapshotMetadata::default();
-    converted.index = positive("snapshot.index", meta.index)?;
-    converted.term = positive("snapshot.term", meta.term)?;
+    let mut converted = eraftpb::SnapshotMetadata {
+        index: positive("snapshot.index", meta.index)?,
+        term: positive("snapshot.term", meta.term)?,
+        ..eraftpb::SnapshotMetadata::default()
+    };
     let Some(conf) = meta.conf_state else { return refuse("snapshot.conf_state", "is missing") };
     converted.set_conf_state(conf_in(conf)?);
     Ok(converted)
@@ -315,10 +317,7 @@ pub fn conf_in(conf: wire::ConfState) -> Result<eraftpb::ConfState, ConvertError
     if !conf.voters_outgoing.is_empty() || !conf.learners_next.is_empty() || conf.auto_leave {
         return refuse("conf_state.voters_outgoing", "joint configurations are not used by Forge");
     }
-    let mut converted = eraftpb::ConfState::default();
-    converted.voters = conf.voters;
-    converted.learners = conf.learners;
-    Ok(converted)
+    Ok(eraftpb::ConfState { voters: conf.voters, learners: conf.learners, ..eraftpb::ConfState::default() })
 }
 
 /// The list of a group's members, as the wire and the disk have it.
@@ -353,11 +352,12 @@ pub fn check_voters(voters: &[u64], learners: &[u64]) -> Result<(), ConvertError
 /// # Errors
 /// Names the field.
 pub fn hard_state_in(state: wire::HardState) -> Result<eraftpb::HardState, ConvertError> {
-    let mut converted = eraftpb::HardState::default();
-    converted.term = number("hard_state.term", state.term)?;
-    converted.vote = number("hard_state.vote", state.vote)?;
-    converted.commit = number("hard_state.commit", state.commit)?;
-    Ok(converted)
+    Ok(eraftpb::HardState {
+        term: number("hard_state.term", state.term)?,
+        vote: number("hard_state.vote", state.vote)?,
+        commit: number("hard_state.commit", state.commit)?,
+        ..eraftpb::HardState::default()
+    })
 }
 
 /// Term, vote and commit, as the disk has them.

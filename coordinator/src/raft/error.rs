@@ -55,6 +55,17 @@ pub enum RaftError {
     /// A message that no member of this group sends.
     #[error("a message from a peer is refused: {0}")]
     Message(#[from] super::convert::ConvertError),
+    /// The data directory.
+    #[error(transparent)]
+    Log(#[from] super::log::LogError),
+    /// A snapshot that the state machine does not take.
+    #[error("the snapshot up to entry {index} cannot be used: {why}; do all members run versions that work together?")]
+    Snapshot {
+        /// Its last entry.
+        index: u64,
+        /// The state machine's word.
+        why: String,
+    },
     /// Options that do not fit together.
     #[error("raft options: {0}")]
     Options(String),

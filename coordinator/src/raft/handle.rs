@@ -154,18 +154,3 @@ impl RaftHandle {
         }
     }
 }
-
-/// Opens the data directory and starts the member's thread.
-///
-/// # Errors
-/// Options that do not fit together; a folder that another process uses, that belongs to another cluster or member, that
-/// a newer version wrote, or that is damaged.
-pub fn start(
-    options: super::RaftOptions,
-    machine: Box<dyn super::StateMachine>,
-    transport: Arc<dyn super::PeerTransport>,
-) -> Result<RaftHandle, RaftError> {
-    options.check()?;
-    drop((machine, transport));
-    Err(RaftError::Stopped { why: None })
-}

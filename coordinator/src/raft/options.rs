@@ -44,6 +44,8 @@ pub struct RaftLimits {
     pub queued_message_bytes: usize,
     /// Entries in one message, in bytes; a larger entry travels alone.
     pub message_bytes: u64,
+    /// Entries that wait for a majority, in bytes; more proposals are refused.
+    pub uncommitted_bytes: u64,
     /// A file of the log is closed beyond this size.
     pub segment_bytes: u64,
     /// A snapshot is made after so many entries …
@@ -65,6 +67,7 @@ impl Default for RaftLimits {
             queued_messages: 4096,
             queued_message_bytes: 64 << 20,
             message_bytes: 1 << 20,
+            uncommitted_bytes: 64 << 20,
             segment_bytes: 64 << 20,
             snapshot_entries: 10_000,
             snapshot_bytes: 64 << 20,

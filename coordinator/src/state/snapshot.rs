@@ -1,6 +1,6 @@
 //! The state as bytes: one line that says what follows, then JSON.
 //!
-//! `forge-cluster-state VERSION CRC32 LENGTH` and a line feed; the CRC (hex) and the length are of the JSON. A version
+//! `forge-cluster-state VERSION CRC32C LENGTH` and a line feed; the CRC (hex) and the length are of the JSON. A version
 //! that this build does not know is refused by number before anything else is read.
 //!
 //! Invariant: equal states have equal bytes, and what is decoded encodes to the bytes it came from.
@@ -45,7 +45,7 @@ impl ClusterState {
         if found != VERSION || length.parse() != Ok(json.len()) {
             return Err(damaged(&format!("its first line says version {version} and {length} bytes, and {} follow", json.len())));
         }
-        if *crc != format!("{:08x}", crc32fast::hash(json)) {
+        if *crc != format!("{:08x}", crc32c::crc32c(json)) {
             return Err(damaged("its checksum does not match"));
         }
         let state: ClusterState = serde_json::from_slice(json).map_err(|error| damaged(&error.to_string()))?;
@@ -75,7 +75,7 @@ impl ClusterState {
 }
 
 fn with_header(json: &[u8]) -> Vec<u8> {
-    let mut bytes = format!("{MAGIC} {VERSION} {:08x} {}\n", crc32fast::hash(json), json.len()).into_bytes();
+    let mut bytes = format!("{MAGIC} {VERSION} {:08x} {}\n", crc32c::crc32c(json), json.len()).into_bytes();
     bytes.extend_from_slice(json);
     bytes
 }
