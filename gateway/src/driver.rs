@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
 use crate::journal::{Next, Recorded, RequestJournal};
-use crate::models::{Model, ReplicaGuard};
+use crate::models::{Model, Replica, ReplicaGuard, Wanted};
 
 /// How often readiness is looked at while no replica can answer.
 const READY_POLL: Duration = Duration::from_millis(50);
@@ -27,9 +27,16 @@ pub(crate) struct Driver {
     affinity: u64,
     numerics_id: String,
     /// None while no engine has it.
-    engine: Option<(EventStream, ReplicaGuard)>,
+    engine: Option<AtEngine>,
     deadline: Pin<Box<Sleep>>,
     ended: bool,
+}
+
+/// A request at a replica's engine.
+struct AtEngine {
+    events: EventStream,
+    replica: Arc<Replica>,
+    _guard: ReplicaGuard,
 }
 
 /// What a request needs beside itself.
@@ -64,12 +71,17 @@ impl Driver {
             deadline: Box::pin(sleep_until(deadline)),
             ended: false,
         };
+        driver.gateway.retries.lock().earn();
         let mut tried = Vec::new();
         let mut refusal = AdmitError::Unavailable { reason: "no replica is ready".into() };
-        while let Some(replica) = driver.model.pick(affinity, &tried, None) {
-            match driver.submit(replica, request.clone()).await? {
+        while let Some(replica) = driver.pick(&request, &tried, None) {
+            if !tried.is_empty() && !driver.gateway.retries.lock().spend(driver.gateway.now()) {
+                tracing::debug!(request = %request.id, "no retry left in the gateway's budget");
+                break;
+            }
+            match driver.submit(&replica, request.clone()).await? {
                 Ok(()) => {
-                    driver.numerics_id = driver.model.replicas[replica].link.card().numerics_id.clone();
+                    driver.numerics_id = replica.link.card().numerics_id.clone();
                     return Ok(driver);
                 }
                 Err(error @ (AdmitError::Overloaded { .. } | AdmitError::Unavailable { .. })) => refusal = error,
@@ -88,13 +100,24 @@ impl Driver {
         &self.numerics_id
     }
 
+    fn pick(&self, request: &GenerateRequest, tried: &[Arc<Replica>], numerics_id: Option<&str>) -> Option<Arc<Replica>> {
+        self.model.pick(&Wanted { request, affinity: self.affinity, tried, numerics_id, now: self.gateway.now() })
+    }
+
     /// Submits to one replica, bounded by the deadline and the gateway's end.
-    async fn submit(&mut self, replica: usize, request: GenerateRequest) -> Result<Result<(), AdmitError>, ApiError> {
-        let replica = &self.model.replicas[replica];
+    async fn submit(&mut self, replica: &Arc<Replica>, request: GenerateRequest) -> Result<Result<(), AdmitError>, ApiError> {
         // Counted from now on, so that prompts submitted at the same time spread over the replicas.
         let guard = replica.occupy();
-        let submitted = bounded(&self.gateway, &mut self.deadline, replica.link.submit(request)).await?;
-        Ok(submitted.map(|stream| self.engine = Some((stream, guard))))
+        replica.breaker().begin();
+        let submitted = bounded(&self.gateway, &mut self.deadline, replica.link.submit(request)).await;
+        let now = self.gateway.now();
+        match &submitted {
+            Ok(Err(AdmitError::Unavailable { .. })) => replica.breaker().failed(now),
+            // Any other refusal is an answer.
+            Ok(_) => replica.breaker().succeeded(),
+            Err(_) => replica.breaker().abandoned(),
+        }
+        Ok(submitted?.map(|events| self.engine = Some(AtEngine { events, replica: replica.clone(), _guard: guard })))
     }
 
     /// The next event for the client; `Done` or an error is the last, then `None`.
@@ -131,13 +154,15 @@ impl Driver {
     async fn receive(&mut self) -> Result<Option<EngineEvent>, ApiError> {
         match &mut self.engine {
             None => Ok(None),
-            Some((stream, _)) => bounded(&self.gateway, &mut self.deadline, stream.recv()).await,
+            Some(engine) => bounded(&self.gateway, &mut self.deadline, engine.events.recv()).await,
         }
     }
 
     /// After an engine's death: submits the rest of the request to the next one that can take it.
     async fn replace_engine(&mut self, reason: &str) -> Result<Option<EngineEvent>, ApiError> {
-        self.engine = None;
+        if let Some(lost) = self.engine.take() {
+            lost.replica.breaker().failed(self.gateway.now());
+        }
         let (request, wait) = match self.journal.engine_lost(self.gateway.now()) {
             Next::Resubmit { request, wait } => (request, wait),
             Next::Complete(usage) => return Ok(Some(EngineEvent::Done(usage))),
@@ -152,9 +177,8 @@ impl Driver {
         bounded(&self.gateway, &mut self.deadline, sleep(wait)).await?;
         loop {
             // Only an engine of the same numerics goes on with the same tokens; until one is ready, the client waits.
-            let replica = self.model.pick(self.affinity, &[], Some(&self.numerics_id));
-            if let Some(replica) = replica {
-                match self.submit(replica, (*request).clone()).await? {
+            if let Some(replica) = self.pick(&request, &[], Some(&self.numerics_id)) {
+                match self.submit(&replica, (*request).clone()).await? {
                     Ok(()) => return Ok(None),
                     Err(AdmitError::Overloaded { .. } | AdmitError::Unavailable { .. }) => {}
                     Err(error) => return Err(ApiError::EngineFailed { reason: error.to_string() }),

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use forge_shared::link::EngineLink;
@@ -18,7 +19,9 @@ use crate::idempotency::IdempotencyRecords;
 use crate::keys::KeyRing;
 use crate::lifecycle::Lifecycle;
 use crate::limits::RateLimits;
-use crate::models::ModelTable;
+use crate::models::Models;
+use crate::prefix_index::PrefixIndex;
+use crate::retry_budget::RetryBudget;
 use crate::server::{self, Listeners};
 
 /// One replica of a model, with what the gateway needs to speak for it. Several with the same
@@ -31,6 +34,28 @@ pub struct ServedModel {
     pub tokenizer: Tokenizer,
     /// Its chat template; without one, chat is refused and completions work.
     pub chat_template: Option<ChatTemplate>,
+}
+
+/// A replica in a cluster: [`ServedModel`] with what tells it from others, now and later.
+#[derive(Clone)]
+pub struct ServedReplica {
+    /// Way, tokenizer and template.
+    pub model: ServedModel,
+    /// Its name: `service/index`. With the same key and link it is the same replica still.
+    pub key: String,
+    /// Of the model's text parts and card; replicas of another version are another model, though of the same name.
+    pub version: String,
+    /// What its engine has cached, where it tells.
+    pub prefixes: Option<ReplicaPrefixes>,
+}
+
+/// What a replica's engine has cached, kept up to date by whoever reads its events.
+#[derive(Clone, Default)]
+pub struct ReplicaPrefixes {
+    /// Blocks that can be reused.
+    pub index: Arc<Mutex<PrefixIndex>>,
+    /// Token slots of a block; 0 until known.
+    pub block_size: Arc<AtomicUsize>,
 }
 
 /// The gateway. Clones share everything.
@@ -52,7 +77,8 @@ pub struct Gateway {
 /// Everything a request handler shares with the others.
 pub(crate) struct GatewayState {
     pub(crate) config: GatewayConfig,
-    pub(crate) models: ModelTable,
+    pub(crate) models: Models,
+    pub(crate) retries: Mutex<RetryBudget>,
     pub(crate) metrics: Metrics,
     pub(crate) keys: KeyRing,
     pub(crate) rates: Mutex<RateLimits>,
@@ -96,11 +122,31 @@ impl Gateway {
         keys: KeyRing,
         clock: Arc<dyn Clock>,
     ) -> Result<Gateway, GatewayError> {
+        if models.is_empty() {
+            return Err(GatewayError::config("models", "at least one model is needed"));
+        }
+        let gateway = Self::empty(config, metrics, keys, clock)?;
+        let named = |(index, model): (usize, ServedModel)| ServedReplica {
+            key: index.to_string(),
+            version: String::new(),
+            prefixes: None,
+            model,
+        };
+        gateway.publish(&models.into_iter().enumerate().map(named).collect::<Vec<_>>())?;
+        Ok(gateway)
+    }
+
+    /// A gateway that serves nothing until [`Gateway::publish`] says what.
+    ///
+    /// # Errors
+    /// A setting out of range, or an address beyond loopback without keys.
+    pub fn empty(config: GatewayConfig, metrics: Metrics, keys: KeyRing, clock: Arc<dyn Clock>) -> Result<Gateway, GatewayError> {
         config.check(keys.required())?;
         let threads = std::thread::available_parallelism().map_or(2, |count| count.get());
         let limits = &config.limits;
         let state = GatewayState {
-            models: ModelTable::new(models)?,
+            models: Models::default(),
+            retries: Mutex::default(),
             metrics,
             keys,
             rates: Mutex::default(),
@@ -115,6 +161,14 @@ impl Gateway {
             config,
         };
         Ok(Gateway { state: Arc::new(state) })
+    }
+
+    /// Replaces what is served. Requests under way go on at the replicas that stay, or wait for new ones.
+    ///
+    /// # Errors
+    /// Two models of one name; what was served is served on.
+    pub fn publish(&self, served: &[ServedReplica]) -> Result<(), GatewayError> {
+        self.state.models.publish(served)
     }
 
     /// Serves until `shutdown` resolves, then drains as [`Gateway::drain`] does and returns.

@@ -73,9 +73,10 @@ fn answer(code: StatusCode, body: Value) -> Response {
 }
 
 fn status(gateway: &GatewayState, model: Option<&str>) -> Result<(StatusCode, Value), ApiError> {
+    let table = gateway.models.table();
     let models: Vec<&Arc<Model>> = match model {
-        Some(name) => vec![gateway.models.find(Some(name))?],
-        None => gateway.models.models().iter().collect(),
+        Some(name) => vec![table.find(Some(name))?],
+        None => table.models().iter().collect(),
     };
     let draining = gateway.lifecycle.is_draining();
     let ready = !draining && models.iter().all(|model| model.unready_reason().is_none());
@@ -90,9 +91,11 @@ fn status(gateway: &GatewayState, model: Option<&str>) -> Result<(StatusCode, Va
 }
 
 fn model_status(model: &Model) -> Value {
-    let replicas = model.replicas.iter().map(|replica| {
+    let replicas = model.replicas();
+    let replicas = replicas.iter().map(|replica| {
         let status = replica.link.status();
         json!({
+            "replica": replica.key(),
             "ready": status.ready,
             "reason": status.reason,
             "running": status.running,
@@ -116,7 +119,7 @@ async fn probe_all(gateway: &Arc<GatewayState>) -> (StatusCode, Value) {
         Err(error) => (error.status(), error.body()),
     };
     let mut probes = serde_json::Map::new();
-    for model in gateway.models.models() {
+    for model in gateway.models.table().models() {
         let began = Instant::now();
         let result = match probe(gateway, model).await {
             Ok(()) => json!({"ok": true, "milliseconds": began.elapsed().as_millis() as u64}),

@@ -18,6 +18,7 @@
 //! | routes, sockets, drain | `routes`, `server` | sockets |
 
 mod body;
+pub mod breaker;
 pub mod clock;
 mod config;
 mod driver;
@@ -34,8 +35,10 @@ mod meter;
 mod middleware;
 mod models;
 mod prepare;
+pub mod prefix_index;
 pub mod request;
 pub mod response;
+pub mod retry_budget;
 pub mod router;
 mod routes;
 mod server;
@@ -44,6 +47,6 @@ mod write_stall;
 
 pub use config::{GatewayConfig, RequestLimits, Timeouts};
 pub use error::{ApiError, GatewayError};
-pub use gateway::{Gateway, ServedModel};
+pub use gateway::{Gateway, ReplicaPrefixes, ServedModel, ServedReplica};
 pub use keys::{KeyLimits, KeyRing, KeyStore};
 pub use server::Listeners;

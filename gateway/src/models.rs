@@ -1,16 +1,25 @@
-//! The models served, by every name they answer to, and the load of their replicas.
+//! The models served, by every name they answer to, and their replicas, which come and go.
+//!
+//! A request holds its [`Model`] to its end; replicas that are planned anew meanwhile appear in that same model, so that
+//! the request can go on there. Invariant: one name stands for one model at any moment.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use forge_shared::generate::GenerateRequest;
 use forge_shared::link::{EngineLink, ModelCard};
 use forge_shared::telemetry::{ModelLabel, model_label};
 use forge_text::{ChatTemplate, Tokenizer};
+use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
 
+use crate::breaker::Breaker;
 use crate::error::{ApiError, GatewayError};
-use crate::gateway::ServedModel;
+use crate::gateway::{ReplicaPrefixes, ServedModel, ServedReplica};
+use crate::prefix_index::PromptBlocks;
 use crate::router::{ReplicaLoad, pick};
 
 /// A model and its replicas.
@@ -19,13 +28,19 @@ pub(crate) struct Model {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) chat_template: Option<ChatTemplate>,
     pub(crate) label: ModelLabel,
-    pub(crate) replicas: Vec<Replica>,
+    /// Names what the text parts and the card were made from.
+    version: String,
+    replicas: RwLock<Arc<[Arc<Replica>]>>,
 }
 
-/// One replica, and how many requests this gateway has there.
+/// One replica, how many requests this gateway has there, and how it did of late.
 pub(crate) struct Replica {
     pub(crate) link: Arc<dyn EngineLink>,
+    key: String,
+    identity: u64,
     in_flight: Arc<AtomicUsize>,
+    breaker: Mutex<Breaker>,
+    prefixes: Option<ReplicaPrefixes>,
 }
 
 /// Counts a request at a replica until dropped.
@@ -37,10 +52,45 @@ impl Drop for ReplicaGuard {
     }
 }
 
+/// What a request asks of a replica beside being able to answer.
+pub(crate) struct Wanted<'a> {
+    pub(crate) request: &'a GenerateRequest,
+    /// Requests of equal affinity prefer the same replica.
+    pub(crate) affinity: u64,
+    /// Those are left out.
+    pub(crate) tried: &'a [Arc<Replica>],
+    /// Only replicas of these numerics.
+    pub(crate) numerics_id: Option<&'a str>,
+    pub(crate) now: Duration,
+}
+
 impl Replica {
+    fn new(served: &ServedReplica) -> Self {
+        let mut hasher = DefaultHasher::new();
+        served.key.hash(&mut hasher);
+        Replica {
+            link: served.model.link.clone(),
+            key: served.key.clone(),
+            identity: hasher.finish(),
+            in_flight: Arc::default(),
+            breaker: Mutex::default(),
+            prefixes: served.prefixes.clone(),
+        }
+    }
+
     pub(crate) fn occupy(&self) -> ReplicaGuard {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         ReplicaGuard(self.in_flight.clone())
+    }
+
+    /// Its circuit breaker.
+    pub(crate) fn breaker(&self) -> parking_lot::MutexGuard<'_, Breaker> {
+        self.breaker.lock()
+    }
+
+    /// Its name in the cluster.
+    pub(crate) fn key(&self) -> &str {
+        &self.key
     }
 
     /// Its numerics id in the form responses carry.
@@ -50,28 +100,39 @@ impl Replica {
 }
 
 impl Model {
-    /// The replica for a request; `tried` ones are left out, and with `numerics_id` those of another.
-    pub(crate) fn pick(&self, affinity: u64, tried: &[usize], numerics_id: Option<&str>) -> Option<usize> {
-        let loads: Vec<ReplicaLoad> = self
-            .replicas
+    /// The replicas of this moment.
+    pub(crate) fn replicas(&self) -> Arc<[Arc<Replica>]> {
+        self.replicas.read().clone()
+    }
+
+    /// The replica for a request.
+    pub(crate) fn pick(&self, wanted: &Wanted<'_>) -> Option<Arc<Replica>> {
+        let replicas = self.replicas();
+        let mut prompts = HashMap::new();
+        let loads: Vec<ReplicaLoad> = replicas
             .iter()
-            .enumerate()
-            .map(|(index, replica)| {
+            .map(|replica| {
                 let status = replica.link.status();
-                let same = numerics_id.is_none_or(|id| replica.link.card().numerics_id == id);
-                ReplicaLoad {
-                    eligible: status.ready && same && !tried.contains(&index),
-                    load: replica.in_flight.load(Ordering::Relaxed).max(status.running + status.waiting),
-                }
+                let card = replica.link.card();
+                let same = wanted.numerics_id.is_none_or(|id| card.numerics_id == id);
+                let tried = wanted.tried.iter().any(|tried| Arc::ptr_eq(tried, replica));
+                let eligible = status.ready && same && !tried && replica.breaker().allows(wanted.now);
+                let load = replica.in_flight.load(Ordering::Relaxed).max(status.running + status.waiting);
+                let cached_blocks = match &replica.prefixes {
+                    // With one replica there is nothing to choose.
+                    Some(prefixes) if eligible && replicas.len() > 1 => prefixes.matched(&mut prompts, wanted.request, &card.numerics_id),
+                    _ => 0,
+                };
+                ReplicaLoad { identity: replica.identity, eligible, load, cached_blocks }
             })
             .collect();
-        pick(&loads, affinity)
+        pick(&loads, wanted.affinity).map(|index| replicas[index].clone())
     }
 
     /// Why no replica can answer, if none can.
     pub(crate) fn unready_reason(&self) -> Option<String> {
-        let mut reason = String::from("no replica");
-        for replica in &self.replicas {
+        let mut reason = String::from("no replica is placed");
+        for replica in self.replicas().iter() {
             let status = replica.link.status();
             if status.ready {
                 return None;
@@ -79,6 +140,34 @@ impl Model {
             reason = if status.reason.is_empty() { "not ready".into() } else { status.reason };
         }
         Some(reason)
+    }
+
+    /// Takes the replicas of now; those that stay keep their counts and breakers.
+    fn set_replicas(&self, served: &[&ServedReplica]) {
+        let old = self.replicas();
+        let keep = |served: &&ServedReplica| {
+            let same = old.iter().find(|replica| replica.key == served.key && Arc::ptr_eq(&replica.link, &served.model.link));
+            same.cloned().unwrap_or_else(|| Arc::new(Replica::new(served)))
+        };
+        *self.replicas.write() = served.iter().map(keep).collect();
+    }
+}
+
+impl ReplicaPrefixes {
+    /// Blocks of a request's prompt in this replica's cache. Hashes are shared among replicas of the same numerics.
+    fn matched(
+        &self,
+        prompts: &mut HashMap<(String, usize), PromptBlocks>,
+        request: &GenerateRequest,
+        numerics_id: &str,
+    ) -> usize {
+        let block_size = self.block_size.load(Ordering::Relaxed);
+        if block_size == 0 {
+            return 0;
+        }
+        let key = (numerics_id.to_owned(), block_size);
+        let prompt = prompts.entry(key).or_insert_with(|| PromptBlocks::of(request, numerics_id, block_size));
+        self.index.lock().matched(prompt)
     }
 }
 
@@ -88,28 +177,74 @@ pub(crate) fn fingerprint(numerics_id: &str) -> String {
     format!("fp_{}", &digest[..12])
 }
 
-/// All models served.
+/// All models served, as of now.
+#[derive(Default)]
+pub(crate) struct Models {
+    table: RwLock<Arc<ModelTable>>,
+}
+
+impl Models {
+    /// The models of now.
+    pub(crate) fn table(&self) -> Arc<ModelTable> {
+        self.table.read().clone()
+    }
+
+    /// The model of a request; without a name, the first one.
+    pub(crate) fn find(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
+        self.table().find(name).cloned()
+    }
+
+    /// Replaces what is served. Models that stay are the same objects, so that their requests see new replicas; a model
+    /// that goes loses its replicas.
+    ///
+    /// # Errors
+    /// Two models of one name; nothing has changed then.
+    pub(crate) fn publish(&self, served: &[ServedReplica]) -> Result<(), GatewayError> {
+        let old = self.table();
+        let mut groups: Vec<(Arc<Model>, Vec<&ServedReplica>)> = Vec::new();
+        for replica in served {
+            let card = replica.model.link.card();
+            let same = |model: &Arc<Model>| model.card.name == card.name && model.version == replica.version;
+            if let Some((_, replicas)) = groups.iter_mut().find(|(model, _)| same(model)) {
+                replicas.push(replica);
+                continue;
+            }
+            let model = old.models.iter().find(|model| same(model)).cloned();
+            groups.push((model.unwrap_or_else(|| Arc::new(new_model(replica, card))), vec![replica]));
+        }
+        let table = ModelTable::new(groups.iter().map(|(model, _)| model.clone()).collect())?;
+        for (model, replicas) in &groups {
+            model.set_replicas(replicas);
+        }
+        for gone in old.models.iter().filter(|old| !groups.iter().any(|(model, _)| Arc::ptr_eq(model, old))) {
+            gone.set_replicas(&[]);
+        }
+        *self.table.write() = Arc::new(table);
+        Ok(())
+    }
+}
+
+fn new_model(replica: &ServedReplica, card: Arc<ModelCard>) -> Model {
+    let ServedModel { tokenizer, chat_template, .. } = &replica.model;
+    Model {
+        label: model_label(&card.name),
+        card,
+        tokenizer: tokenizer.clone(),
+        chat_template: chat_template.clone(),
+        version: replica.version.clone(),
+        replicas: RwLock::new(Arc::new([])),
+    }
+}
+
+/// The models served at one moment.
+#[derive(Default)]
 pub(crate) struct ModelTable {
     models: Vec<Arc<Model>>,
     by_name: HashMap<String, usize>,
 }
 
 impl ModelTable {
-    pub(crate) fn new(served: Vec<ServedModel>) -> Result<Self, GatewayError> {
-        let mut models: Vec<Model> = Vec::new();
-        for ServedModel { link, tokenizer, chat_template } in served {
-            let card = link.card();
-            let replica = Replica { link, in_flight: Arc::default() };
-            if let Some(model) = models.iter_mut().find(|model| model.card.name == card.name) {
-                model.replicas.push(replica);
-                continue;
-            }
-            let label = model_label(&card.name);
-            models.push(Model { card, tokenizer, chat_template, label, replicas: vec![replica] });
-        }
-        if models.is_empty() {
-            return Err(GatewayError::config("models", "at least one model is needed"));
-        }
+    fn new(models: Vec<Arc<Model>>) -> Result<Self, GatewayError> {
         let mut by_name = HashMap::new();
         for (index, model) in models.iter().enumerate() {
             for name in std::iter::once(&model.card.name).chain(&model.card.names) {
@@ -118,17 +253,21 @@ impl ModelTable {
                 }
             }
         }
-        Ok(ModelTable { models: models.into_iter().map(Arc::new).collect(), by_name })
+        Ok(ModelTable { models, by_name })
     }
 
     /// The model of a request; without a name, the first one.
     pub(crate) fn find(&self, name: Option<&str>) -> Result<&Arc<Model>, ApiError> {
-        let Some(name) = name else {
-            return Ok(&self.models[0]);
+        let found = match name {
+            None => self.models.first(),
+            Some(name) => self.by_name.get(name).map(|index| &self.models[*index]),
         };
-        self.by_name.get(name).map(|index| &self.models[*index]).ok_or_else(|| ApiError::UnknownModel {
-            model: name.chars().take(128).collect(),
-            served: self.names().map(|(name, _)| name.to_owned()).collect(),
+        found.ok_or_else(|| match name {
+            None => ApiError::Unavailable { message: "no model is served yet".into(), retry_after_s: 2 },
+            Some(name) => ApiError::UnknownModel {
+                model: name.chars().take(128).collect(),
+                served: self.names().map(|(name, _)| name.to_owned()).collect(),
+            },
         })
     }
 

@@ -33,7 +33,7 @@ pub(crate) async fn handle(
     let idempotent = idempotent(&gateway, &context, &headers, "chat", &body.bytes)?;
     drop(body);
     let ChatRequest { common, chat, max_tokens, prompt_cache_key } = parsed;
-    let model = gateway.models.find(common.model.as_deref())?.clone();
+    let model = gateway.models.find(common.model.as_deref())?;
     let clock_s = idempotent.map_or_else(|| gateway.clock.unix_s(), |record| record.template_clock_s);
     let prompt = prepare::chat(&gateway, &model, chat, clock_s).await?;
     let id = new_id("chatcmpl");

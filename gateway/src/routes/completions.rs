@@ -35,7 +35,7 @@ pub(crate) async fn handle(
     let idempotent = idempotent(&gateway, &context, &headers, "completion", &body.bytes)?;
     drop(body);
     let CompletionRequest { common, prompts, echo, max_tokens, add_special_tokens } = parsed;
-    let model = gateway.models.find(common.model.as_deref())?.clone();
+    let model = gateway.models.find(common.model.as_deref())?;
     let prompts = prepare::prompts(&gateway, &model, prompts, add_special_tokens).await?;
     let id = new_id("cmpl");
     let order = Order {

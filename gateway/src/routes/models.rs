@@ -11,13 +11,13 @@ use crate::gateway::GatewayState;
 use crate::models::Model;
 
 pub(crate) async fn list(State(gateway): State<Arc<GatewayState>>) -> Json<Value> {
-    let data: Vec<Value> = gateway.models.names().map(|(name, model)| entry(name, model)).collect();
+    let data: Vec<Value> = gateway.models.table().names().map(|(name, model)| entry(name, model)).collect();
     Json(json!({"object": "list", "data": data}))
 }
 
 pub(crate) async fn one(State(gateway): State<Arc<GatewayState>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
     let model = gateway.models.find(Some(&id))?;
-    Ok(Json(entry(&id, model)))
+    Ok(Json(entry(&id, &model)))
 }
 
 /// `root` is the model an alias stands for.

@@ -22,7 +22,7 @@ pub(crate) async fn tokenize(State(gateway): State<Arc<GatewayState>>, request: 
     let body = read_json(&gateway, request).await?;
     let limits = gateway.config.limits.clone();
     let parsed = off_thread(&gateway, body.bytes.len(), move || parse_tokenize_request(&body.bytes, &limits)).await?;
-    let model = gateway.models.find(parsed.model.as_deref())?.clone();
+    let model = gateway.models.find(parsed.model.as_deref())?;
     let tokens = match parsed.input {
         TokenizeInput::Chat(chat) => prepare::chat(&gateway, &model, chat, gateway.clock.unix_s()).await?.tokens,
         TokenizeInput::Text { prompt, add_special_tokens } => {
@@ -51,7 +51,7 @@ pub(crate) async fn detokenize(State(gateway): State<Arc<GatewayState>>, request
     let limits = gateway.config.limits.clone();
     let bytes = body.bytes.len();
     let parsed = off_thread(&gateway, bytes, move || parse_detokenize_request(&body.bytes, &limits)).await?;
-    let model = gateway.models.find(parsed.model.as_deref())?.clone();
+    let model = gateway.models.find(parsed.model.as_deref())?;
     if let Some(token) = parsed.tokens.iter().find(|token| **token as usize >= model.card.vocab_size) {
         let message = format!("tokens: token id {token} is outside the vocabulary of {}", model.card.vocab_size);
         return Err(ApiError::invalid("tokens", message));
