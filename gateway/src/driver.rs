@@ -19,6 +19,10 @@ use crate::models::{Model, Replica, ReplicaGuard, Wanted};
 /// How often readiness is looked at while no replica can answer.
 const READY_POLL: Duration = Duration::from_millis(50);
 
+/// Why a repeated idempotency key finds no replica although some are ready.
+const OTHER_NUMERICS: &str = "the replicas that are ready compute with other numerics than the one that first accepted this Idempotency-Key, \
+     and would answer with other tokens; send it again later, or without the key";
+
 /// One request at an engine.
 pub(crate) struct Driver {
     gateway: Arc<GatewayState>,
@@ -45,6 +49,8 @@ pub(crate) struct Admission {
     pub(crate) affinity: u64,
     /// When the client is told that it took too long.
     pub(crate) deadline: Instant,
+    /// Only replicas of these numerics may admit it, if given.
+    pub(crate) numerics_id: Option<Arc<str>>,
 }
 
 impl Driver {
@@ -58,7 +64,7 @@ impl Driver {
         request: GenerateRequest,
         admission: Admission,
     ) -> Result<Driver, ApiError> {
-        let Admission { affinity, deadline } = admission;
+        let Admission { affinity, deadline, numerics_id } = admission;
         let remaining = deadline.saturating_duration_since(Instant::now());
         let journal = RequestJournal::admit(request.clone(), gateway.now() + remaining);
         let mut driver = Driver {
@@ -74,7 +80,7 @@ impl Driver {
         driver.gateway.retries.lock().earn();
         let mut tried = Vec::new();
         let mut refusal = AdmitError::Unavailable { reason: "no replica is ready".into() };
-        while let Some(replica) = driver.pick(&request, &tried, None) {
+        while let Some(replica) = driver.pick(&request, &tried, numerics_id.as_deref()) {
             if !tried.is_empty() && !driver.gateway.retries.lock().spend(driver.gateway.now()) {
                 tracing::debug!(request = %request.id, "no retry left in the gateway's budget");
                 break;
@@ -89,8 +95,9 @@ impl Driver {
             }
             tried.push(replica);
         }
-        if let (true, Some(reason)) = (tried.is_empty(), driver.model.unready_reason()) {
-            refusal = AdmitError::Unavailable { reason };
+        if tried.is_empty() {
+            let reason = driver.model.unready_reason().or_else(|| numerics_id.map(|_| OTHER_NUMERICS.to_owned()));
+            refusal = reason.map_or(refusal, |reason| AdmitError::Unavailable { reason });
         }
         Err(refusal.into())
     }

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use forge_shared::link::EngineLink;
 use forge_shared::telemetry::Metrics;
 use forge_text::{ChatTemplate, Tokenizer};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Semaphore;
 
 use crate::clock::{Clock, SystemClock};
+use crate::cluster::{ClusterMember, MemberParts, SharedRecords};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::health::LastProbe;
@@ -83,6 +84,8 @@ pub(crate) struct GatewayState {
     pub(crate) keys: KeyRing,
     pub(crate) rates: Mutex<RateLimits>,
     pub(crate) idempotency: Mutex<IdempotencyRecords>,
+    /// In a cluster, what other gateways know of idempotency keys.
+    pub(crate) shared_records: RwLock<Option<Arc<SharedRecords>>>,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) clock: Arc<dyn Clock>,
     /// One permit per KiB of request body held.
@@ -126,12 +129,8 @@ impl Gateway {
             return Err(GatewayError::config("models", "at least one model is needed"));
         }
         let gateway = Self::empty(config, metrics, keys, clock)?;
-        let named = |(index, model): (usize, ServedModel)| ServedReplica {
-            key: index.to_string(),
-            version: String::new(),
-            prefixes: None,
-            model,
-        };
+        let named =
+            |(index, model): (usize, ServedModel)| ServedReplica { key: index.to_string(), version: String::new(), prefixes: None, model };
         gateway.publish(&models.into_iter().enumerate().map(named).collect::<Vec<_>>())?;
         Ok(gateway)
     }
@@ -151,6 +150,7 @@ impl Gateway {
             keys,
             rates: Mutex::default(),
             idempotency: Mutex::new(IdempotencyRecords::new(limits.idempotency_keys)),
+            shared_records: RwLock::default(),
             lifecycle: Lifecycle::default(),
             clock,
             body_kib: Arc::new(Semaphore::new(limits.total_body_bytes.max(limits.body_bytes).div_ceil(1024).min(Semaphore::MAX_PERMITS))),
@@ -161,6 +161,12 @@ impl Gateway {
             config,
         };
         Ok(Gateway { state: Arc::new(state) })
+    }
+
+    /// Joins a cluster: models, keys, limits and idempotency keys are the cluster's from now on.
+    pub fn join(&self, parts: MemberParts) -> ClusterMember {
+        *self.state.shared_records.write() = Some(Arc::new(SharedRecords::new(parts.api.clone())));
+        ClusterMember::start(parts, self.clone())
     }
 
     /// Replaces what is served. Requests under way go on at the replicas that stay, or wait for new ones.

@@ -117,6 +117,8 @@ pub(crate) struct Work {
     /// One per prompt; all with the same number of choices.
     pub(crate) requests: Vec<GenerateRequest>,
     pub(crate) affinity: u64,
+    /// Only replicas of these numerics, if given.
+    pub(crate) numerics_id: Option<Arc<str>>,
     pub(crate) arrived: Instant,
     pub(crate) seat: Seat,
 }
@@ -128,13 +130,14 @@ impl Generation {
     /// # Errors
     /// The first refusal of a prompt; the others are cancelled.
     pub(crate) async fn start(work: Work) -> Result<Generation, ApiError> {
-        let Work { gateway, model, tenant, requests, affinity, arrived, seat } = work;
+        let Work { gateway, model, tenant, requests, affinity, numerics_id: wanted_numerics, arrived, seat } = work;
         let tokens_of = |request: &GenerateRequest| {
             request.prompt_tokens.len() as u64 + u64::from(request.params.max_tokens) * request.choices.len() as u64
         };
         let prompt_tokens: usize = requests.iter().map(|request| request.prompt_tokens.len()).sum();
         let wanted = requests.iter().map(tokens_of).sum();
-        let reserved_tokens = gateway.rates.lock().reserve(tenant.name(), tenant.limits, wanted, gateway.now())?;
+        let reserved = gateway.rates.lock().reserve(tenant.name(), tenant.limits, wanted, gateway.now());
+        let reserved_tokens = reserved.inspect_err(|_| gateway.keys.count_refused(&tenant))?;
         let answers_per_prompt = requests.first().map_or(0, |request| request.choices.len());
         let answers = answers_per_prompt * requests.len();
         let request_id = requests.first().map_or_else(|| RequestId(String::new()), |request| request.id.clone());
@@ -142,8 +145,10 @@ impl Generation {
         let mut meter = Meter::new(account, arrived, answers);
         let deadline = tokio::time::Instant::from_std(arrived + gateway.config.timeouts.request());
         let open_prompts = requests.len();
-        let admissions =
-            requests.into_iter().map(|request| Driver::admit(gateway.clone(), model.clone(), request, Admission { affinity, deadline }));
+        let admissions = requests.into_iter().map(|request| {
+            let admission = Admission { affinity, deadline, numerics_id: wanted_numerics.clone() };
+            Driver::admit(gateway.clone(), model.clone(), request, admission)
+        });
         let drivers = try_join_all(admissions).await.inspect_err(|error| meter.refused(error))?;
         let numerics_id = drivers.last().map(|driver| driver.numerics_id().to_owned()).unwrap_or_default();
         let events_of = |(prompt, driver): (usize, Driver)| -> Events {

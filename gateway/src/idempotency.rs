@@ -6,6 +6,7 @@
 //! again, which by P2 gives the same tokens.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -18,17 +19,55 @@ pub const KEEP: Duration = Duration::from_secs(600);
 pub const MAX_KEY_BYTES: usize = 255;
 
 /// What a key stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Idempotent {
     /// Seed of a request that gives none.
     pub seed: u64,
     /// Clock for the chat template, seconds since 1970.
     pub template_clock_s: u64,
+    /// Numerics it was first accepted with, where a cluster remembers: only these give the same tokens.
+    pub numerics_id: Option<Arc<str>>,
+}
+
+/// A tenant's key with a request, as it is looked up and remembered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyedRequest {
+    /// Of tenant and key.
+    id: [u8; 32],
+    /// Of route and body.
+    body: [u8; 32],
 }
 
 struct Record {
     body: [u8; 32],
     template_clock_s: u64,
+    numerics_id: Option<Arc<str>>,
+}
+
+impl KeyedRequest {
+    /// A key with what was sent under it (route and body).
+    ///
+    /// # Errors
+    /// [`ApiError::Invalid`] for a key that is empty or too long.
+    pub fn new(tenant: &str, key: &str, request: &[&[u8]]) -> Result<Self, ApiError> {
+        if key.is_empty() || key.len() > MAX_KEY_BYTES {
+            let message = format!("Idempotency-Key must have 1 to {MAX_KEY_BYTES} characters, got {}", key.len());
+            return Err(ApiError::invalid("Idempotency-Key", message));
+        }
+        let id = hash("forge idempotency key", &[tenant.as_bytes(), key.as_bytes()]);
+        Ok(KeyedRequest { id, body: hash("forge idempotent body", request) })
+    }
+
+    /// Hex of the hash of route and body.
+    pub fn body_sha256(&self) -> String {
+        hex::encode(self.body)
+    }
+
+    /// The seed of a request that gives none: it follows from tenant and key, so it survives this process.
+    fn seed(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.id;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
 }
 
 /// Remembered keys: bounded in number, forgotten after [`KEEP`].
@@ -44,39 +83,42 @@ impl IdempotencyRecords {
         IdempotencyRecords { most, records: HashMap::new(), oldest_first: VecDeque::new() }
     }
 
-    /// What a tenant's key stands for with this request (route and body).
+    /// What a key stands for, if it was used before.
     ///
     /// # Errors
-    /// [`ApiError::IdempotencyMismatch`] for another body, [`ApiError::Invalid`] for a key that is empty or too long.
-    pub fn lookup(&mut self, tenant: &str, key: &str, request: &[&[u8]], now: Duration, now_unix_s: u64) -> Result<Idempotent, ApiError> {
-        if key.is_empty() || key.len() > MAX_KEY_BYTES {
-            let message = format!("Idempotency-Key must have 1 to {MAX_KEY_BYTES} characters, got {}", key.len());
-            return Err(ApiError::invalid("Idempotency-Key", message));
-        }
-        let id = hash("forge idempotency key", &[tenant.as_bytes(), key.as_bytes()]);
-        let body = hash("forge idempotent body", request);
-        self.forget(now);
-        let seed = u64::from_le_bytes(id[..8].try_into().expect("a hash has 32 bytes"));
-        if let Some(record) = self.records.get(&id) {
-            if record.body != body {
-                return Err(ApiError::IdempotencyMismatch);
+    /// [`ApiError::IdempotencyMismatch`] where it was used with another body.
+    pub fn find(&mut self, request: &KeyedRequest, now: Duration) -> Result<Option<Idempotent>, ApiError> {
+        self.expire(now);
+        match self.records.get(&request.id) {
+            None => Ok(None),
+            Some(record) if record.body != request.body => Err(ApiError::IdempotencyMismatch),
+            Some(Record { template_clock_s, numerics_id, .. }) => {
+                Ok(Some(Idempotent { seed: request.seed(), template_clock_s: *template_clock_s, numerics_id: numerics_id.clone() }))
             }
-            return Ok(Idempotent { seed, template_clock_s: record.template_clock_s });
         }
-        let expires = now + KEEP;
-        self.records.insert(id, Record { body, template_clock_s: now_unix_s });
-        self.oldest_first.push_back((id, expires));
-        Ok(Idempotent { seed, template_clock_s: now_unix_s })
     }
 
-    /// Drops what is expired, and the oldest if there is no room for one more.
-    fn forget(&mut self, now: Duration) {
-        while let Some((id, expires)) = self.oldest_first.front() {
-            if *expires > now && self.oldest_first.len() < self.most {
-                return;
-            }
-            self.records.remove(id);
-            self.oldest_first.pop_front();
+    /// Remembers a key that [`IdempotencyRecords::find`] did not know, with the clock its template is rendered with.
+    pub fn remember(&mut self, request: &KeyedRequest, now: Duration, template_clock_s: u64, numerics_id: Option<Arc<str>>) -> Idempotent {
+        while self.oldest_first.len() >= self.most.max(1) {
+            self.forget_oldest();
+        }
+        let record = Record { body: request.body, template_clock_s, numerics_id: numerics_id.clone() };
+        if self.records.insert(request.id, record).is_none() {
+            self.oldest_first.push_back((request.id, now + KEEP));
+        }
+        Idempotent { seed: request.seed(), template_clock_s, numerics_id }
+    }
+
+    fn expire(&mut self, now: Duration) {
+        while self.oldest_first.front().is_some_and(|(_, expires)| *expires <= now) {
+            self.forget_oldest();
+        }
+    }
+
+    fn forget_oldest(&mut self) {
+        if let Some((id, _)) = self.oldest_first.pop_front() {
+            self.records.remove(&id);
         }
     }
 
@@ -107,29 +149,35 @@ mod tests {
 
     const ZERO: Duration = Duration::ZERO;
 
+    fn request(tenant: &str, key: &str, body: &[u8]) -> KeyedRequest {
+        KeyedRequest::new(tenant, key, &[body]).unwrap()
+    }
+
     #[test]
     fn a_retry_keeps_seed_and_clock_and_another_body_is_refused() {
         let mut records = IdempotencyRecords::new(10);
-        let first = records.lookup("a", "k", &[b"x"], ZERO, 100).unwrap();
-        assert_eq!(records.lookup("a", "k", &[b"x"], Duration::from_secs(5), 105).unwrap(), first);
-        assert_eq!(records.lookup("a", "k", &[b"y"], ZERO, 100), Err(ApiError::IdempotencyMismatch));
-        let other = records.lookup("b", "k", &[b"y"], ZERO, 100).unwrap();
-        assert_ne!(other.seed, first.seed, "tenants do not share");
-        let later = records.lookup("a", "k", &[b"y"], KEEP, 700).unwrap();
-        assert_eq!((later.seed, later.template_clock_s), (first.seed, 700), "forgotten, and the seed is the same");
-        let mut restarted = IdempotencyRecords::new(10);
-        assert_eq!(restarted.lookup("a", "k", &[b"x"], ZERO, 1).unwrap().seed, first.seed);
+        let first = request("a", "k", b"x");
+        assert_eq!(records.find(&first, ZERO), Ok(None));
+        let accepted = records.remember(&first, ZERO, 100, None);
+        assert_eq!(records.find(&first, Duration::from_secs(5)), Ok(Some(accepted.clone())));
+        assert_eq!(records.find(&request("a", "k", b"y"), ZERO), Err(ApiError::IdempotencyMismatch));
+        let other = request("b", "k", b"y");
+        assert_eq!(records.find(&other, ZERO), Ok(None));
+        assert_ne!(records.remember(&other, ZERO, 100, None).seed, accepted.seed, "tenants do not share");
+        let later = request("a", "k", b"y");
+        assert_eq!(records.find(&later, KEEP), Ok(None), "forgotten");
+        assert_eq!(records.remember(&later, KEEP, 700, None).seed, accepted.seed, "and the seed is the same");
     }
 
     #[test]
     fn number_of_keys_is_bounded() {
         let mut records = IdempotencyRecords::new(3);
         for i in 0..50 {
-            records.lookup("a", &i.to_string(), &[b"x"], ZERO, 0).unwrap();
+            records.remember(&request("a", &i.to_string(), b"x"), ZERO, 0, None);
             assert!(records.len() <= 3);
         }
-        assert!(records.lookup("a", "49", &[b"y"], ZERO, 0).is_err(), "the newest is remembered");
-        assert!(records.lookup("a", "", &[b""], ZERO, 0).is_err());
-        assert!(records.lookup("a", &"k".repeat(256), &[b""], ZERO, 0).is_err());
+        assert!(records.find(&request("a", "49", b"y"), ZERO).is_err(), "the newest is remembered");
+        assert!(KeyedRequest::new("a", "", &[b""]).is_err());
+        assert!(KeyedRequest::new("a", &"k".repeat(256), &[b""]).is_err());
     }
 }

@@ -20,6 +20,7 @@
 mod body;
 pub mod breaker;
 pub mod clock;
+pub mod cluster;
 mod config;
 mod driver;
 mod error;
@@ -34,8 +35,8 @@ pub mod limits;
 mod meter;
 mod middleware;
 mod models;
-mod prepare;
 pub mod prefix_index;
+mod prepare;
 pub mod request;
 pub mod response;
 pub mod retry_budget;

@@ -34,6 +34,14 @@ impl TokenBucket {
         TokenBucket { per_minute: f64::from(per_minute), level: f64::from(per_minute), updated: now }
     }
 
+    /// Takes another limit from now on. What is in the bucket stays, up to the new limit: a share that is renewed every
+    /// second must not be filled every second.
+    pub fn resize(&mut self, per_minute: u32, now: Duration) {
+        self.refill(now);
+        self.per_minute = f64::from(per_minute);
+        self.level = self.level.min(self.per_minute);
+    }
+
     fn refill(&mut self, now: Duration) {
         let elapsed = now.saturating_sub(self.updated).as_secs_f64();
         self.level = (self.level + elapsed * self.per_minute / 60.0).min(self.per_minute);
@@ -98,11 +106,9 @@ impl RateLimits {
     fn buckets(&mut self, key: &str, limits: KeyLimits, now: Duration) -> &mut KeyBuckets {
         let buckets = self.keys.entry(key.to_owned()).or_default();
         if buckets.limits != limits {
-            *buckets = KeyBuckets {
-                limits,
-                requests: limits.rpm.map(|rpm| TokenBucket::new(rpm, now)),
-                tokens: limits.tpm.map(|tpm| TokenBucket::new(tpm, now)),
-            };
+            resize(&mut buckets.requests, limits.rpm, now);
+            resize(&mut buckets.tokens, limits.tpm, now);
+            buckets.limits = limits;
         }
         buckets
     }
@@ -146,6 +152,13 @@ impl RateLimits {
     }
 }
 
+fn resize(bucket: &mut Option<TokenBucket>, limit: Option<u32>, now: Duration) {
+    match (&mut *bucket, limit) {
+        (Some(bucket), Some(limit)) => bucket.resize(limit, now),
+        (_, limit) => *bucket = limit.map(|limit| TokenBucket::new(limit, now)),
+    }
+}
+
 fn limited(limit: Option<u32>, unit: &'static str, wait: Duration) -> ApiError {
     ApiError::RateLimited { limit: u64::from(limit.unwrap_or(0)), unit, retry_after_s: (wait.as_secs_f64().ceil() as u32).max(1) }
 }
@@ -184,6 +197,19 @@ mod tests {
         assert_eq!((state.limit, state.remaining, state.reset), (600, 500, at(10.0)));
         rates.settle("k", 0, 700, at(0.0));
         assert_eq!(rates.state("k", limits, at(0.0)).tokens.unwrap().remaining, 0, "debt shows as none left");
+    }
+
+    #[test]
+    fn a_changed_limit_does_not_fill_the_bucket() {
+        let mut rates = RateLimits::default();
+        let limits = |rpm| KeyLimits { rpm: Some(rpm), tpm: None };
+        for _ in 0..10 {
+            assert!(rates.take_request("k", limits(10), at(0.0)).is_ok());
+        }
+        for rpm in [20, 10, 40] {
+            assert!(rates.take_request("k", limits(rpm), at(0.0)).is_err(), "{rpm}");
+        }
+        assert!(rates.take_request("k", limits(60), at(1.0)).is_ok(), "it fills at the new rate");
     }
 
     proptest! {

@@ -137,6 +137,7 @@ impl Drop for Meter {
         let used = if self.accepted { self.prompt_tokens as u64 + generated } else { 0 };
         let Account { gateway, tenant, reserved_tokens, .. } = &self.account;
         gateway.rates.lock().settle(tenant.name(), *reserved_tokens, used, gateway.now());
+        gateway.keys.count_tokens(tenant, used);
         if !self.accepted {
             return;
         }

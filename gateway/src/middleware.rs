@@ -84,6 +84,10 @@ pub(crate) async fn authorize(State(gateway): State<Arc<GatewayState>>, mut requ
     let limited = tenant.limits.rpm.is_some() || tenant.limits.tpm.is_some();
     if request.method() == Method::POST && limited {
         let taken = gateway.rates.lock().take_request(tenant.name(), tenant.limits, gateway.now());
+        match &taken {
+            Ok(()) => gateway.keys.count_request(&tenant),
+            Err(_) => gateway.keys.count_refused(&tenant),
+        }
         if let Err(error) = taken {
             return with_rates(&gateway, &tenant, error.into_response());
         }

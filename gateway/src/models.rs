@@ -105,6 +105,12 @@ impl Model {
         self.replicas.read().clone()
     }
 
+    /// Numerics of the first replica that can answer.
+    pub(crate) fn numerics_id(&self) -> Option<String> {
+        let replicas = self.replicas();
+        replicas.iter().find(|replica| replica.link.status().ready).map(|replica| replica.link.card().numerics_id.clone())
+    }
+
     /// The replica for a request.
     pub(crate) fn pick(&self, wanted: &Wanted<'_>) -> Option<Arc<Replica>> {
         let replicas = self.replicas();
@@ -155,12 +161,7 @@ impl Model {
 
 impl ReplicaPrefixes {
     /// Blocks of a request's prompt in this replica's cache. Hashes are shared among replicas of the same numerics.
-    fn matched(
-        &self,
-        prompts: &mut HashMap<(String, usize), PromptBlocks>,
-        request: &GenerateRequest,
-        numerics_id: &str,
-    ) -> usize {
+    fn matched(&self, prompts: &mut HashMap<(String, usize), PromptBlocks>, request: &GenerateRequest, numerics_id: &str) -> usize {
         let block_size = self.block_size.load(Ordering::Relaxed);
         if block_size == 0 {
             return 0;

@@ -13,6 +13,7 @@ mod ring;
 pub use file::KeyStore;
 pub use ring::{KeyRing, Tenant};
 
+use forge_shared::cluster::command::ApiKeyRecord;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -67,8 +68,26 @@ pub struct CreatedKey {
     pub record: KeyRecord,
 }
 
+impl From<ApiKeyRecord> for KeyRecord {
+    fn from(key: ApiKeyRecord) -> Self {
+        let ApiKeyRecord { id, name, created_s, revoked_s, rpm, tpm, salt, hash } = key;
+        KeyRecord { id, name, created_s, revoked_s, limits: KeyLimits { rpm, tpm }, salt, hash }
+    }
+}
+
+impl From<KeyRecord> for ApiKeyRecord {
+    fn from(key: KeyRecord) -> Self {
+        let KeyRecord { id, name, created_s, revoked_s, limits: KeyLimits { rpm, tpm }, salt, hash } = key;
+        ApiKeyRecord { id, name, created_s, revoked_s, rpm, tpm, salt, hash }
+    }
+}
+
 impl KeyRecord {
-    fn generate(name: &str, limits: KeyLimits, created_s: u64) -> Result<CreatedKey, GatewayError> {
+    /// Makes a key; the plaintext is in the answer and nowhere else.
+    ///
+    /// # Errors
+    /// A name that is not allowed, or a limit of zero.
+    pub fn generate(name: &str, limits: KeyLimits, created_s: u64) -> Result<CreatedKey, GatewayError> {
         check_name(name)?;
         for (field, limit) in [("rpm", limits.rpm), ("tpm", limits.tpm)] {
             if limit == Some(0) {

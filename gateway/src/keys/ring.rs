@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 
 use super::{KeyLimits, KeyRecord, KeyStore, split};
+use crate::cluster::Shares;
 use crate::error::{ApiError, GatewayError};
 
 /// How often the file is looked at.
@@ -33,13 +34,15 @@ impl Tenant {
     }
 }
 
-/// The keys a gateway accepts. Clones share one view.
+/// The keys a gateway accepts: of a file that it watches, or as the coordinators tell. Clones share one view.
 ///
 /// Invariant: a gateway that once saw a key stays closed to requests without one, even if the file vanishes.
 #[derive(Debug, Clone)]
 pub struct KeyRing {
     store: Option<KeyStore>,
     view: Arc<Mutex<View>>,
+    /// In a cluster a key's limits are split among gateways.
+    shares: Option<Arc<Shares>>,
 }
 
 #[derive(Debug)]
@@ -88,9 +91,49 @@ impl KeyRing {
         Ok(Self::with(Some(store), keys, stamp))
     }
 
+    /// Keys that are told by [`KeyRing::replace`], with limits of which this gateway has a share.
+    pub fn told(shares: Arc<Shares>) -> Self {
+        KeyRing { shares: Some(shares), ..Self::none() }
+    }
+
+    /// Takes the keys of now. Once there was one, none being left lets nobody in.
+    pub fn replace(&self, keys: Vec<KeyRecord>) {
+        let mut view = self.view.lock();
+        view.keys = by_id(keys);
+        view.closed |= !view.keys.is_empty();
+    }
+
+    /// Counts an admitted request of a key's budget.
+    pub(crate) fn count_request(&self, tenant: &Tenant) {
+        if let (Some(shares), Some(id)) = (&self.shares, &tenant.key_id) {
+            shares.count_request(id);
+        }
+    }
+
+    /// Counts tokens of a key's budget.
+    pub(crate) fn count_tokens(&self, tenant: &Tenant, tokens: u64) {
+        if let (Some(shares), Some(id)) = (&self.shares, &tenant.key_id) {
+            shares.count_tokens(id, tokens);
+        }
+    }
+
+    /// Counts a refusal for want of budget.
+    pub(crate) fn count_refused(&self, tenant: &Tenant) {
+        if let (Some(shares), Some(id)) = (&self.shares, &tenant.key_id) {
+            shares.count_refused(id);
+        }
+    }
+
+    /// Ids of the keys that are good and have limits.
+    pub fn limited(&self) -> Vec<String> {
+        let view = self.view.lock();
+        let limited = |key: &&KeyRecord| key.revoked_s.is_none() && key.limits != KeyLimits::default();
+        view.keys.values().filter(limited).map(|key| key.id.clone()).collect()
+    }
+
     fn with(store: Option<KeyStore>, keys: HashMap<String, KeyRecord>, stamp: Stamp) -> Self {
         let view = View { closed: !keys.is_empty(), keys, stamp, checked: Instant::now() };
-        KeyRing { store, view: Arc::new(Mutex::new(view)) }
+        KeyRing { store, view: Arc::new(Mutex::new(view)), shares: None }
     }
 
     /// Whether a key is needed: one is, or was, configured (revoked ones count).
@@ -116,8 +159,17 @@ impl KeyRing {
         split(key)
             .and_then(|(id, secret)| view.keys.get(id).map(|record| (record, secret)))
             .filter(|(record, secret)| record.matches(secret) && record.revoked_s.is_none())
-            .map(|(record, _)| Tenant { key_id: Some(record.id.clone()), limits: record.limits })
             .ok_or(ApiError::Unauthorized("the API key is wrong or revoked; ask the operator for one (forgectl keys create NAME)"))
+            .and_then(|(record, _)| Ok(Tenant { key_id: Some(record.id.clone()), limits: self.limits(record)? }))
+    }
+
+    /// What a key may use at this gateway.
+    fn limits(&self, record: &KeyRecord) -> Result<KeyLimits, ApiError> {
+        let Some(shares) = &self.shares else { return Ok(record.limits) };
+        shares.limits(&record.id, record.limits).ok_or_else(|| ApiError::Unavailable {
+            message: "this gateway has not been given its share of the key's limits yet; send the request again".into(),
+            retry_after_s: 1,
+        })
     }
 
     /// Reads the file again if it changed. A file that cannot be read leaves the keys as they were, and is read again

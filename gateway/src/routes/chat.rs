@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::Request;
 use axum::response::Response;
 
-use super::generate::{Order, idempotent, new_id, respond};
+use super::generate::{Keyed, Order, idempotent, new_id, respond};
 use crate::body::read_json;
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
@@ -29,12 +29,13 @@ pub(crate) async fn handle(
     let limits = gateway.config.limits.clone();
     let bytes = body.bytes.clone();
     let parsed = off_thread(&gateway, bytes.len(), move || parse_chat_request_with(&bytes, &limits)).await?;
-    // Only a request that is well formed uses up its key.
-    let idempotent = idempotent(&gateway, &context, &headers, "chat", &body.bytes)?;
-    drop(body);
     let ChatRequest { common, chat, max_tokens, prompt_cache_key } = parsed;
     let model = gateway.models.find(common.model.as_deref())?;
-    let clock_s = idempotent.map_or_else(|| gateway.clock.unix_s(), |record| record.template_clock_s);
+    // Only a request that is well formed, for a model that is served, uses up its key.
+    let keyed = Keyed { headers: &headers, route: "chat", body: &body.bytes, model: &model };
+    let idempotent = idempotent(&gateway, &context, keyed).await?;
+    drop(body);
+    let clock_s = idempotent.as_ref().map_or_else(|| gateway.clock.unix_s(), |record| record.template_clock_s);
     let prompt = prepare::chat(&gateway, &model, chat, clock_s).await?;
     let id = new_id("chatcmpl");
     let order = Order {

@@ -9,7 +9,7 @@ use axum::extract::State;
 use axum::http::Request;
 use axum::response::Response;
 
-use super::generate::{Order, idempotent, new_id, respond};
+use super::generate::{Keyed, Order, idempotent, new_id, respond};
 use crate::body::read_json;
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
@@ -31,11 +31,12 @@ pub(crate) async fn handle(
     let limits = gateway.config.limits.clone();
     let bytes = body.bytes.clone();
     let parsed = off_thread(&gateway, bytes.len(), move || parse_completion_request(&bytes, &limits)).await?;
-    // Only a request that is well formed uses up its key.
-    let idempotent = idempotent(&gateway, &context, &headers, "completion", &body.bytes)?;
-    drop(body);
     let CompletionRequest { common, prompts, echo, max_tokens, add_special_tokens } = parsed;
     let model = gateway.models.find(common.model.as_deref())?;
+    // Only a request that is well formed, for a model that is served, uses up its key.
+    let keyed = Keyed { headers: &headers, route: "completion", body: &body.bytes, model: &model };
+    let idempotent = idempotent(&gateway, &context, keyed).await?;
+    drop(body);
     let prompts = prepare::prompts(&gateway, &model, prompts, add_special_tokens).await?;
     let id = new_id("cmpl");
     let order = Order {

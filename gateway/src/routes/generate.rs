@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use forge_shared::cluster::command::IdempotencyRecord;
 use forge_shared::generate::{Choice, GenerateRequest, TenantSalt};
 use forge_shared::ids::RequestId;
 use uuid::Uuid;
@@ -13,7 +14,7 @@ use uuid::Uuid;
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
 use crate::generation::{Generation, Seat, Work};
-use crate::idempotency::Idempotent;
+use crate::idempotency::{Idempotent, KEEP, KeyedRequest};
 use crate::middleware::RequestContext;
 use crate::models::Model;
 use crate::prepare::{Prepared, fit};
@@ -58,6 +59,7 @@ impl Order<'_> {
             model: self.model.clone(),
             tenant: self.context.tenant.clone(),
             affinity: self.affinity(),
+            numerics_id: self.idempotent.as_ref().and_then(|idempotent| idempotent.numerics_id.clone()),
             requests,
             arrived: self.context.arrived,
             seat,
@@ -103,7 +105,7 @@ impl Order<'_> {
 
     /// A given seed is every prompt's, so that a prompt in a list answers as it does alone; drawn ones differ.
     fn seed(&self, prompt: usize) -> Result<u64, ApiError> {
-        match (self.common.seed, self.idempotent) {
+        match (self.common.seed, &self.idempotent) {
             (Some(seed), _) => Ok(seed),
             (None, Some(idempotent)) => Ok(idempotent.seed.wrapping_add(prompt as u64)),
             (None, None) => random_seed(),
@@ -157,21 +159,47 @@ fn random_seed() -> Result<u64, ApiError> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// What the `Idempotency-Key` header of a request stands for, if it has one.
-pub(crate) fn idempotent(
-    gateway: &GatewayState,
-    context: &RequestContext,
-    headers: &HeaderMap,
-    route: &str,
-    body: &[u8],
-) -> Result<Option<Idempotent>, ApiError> {
-    let Some(value) = headers.get("idempotency-key") else {
+/// A request as its idempotency key stands for it.
+pub(crate) struct Keyed<'a> {
+    pub(crate) headers: &'a HeaderMap,
+    pub(crate) route: &'static str,
+    pub(crate) body: &'a [u8],
+    pub(crate) model: &'a Model,
+}
+
+/// What the `Idempotency-Key` header of a request stands for, if it has one. In a cluster the other gateways are told
+/// before the request goes on; while no coordinator answers, only this gateway remembers it.
+pub(crate) async fn idempotent(gateway: &GatewayState, context: &RequestContext, keyed: Keyed<'_>) -> Result<Option<Idempotent>, ApiError> {
+    let Some(value) = keyed.headers.get("idempotency-key") else {
         return Ok(None);
     };
     let key = value.to_str().map_err(|_| ApiError::invalid("Idempotency-Key", "Idempotency-Key must be visible ASCII"))?;
-    let mut records = gateway.idempotency.lock();
     let tenant = context.tenant.name();
-    records.lookup(tenant, key, &[route.as_bytes(), body], gateway.now(), gateway.clock.unix_s()).map(Some)
+    let request = KeyedRequest::new(tenant, key, &[keyed.route.as_bytes(), keyed.body])?;
+    if let Some(known) = gateway.idempotency.lock().find(&request, gateway.now())? {
+        return Ok(Some(known));
+    }
+    let now_s = gateway.clock.unix_s();
+    let (mut clock_s, mut numerics_id) = (now_s, None);
+    if let Some(records) = gateway.shared_records.read().clone() {
+        let record = IdempotencyRecord {
+            tenant: tenant.to_owned(),
+            key: key.to_owned(),
+            body_sha256: request.body_sha256(),
+            clock_s,
+            numerics_id: keyed.model.numerics_id().unwrap_or_default(),
+            expires_ms: now_s.saturating_add(KEEP.as_secs()).saturating_mul(1000),
+        };
+        match records.record(record).await {
+            Ok(known) if known.body_sha256 != request.body_sha256() => return Err(ApiError::IdempotencyMismatch),
+            Ok(known) => {
+                clock_s = known.clock_s;
+                numerics_id = (!known.numerics_id.is_empty()).then(|| Arc::from(known.numerics_id));
+            }
+            Err(error) => tracing::warn!(%error, "an idempotency key is remembered by this gateway alone"),
+        }
+    }
+    Ok(Some(gateway.idempotency.lock().remember(&request, gateway.now(), clock_s, numerics_id)))
 }
 
 /// Sends the answer: as events, or whole.

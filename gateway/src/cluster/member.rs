@@ -1,0 +1,194 @@
+//! `ClusterMember`: the tasks that tie a gateway to its coordinators.
+//!
+//! One follows the cluster by watch and publishes what is served; one keeps the session: heartbeats, use of keys, shares.
+//! Invariant: neither ever ends by itself while the member lives, and neither blocks a request.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forge_cluster::api::{ClusterApi, ClusterError, Session};
+use forge_cluster::engine::EngineDialer;
+use forge_shared::cluster::command::{Applied, Command, IdempotencyRecord};
+use forge_shared::cluster::event::Kind;
+use forge_shared::cluster::node::{NodeLoad, NodeSpec};
+use forge_shared::cluster::session::{NodeDown, NodeUp};
+use sha2::{Digest, Sha256};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+use super::directory::Directory;
+use super::replicas::Replicas;
+use super::shares::Shares;
+use crate::gateway::Gateway;
+use crate::keys::KeyRing;
+
+/// For beginning a session.
+const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between two tries.
+const SESSION_RETRY: Duration = Duration::from_millis(500);
+/// For writing down an idempotency key before a request is admitted.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a member is made of.
+#[derive(Clone)]
+pub struct MemberParts {
+    /// The coordinators.
+    pub api: Arc<dyn ClusterApi>,
+    /// The way to replicas.
+    pub dialer: Arc<dyn EngineDialer>,
+    /// Who this gateway is.
+    pub spec: NodeSpec,
+    /// Told the keys of the cluster.
+    pub keys: KeyRing,
+    /// Given the shares of their limits.
+    pub shares: Arc<Shares>,
+}
+
+/// See the module documentation. Dropping it ends its tasks.
+pub struct ClusterMember {
+    tasks: Vec<JoinHandle<()>>,
+    known: watch::Receiver<bool>,
+    refused: watch::Receiver<Option<String>>,
+}
+
+impl Drop for ClusterMember {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl ClusterMember {
+    /// Begins to follow the cluster and to publish into `gateway`.
+    pub fn start(parts: MemberParts, gateway: Gateway) -> Self {
+        let (known_sender, known) = watch::channel(false);
+        let (refused_sender, refused) = watch::channel(None);
+        let following = tokio::spawn(follow(parts.clone(), gateway.clone(), known_sender));
+        let session = tokio::spawn(keep_session(parts, gateway, refused_sender));
+        ClusterMember { tasks: vec![following, session], known, refused }
+    }
+
+    /// Resolves once the services and keys of the cluster are known.
+    pub async fn known(&mut self) {
+        // The sender lives in a task that never ends before this is dropped.
+        let _ = self.known.wait_for(|known| *known).await;
+    }
+
+    /// Resolves when the coordinators refuse this gateway for good, with the reason: a newer process has its name.
+    pub async fn refused(&mut self) -> String {
+        match self.refused.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>) {
+    let changed = Arc::new(Notify::new());
+    let mut directory = Directory::default();
+    let mut replicas = Replicas::new(parts.dialer.clone(), changed.clone());
+    let mut items = parts.api.watch(vec![Kind::Node, Kind::Service, Kind::Key], None);
+    loop {
+        tokio::select! {
+            item = items.recv() => match item {
+                Some(item) => {
+                    if !directory.apply(item) || !directory.is_known() {
+                        continue;
+                    }
+                    // What waits is taken at once: a burst of changes is one reconciliation.
+                    while let Ok(item) = items.try_recv() {
+                        directory.apply(item);
+                    }
+                    parts.keys.replace(directory.keys().cloned().map(Into::into).collect());
+                    parts.shares.retain(|id| directory.keys().any(|key| key.id == id));
+                    replicas.reconcile(&directory.wanted());
+                    known.send_replace(true);
+                }
+                None => {
+                    tracing::error!("the watch of the cluster ended; beginning again");
+                    tokio::time::sleep(SESSION_RETRY).await;
+                    items = parts.api.watch(vec![Kind::Node, Kind::Service, Kind::Key], None);
+                    continue;
+                }
+            },
+            () = changed.notified() => {}
+        }
+        if let Err(error) = gateway.publish(&replicas.served()) {
+            tracing::error!(%error, "the new replicas are not served");
+        }
+    }
+}
+
+async fn keep_session(parts: MemberParts, gateway: Gateway, refused: watch::Sender<Option<String>>) {
+    loop {
+        match parts.api.session(parts.spec.clone(), SESSION_TIMEOUT).await {
+            Ok(session) => {
+                if let Some(reason) = hold(session, &parts, &gateway).await {
+                    tracing::error!(reason, "the coordinators refuse this gateway");
+                    refused.send_replace(Some(reason));
+                    return;
+                }
+            }
+            Err(error) => tracing::warn!(%error, "no session with the coordinators; serving goes on with what is known"),
+        }
+        tokio::time::sleep(SESSION_RETRY).await;
+    }
+}
+
+/// One session, to its end; the reason where the gateway must not begin another.
+async fn hold(mut session: Session, parts: &MemberParts, gateway: &Gateway) -> Option<String> {
+    let mut heartbeat = tokio::time::interval(Duration::from_millis(500));
+    let mut number = 0;
+    loop {
+        tokio::select! {
+            message = session.down.recv() => match message? {
+                NodeDown::Welcome { heartbeat_ms, .. } => {
+                    heartbeat = tokio::time::interval(Duration::from_millis(heartbeat_ms.clamp(50, 10_000)));
+                    tracing::info!(heartbeat_ms, "session with the coordinators begun");
+                }
+                NodeDown::Refused { reason } => return Some(reason),
+                NodeDown::Ack { shares, .. } => parts.shares.grant(shares),
+                NodeDown::Moved { leader } => {
+                    tracing::info!(?leader, "the leader moved");
+                    return None;
+                }
+                // For workers.
+                NodeDown::Assignments { .. } | NodeDown::Inspect { .. } => {}
+            },
+            _ = heartbeat.tick() => {
+                number += 1;
+                let usage = parts.shares.take_usage(&parts.keys.limited());
+                let load = NodeLoad { requests_in_progress: gateway.in_flight() as u64, ..NodeLoad::default() };
+                session.up.send(NodeUp::Heartbeat { number, load, usage }).await.ok()?;
+            }
+        }
+    }
+}
+
+/// Idempotency keys that all gateways of the cluster know.
+pub(crate) struct SharedRecords {
+    api: Arc<dyn ClusterApi>,
+}
+
+impl SharedRecords {
+    pub(crate) fn new(api: Arc<dyn ClusterApi>) -> Self {
+        SharedRecords { api }
+    }
+
+    /// Writes a record down, or gives the one that is there already.
+    ///
+    /// # Errors
+    /// No coordinator answered in time, or the cluster refused it.
+    pub(crate) async fn record(&self, record: IdempotencyRecord) -> Result<IdempotencyRecord, ClusterError> {
+        // The same for every gateway and every try: a retry that overtakes its first is the same command.
+        let id = Sha256::new().chain_update(&record.tenant).chain_update([0]).chain_update(&record.key).chain_update([0]);
+        let id = id.chain_update(&record.body_sha256).chain_update(record.clock_s.to_le_bytes());
+        let request_id = format!("idempotency-{}", hex::encode(id.finalize()));
+        let began = Instant::now();
+        let command = Command::RecordIdempotency { record: record.clone() };
+        let Applied { existing, .. } = self.api.execute(request_id, command, RECORD_TIMEOUT).await?;
+        tracing::debug!(milliseconds = began.elapsed().as_millis() as u64, known = existing.is_some(), "idempotency key recorded");
+        Ok(existing.unwrap_or(record))
+    }
+}

@@ -1,0 +1,136 @@
+//! The replicas a gateway has dialed, each looked after by a task: it fetches the model's text parts once the replica
+//! can answer, and keeps the index of its cached prompt blocks.
+//!
+//! Invariant: a replica is served only when its card and text are known, and never after the directory dropped it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use forge_cluster::engine::{EngineDialer, EngineTarget, ReplicaClient};
+use forge_text::ModelText;
+use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use super::Wanted;
+use crate::gateway::{ReplicaPrefixes, ServedModel, ServedReplica};
+
+/// How often a replica that cannot answer yet is looked at.
+const READY_POLL: Duration = Duration::from_millis(50);
+/// For fetching tokenizer and template, some megabytes.
+const TEXT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between two tries to fetch them.
+const TEXT_RETRY: Duration = Duration::from_millis(500);
+
+/// See the module documentation.
+pub(super) struct Replicas {
+    dialer: Arc<dyn EngineDialer>,
+    dialed: HashMap<String, Dialed>,
+    texts: Arc<Texts>,
+    changed: Arc<Notify>,
+}
+
+/// Models' text parts by digest: replicas of one model share them.
+type Texts = Mutex<HashMap<String, ModelText>>;
+
+struct Dialed {
+    target: EngineTarget,
+    served: Arc<Mutex<Option<ServedReplica>>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Dialed {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Replicas {
+    /// None yet. `changed` is told whenever [`Replicas::served`] may have.
+    pub(super) fn new(dialer: Arc<dyn EngineDialer>, changed: Arc<Notify>) -> Self {
+        Replicas { dialer, dialed: HashMap::new(), texts: Arc::default(), changed }
+    }
+
+    /// Dials what is wanted and not dialed, and lets go of the rest.
+    pub(super) fn reconcile(&mut self, wanted: &[Wanted]) {
+        self.dialed.retain(|key, dialed| wanted.iter().any(|wanted| wanted.key == *key && wanted.target == dialed.target));
+        for Wanted { key, target } in wanted {
+            if !self.dialed.contains_key(key) {
+                tracing::info!(replica = key, node = %target.node, address = target.address, epoch = target.epoch.0, "replica dialed");
+                let dialed = self.dial(key.clone(), target.clone());
+                self.dialed.insert(key.clone(), dialed);
+            }
+        }
+    }
+
+    fn dial(&self, key: String, target: EngineTarget) -> Dialed {
+        let served = Arc::new(Mutex::new(None));
+        let (texts, changed, slot) = (self.texts.clone(), self.changed.clone(), served.clone());
+        let client = self.dialer.dial(target.clone());
+        let task = tokio::spawn(look_after(key, client, texts, slot, changed));
+        Dialed { target, served, task }
+    }
+
+    /// Replicas that can be served, by name.
+    pub(super) fn served(&self) -> Vec<ServedReplica> {
+        let mut served: Vec<ServedReplica> = self.dialed.values().filter_map(|dialed| dialed.served.lock().clone()).collect();
+        served.sort_by(|a, b| a.key.cmp(&b.key));
+        served
+    }
+}
+
+async fn look_after(
+    key: String,
+    client: Arc<dyn ReplicaClient>,
+    texts: Arc<Texts>,
+    slot: Arc<Mutex<Option<ServedReplica>>>,
+    changed: Arc<Notify>,
+) {
+    let (text, version) = model_text(&key, &*client, &texts).await;
+    let prefixes = ReplicaPrefixes::default();
+    let model =
+        ServedModel { link: client.clone(), tokenizer: text.tokenizer().clone(), chat_template: text.chat_template().ok().cloned() };
+    *slot.lock() = Some(ServedReplica { model, key, version, prefixes: Some(prefixes.clone()) });
+    changed.notify_one();
+    loop {
+        let mut updates = client.prefixes();
+        while let Some(update) = updates.recv().await {
+            prefixes.block_size.store(client.block_size(), Ordering::Relaxed);
+            prefixes.index.lock().apply(&update);
+        }
+        tokio::time::sleep(TEXT_RETRY).await;
+    }
+}
+
+/// The model's text parts, once the replica can answer, and their digest with what else makes two models differ.
+async fn model_text(key: &str, client: &dyn ReplicaClient, texts: &Texts) -> (ModelText, String) {
+    loop {
+        while !client.status().ready {
+            tokio::time::sleep(READY_POLL).await;
+        }
+        let card = client.card();
+        match client.model_text(TEXT_TIMEOUT).await {
+            Err(error) => tracing::warn!(replica = key, %error, "the model's tokenizer was not fetched; trying again"),
+            Ok(bytes) => {
+                let digest = hex::encode(Sha256::digest(&bytes));
+                let version = format!("{digest}/{}/{}", card.max_model_len, card.vocab_size);
+                if let Some(text) = texts.lock().get(&digest) {
+                    return (text.clone(), version);
+                }
+                // Building a tokenizer takes tens of milliseconds and more.
+                match tokio::task::spawn_blocking(move || ModelText::from_portable(&bytes)).await {
+                    Ok(Ok(text)) => {
+                        texts.lock().insert(digest, text.clone());
+                        return (text, version);
+                    }
+                    Ok(Err(error)) => tracing::error!(replica = key, %error, "the replica's tokenizer cannot be used"),
+                    Err(error) => tracing::error!(replica = key, %error, "building the tokenizer died"),
+                }
+            }
+        }
+        tokio::time::sleep(TEXT_RETRY).await;
+    }
+}
