@@ -176,12 +176,14 @@ pub(crate) async fn idempotent(gateway: &GatewayState, context: &RequestContext,
     let key = value.to_str().map_err(|_| ApiError::invalid("Idempotency-Key", "Idempotency-Key must be visible ASCII"))?;
     let tenant = context.tenant.name();
     let request = KeyedRequest::new(tenant, key, &[keyed.route.as_bytes(), keyed.body])?;
-    if let Some(known) = gateway.idempotency.lock().find(&request, gateway.now())? {
-        return Ok(Some(known));
+    let known = gateway.idempotency.lock().find(&request, gateway.now())?;
+    if known.is_some() {
+        return Ok(known);
     }
     let now_s = gateway.clock.unix_s();
     let (mut clock_s, mut numerics_id) = (now_s, None);
-    if let Some(records) = gateway.shared_records.read().clone() {
+    let records = gateway.shared_records.read().clone();
+    if let Some(records) = records {
         let record = IdempotencyRecord {
             tenant: tenant.to_owned(),
             key: key.to_owned(),
