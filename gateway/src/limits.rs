@@ -209,7 +209,7 @@ mod tests {
         for rpm in [20, 10, 40] {
             assert!(rates.take_request("k", limits(rpm), at(0.0)).is_err(), "{rpm}");
         }
-        assert!(rates.take_request("k", limits(60), at(1.0)).is_ok(), "it fills at the new rate");
+        assert!(rates.take_request("k", limits(60), at(2.0)).is_ok(), "what came in at the old rate stays");
     }
 
     proptest! {

@@ -6,8 +6,8 @@
 
 use std::collections::HashSet;
 
-use forge_cluster::engine::PrefixUpdate;
 use forge_shared::generate::GenerateRequest;
+use forge_shared::link::PrefixUpdate;
 use forge_text::PrefixHasher;
 
 /// Most hashes held per replica: 8 MiB and a cache of 4 million tokens in blocks of 16.
@@ -57,6 +57,11 @@ pub struct PromptBlocks {
 }
 
 impl PromptBlocks {
+    /// The hashes, in order.
+    pub fn hashes(&self) -> &[u64] {
+        &self.hashes
+    }
+
     /// Hashes a request's prompt as an engine of this numerics id and block size does.
     pub fn of(request: &GenerateRequest, numerics_id: &str, block_size: usize) -> Self {
         let block_size = block_size.max(1);

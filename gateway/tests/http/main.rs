@@ -1,10 +1,12 @@
 //! The gateway over real loopback sockets, in front of a scripted engine.
 
 mod access;
+mod cluster;
 mod engine;
 mod failover;
 mod lifecycle;
 mod refusals;
+mod scripted_cluster;
 mod shapes;
 mod streams;
 

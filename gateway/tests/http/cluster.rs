@@ -1,0 +1,235 @@
+//! A gateway in a cluster: replicas, keys, limits and idempotency keys come from the coordinators.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use forge_gateway::clock::Clock;
+use forge_gateway::cluster::{ClusterMember, MemberParts, Shares};
+use forge_gateway::keys::KeyRecord;
+use forge_gateway::prefix_index::PromptBlocks;
+use forge_gateway::{Gateway, KeyLimits, KeyRing, Listeners};
+use forge_shared::cluster::event::Object;
+use forge_shared::cluster::session::KeyShare;
+use forge_shared::telemetry::Metrics;
+use http_body_util::Full;
+use hyper::Request;
+use serde_json::{Value, json};
+
+use super::engine::{Fate, ScriptedEngine};
+use super::scripted_cluster::{ScriptedCluster, ScriptedWorkers, gateway_spec, node, service};
+use super::{Answer, CHAT, COMPLETIONS, NOW_S, Server, eventually, loopback};
+
+/// Each gateway's clock differs, as real ones do.
+struct ClockAt(u64);
+
+impl Clock for ClockAt {
+    fn unix_s(&self) -> u64 {
+        self.0
+    }
+}
+
+struct Clustered {
+    server: Server,
+    _member: ClusterMember,
+}
+
+async fn join(cluster: &Arc<ScriptedCluster>, workers: &Arc<ScriptedWorkers>, name: &str, clock_s: u64) -> Clustered {
+    let config = loopback();
+    let listeners = Listeners::bind(&config).await.expect("loopback has free ports");
+    let (api, probes) = (listeners.api(), listeners.metrics());
+    let shares = Arc::new(Shares::default());
+    let keys = KeyRing::told(shares.clone());
+    let metrics = Metrics::new();
+    let gateway = Gateway::empty(config, metrics.clone(), keys.clone(), Arc::new(ClockAt(clock_s))).expect("a valid configuration");
+    let parts = MemberParts { api: cluster.clone(), dialer: workers.clone(), spec: gateway_spec(name), keys, shares };
+    let mut member = gateway.join(parts);
+    tokio::time::timeout(Duration::from_secs(5), member.known()).await.expect("the cluster is told");
+    let served = gateway.clone();
+    let (stop, stopped) = tokio::sync::oneshot::channel();
+    let serving = tokio::spawn(async move {
+        let shutdown = async {
+            // A sender that is gone means the same as one that sent.
+            let _ = stopped.await;
+        };
+        served.serve(listeners, shutdown).await.expect("the listeners work");
+    });
+    let server = Server { engines: Vec::new(), gateway, metrics, api, probes, stop: Some(stop), serving };
+    Clustered { server, _member: member }
+}
+
+fn workers(names: &[&str]) -> Arc<ScriptedWorkers> {
+    let workers = ScriptedWorkers::default();
+    for name in names {
+        workers.engines.lock().insert((*name).to_owned(), ScriptedEngine::new("model", "numerics-1"));
+    }
+    Arc::new(workers)
+}
+
+fn engine(workers: &ScriptedWorkers, name: &str) -> Arc<ScriptedEngine> {
+    workers.engines.lock()[name].clone()
+}
+
+async fn ready(server: &Server) {
+    for _ in 0..500 {
+        if server.get("/health/ready?model=model").await.status == 200 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("no model became ready: {}", server.get("/health/ready").await.text);
+}
+
+fn body(stream: bool) -> Value {
+    json!({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "seed": 5, "stream": stream})
+}
+
+fn texts(answer: &Answer) -> String {
+    assert!(answer.is_done(), "{}", answer.text);
+    answer.streamed_text(0)
+}
+
+#[tokio::test]
+async fn models_come_with_their_replicas_and_a_stream_goes_on_at_a_new_one() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a", "b"]));
+    cluster.tell(vec![node("a"), node("b")]).await;
+    let gateway = join(&cluster, &workers, "gw", NOW_S).await;
+    assert_eq!(gateway.server.get("/v1/models").await.json()["data"], json!([]));
+    gateway.server.post_json(CHAT, &body(false)).await.error(503);
+
+    cluster.tell(vec![service("s", &[("a", 1)])]).await;
+    ready(&gateway.server).await;
+    let undisturbed = texts(&gateway.server.post_json(CHAT, &body(true)).await);
+
+    // The worker dies in the middle of an answer, and the replica is planned anew elsewhere, a moment later.
+    engine(&workers, "a").fates([Fate::DiesAndRestarts(4, Duration::from_secs(60))]);
+    let replaced = async {
+        eventually("the engine is away", || !engine(&workers, "a").script.lock().ready).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        cluster.tell(vec![service("s", &[("b", 2)])]).await;
+    };
+    let request = body(true);
+    let (answer, ()) = tokio::join!(gateway.server.post_json(CHAT, &request), replaced);
+    assert_eq!(texts(&answer), undisturbed);
+    assert_eq!(engine(&workers, "b").seen.lock().len(), 1);
+    assert_eq!(engine(&workers, "b").last().choices[0].emitted_tokens.len(), 4);
+
+    let epochs: Vec<u64> = workers.dialed.lock().iter().map(|target| target.epoch.0).collect();
+    assert_eq!(epochs, [1, 2]);
+    cluster.tell(vec![service("s", &[])]).await;
+    eventually("the replica is let go", || gateway.server.gateway.in_flight() == 0).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    gateway.server.post_json(CHAT, &body(false)).await.error(503);
+}
+
+#[tokio::test]
+async fn serving_goes_on_while_no_coordinator_answers() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a"]));
+    cluster.tell(vec![node("a"), service("s", &[("a", 1)])]).await;
+    let gateway = join(&cluster, &workers, "gw", NOW_S).await;
+    ready(&gateway.server).await;
+    *cluster.away.lock() = true;
+    let keyed = |key: &str| {
+        Request::post(CHAT)
+            .header("content-type", "application/json")
+            .header("host", "localhost")
+            .header("idempotency-key", key)
+            .body(Full::from(body(true).to_string()))
+            .expect("a valid request")
+    };
+    let first = texts(&Answer::read(gateway.server.send(keyed("k")).await).await);
+    assert_eq!(texts(&Answer::read(gateway.server.send(keyed("k")).await).await), first);
+}
+
+#[tokio::test]
+async fn a_request_goes_where_its_prompt_is_cached() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a", "b", "c"]));
+    cluster.tell(vec![node("a"), node("b"), node("c"), service("s", &[("a", 1), ("b", 2), ("c", 3)])]).await;
+    let long = "The quick brown fox jumps over the lazy dog. ".repeat(8);
+    let request = json!({"prompt": long, "max_tokens": 2, "seed": 1});
+    let first = join(&cluster, &workers, "gw", NOW_S).await;
+    ready(&first.server).await;
+    first.server.post_json(COMPLETIONS, &request).await;
+    let seen = ["a", "b", "c"].map(|name| engine(&workers, name).seen.lock().first().cloned());
+    let (at, generate) = seen.iter().enumerate().find_map(|(at, request)| Some((at, request.clone()?))).expect("one was asked");
+    // Another node says that it has the prompt.
+    let other = ["a", "b", "c"][(at + 1) % 3];
+    let blocks = PromptBlocks::of(&generate, "numerics-1", 16);
+    workers.cached.lock().insert(other.to_owned(), blocks.hashes().to_vec());
+    let second = join(&cluster, &workers, "gw2", NOW_S).await;
+    ready(&second.server).await;
+    eventually("all are dialed", || workers.dialed.lock().len() == 6).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    second.server.post_json(COMPLETIONS, &request).await;
+    assert_eq!(engine(&workers, other).seen.lock().len(), 1);
+}
+
+#[tokio::test]
+async fn another_gateway_answers_a_retry_with_the_same_tokens() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a", "b"]));
+    cluster.tell(vec![node("a"), node("b"), service("s", &[("a", 1), ("b", 2)])]).await;
+    let first = join(&cluster, &workers, "gw1", NOW_S).await;
+    // An hour later by its own clock: the template must still be rendered with the first one's.
+    let second = join(&cluster, &workers, "gw2", NOW_S + 3600).await;
+    ready(&first.server).await;
+    ready(&second.server).await;
+    let keyed = |content: &str| {
+        let body = json!({"messages": [{"role": "user", "content": content}], "max_tokens": 12, "stream": true, "temperature": 1.0});
+        Request::post(CHAT)
+            .header("content-type", "application/json")
+            .header("host", "localhost")
+            .header("idempotency-key", "order-7")
+            .body(Full::from(body.to_string()))
+            .expect("a valid request")
+    };
+    let one = texts(&Answer::read(first.server.send(keyed("Hi")).await).await);
+    let two = texts(&Answer::read(second.server.send(keyed("Hi")).await).await);
+    assert_eq!(one, two);
+    Answer::read(second.server.send(keyed("Other")).await).await.error(422);
+    // Once no replica of the same numerics is left, other tokens must not be given out under this key.
+    for name in ["a", "b"] {
+        let other = ScriptedEngine::new("model", "numerics-2");
+        workers.engines.lock().insert(name.to_owned(), other);
+    }
+    cluster.tell(vec![service("s", &[("a", 11), ("b", 12)])]).await;
+    eventually("the new replicas are dialed", || workers.dialed.lock().len() == 8).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let refused = Answer::read(second.server.send(keyed("Hi")).await).await.error(503);
+    assert!(refused["message"].as_str().is_some_and(|message| message.contains("other numerics")), "{refused}");
+}
+
+#[tokio::test]
+async fn keys_and_shares_of_their_limits_come_from_the_cluster() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a"]));
+    let created = KeyRecord::generate("team", KeyLimits { rpm: Some(60), tpm: None }, NOW_S).expect("a key");
+    let free = KeyRecord::generate("free", KeyLimits::default(), NOW_S).expect("a key");
+    let object = |record: &KeyRecord| Object::Key(Box::new(record.clone().into()));
+    cluster.tell(vec![node("a"), service("s", &[("a", 1)]), object(&created.record), object(&free.record)]).await;
+    cluster.shares.lock().push(KeyShare { key_id: created.record.id.clone(), rpm: Some(2), tpm: None });
+    let gateway = join(&cluster, &workers, "gw", NOW_S).await;
+    let with = |key: &str| {
+        Request::post(CHAT)
+            .header("content-type", "application/json")
+            .header("authorization", format!("Bearer {key}"))
+            .body(Full::from(body(false).to_string()))
+            .expect("a valid request")
+    };
+    gateway.server.post_json(CHAT, &body(false)).await.error(401);
+    let mut statuses = Vec::new();
+    for _ in 0..200 {
+        let status = Answer::read(gateway.server.send(with(&created.plaintext)).await).await.status.as_u16();
+        statuses.push(status);
+        if status == 429 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    statuses.retain(|status| *status != 503);
+    assert_eq!(statuses, [200, 200, 429], "two of this gateway's share, whatever the key's whole limit");
+    assert_eq!(Answer::read(gateway.server.send(with(&free.plaintext)).await).await.status, 200);
+
+    let mut revoked = free.record.clone();
+    revoked.revoked_s = Some(NOW_S);
+    cluster.tell(vec![object(&revoked)]).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    Answer::read(gateway.server.send(with(&free.plaintext)).await).await.error(401);
+}
