@@ -1,5 +1,6 @@
 //! [`Gateway`]: what `forgectl serve` and a gateway process put together and run.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -42,7 +43,9 @@ pub struct ServedModel {
 pub struct ServedReplica {
     /// Way, tokenizer and template.
     pub model: ServedModel,
-    /// Its name: `service/index`. With the same key and link it is the same replica still.
+    /// The service it is a copy of.
+    pub service: String,
+    /// Its name. With the same key and link it is the same replica still.
     pub key: String,
     /// Of the model's text parts and card; replicas of another version are another model, though of the same name.
     pub version: String,
@@ -129,9 +132,14 @@ impl Gateway {
             return Err(GatewayError::config("models", "at least one model is needed"));
         }
         let gateway = Self::empty(config, metrics, keys, clock)?;
-        let named =
-            |(index, model): (usize, ServedModel)| ServedReplica { key: index.to_string(), version: String::new(), prefixes: None, model };
-        gateway.publish(&models.into_iter().enumerate().map(named).collect::<Vec<_>>())?;
+        let named = |(index, model): (usize, ServedModel)| ServedReplica {
+            service: model.link.card().name.clone(),
+            key: index.to_string(),
+            version: String::new(),
+            prefixes: None,
+            model,
+        };
+        gateway.publish(&models.into_iter().enumerate().map(named).collect::<Vec<_>>(), &BTreeSet::new())?;
         Ok(gateway)
     }
 
@@ -169,12 +177,13 @@ impl Gateway {
         ClusterMember::start(parts, self.clone())
     }
 
-    /// Replaces what is served. Requests under way go on at the replicas that stay, or wait for new ones.
+    /// Replaces what is served. Requests under way go on at the replicas that stay, or wait for new ones. A model of one
+    /// of `services` stays listed while it has no replica.
     ///
     /// # Errors
     /// Two models of one name; what was served is served on.
-    pub fn publish(&self, served: &[ServedReplica]) -> Result<(), GatewayError> {
-        self.state.models.publish(served)
+    pub fn publish(&self, served: &[ServedReplica], services: &BTreeSet<String>) -> Result<(), GatewayError> {
+        self.state.models.publish(served, services)
     }
 
     /// Serves until `shutdown` resolves, then drains as [`Gateway::drain`] does and returns.

@@ -3,10 +3,10 @@
 //! A request holds its [`Model`] to its end; replicas that are planned anew meanwhile appear in that same model, so that
 //! the request can go on there. Invariant: one name stands for one model at any moment.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use forge_shared::generate::GenerateRequest;
@@ -28,6 +28,7 @@ pub(crate) struct Model {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) chat_template: Option<ChatTemplate>,
     pub(crate) label: ModelLabel,
+    service: String,
     /// Names what the text parts and the card were made from.
     version: String,
     replicas: RwLock<Arc<[Arc<Replica>]>>,
@@ -182,6 +183,8 @@ pub(crate) fn fingerprint(numerics_id: &str) -> String {
 #[derive(Default)]
 pub(crate) struct Models {
     table: RwLock<Arc<ModelTable>>,
+    /// Models that are no longer served and still have requests, which wait for a replica.
+    retired: Mutex<Vec<Weak<Model>>>,
 }
 
 impl Models {
@@ -195,30 +198,41 @@ impl Models {
         self.table().find(name).cloned()
     }
 
-    /// Replaces what is served. Models that stay are the same objects, so that their requests see new replicas; a model
+    /// Replaces what is served. Models that stay are the same objects, so that their requests see new replicas. A model
+    /// of one of `services` that has no replica at the moment stays listed and answers that it is not ready; any other
     /// that goes loses its replicas.
     ///
     /// # Errors
     /// Two models of one name; nothing has changed then.
-    pub(crate) fn publish(&self, served: &[ServedReplica]) -> Result<(), GatewayError> {
+    pub(crate) fn publish(&self, served: &[ServedReplica], services: &BTreeSet<String>) -> Result<(), GatewayError> {
         let old = self.table();
+        let mut retired = self.retired.lock();
         let mut groups: Vec<(Arc<Model>, Vec<&ServedReplica>)> = Vec::new();
         for replica in served {
             let card = replica.model.link.card();
-            let same = |model: &Arc<Model>| model.card.name == card.name && model.version == replica.version;
+            let same =
+                |model: &Arc<Model>| model.card.name == card.name && model.service == replica.service && model.version == replica.version;
             if let Some((_, replicas)) = groups.iter_mut().find(|(model, _)| same(model)) {
                 replicas.push(replica);
                 continue;
             }
-            let model = old.models.iter().find(|model| same(model)).cloned();
-            groups.push((model.unwrap_or_else(|| Arc::new(new_model(replica, card))), vec![replica]));
+            let known = old.models.iter().cloned().chain(retired.iter().filter_map(Weak::upgrade)).find(|model| same(model));
+            groups.push((known.unwrap_or_else(|| Arc::new(new_model(replica, card))), vec![replica]));
+        }
+        for model in &old.models {
+            let has_successor = groups.iter().any(|(other, _)| other.service == model.service);
+            if services.contains(&model.service) && !has_successor {
+                groups.push((model.clone(), Vec::new()));
+            }
         }
         let table = ModelTable::new(groups.iter().map(|(model, _)| model.clone()).collect())?;
         for (model, replicas) in &groups {
             model.set_replicas(replicas);
         }
+        retired.retain(|model| model.upgrade().is_some_and(|model| !groups.iter().any(|(other, _)| Arc::ptr_eq(other, &model))));
         for gone in old.models.iter().filter(|old| !groups.iter().any(|(model, _)| Arc::ptr_eq(model, old))) {
             gone.set_replicas(&[]);
+            retired.push(Arc::downgrade(gone));
         }
         *self.table.write() = Arc::new(table);
         Ok(())
@@ -232,6 +246,7 @@ fn new_model(replica: &ServedReplica, card: Arc<ModelCard>) -> Model {
         card,
         tokenizer: tokenizer.clone(),
         chat_template: chat_template.clone(),
+        service: replica.service.clone(),
         version: replica.version.clone(),
         replicas: RwLock::new(Arc::new([])),
     }

@@ -4,7 +4,7 @@
 //! until the new one is whole, so that a coordinator's death or a compacted history never empties a gateway; and the
 //! picture never goes back in time: a whole one of an older revision, from a coordinator that lags, is not taken.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use forge_cluster::api::WatchItem;
 use forge_cluster::engine::EngineTarget;
@@ -112,6 +112,11 @@ impl Directory {
             epoch: plan.epoch,
         };
         Some(Wanted { key: format!("{}@{}", plan.replica, plan.epoch), target })
+    }
+
+    /// Names of the services that are wanted.
+    pub fn services(&self) -> BTreeSet<String> {
+        self.current.services.values().filter(|service| !service.is_deleted).map(|service| service.service.metadata.name.clone()).collect()
     }
 
     /// The API keys.

@@ -114,7 +114,7 @@ async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>
             },
             () = changed.notified() => {}
         }
-        if let Err(error) = gateway.publish(&replicas.served()) {
+        if let Err(error) = gateway.publish(&replicas.served(), &directory.services()) {
             tracing::error!(%error, "the new replicas are not served");
         }
     }

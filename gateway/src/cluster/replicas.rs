@@ -70,7 +70,8 @@ impl Replicas {
         let served = Arc::new(Mutex::new(None));
         let (texts, changed, slot) = (self.texts.clone(), self.changed.clone(), served.clone());
         let client = self.dialer.dial(target.clone());
-        let task = tokio::spawn(look_after(key, client, texts, slot, changed));
+        let name = Name { key, service: target.replica.service.0.clone() };
+        let task = tokio::spawn(look_after(name, client, texts, slot, changed));
         Dialed { target, served, task }
     }
 
@@ -82,8 +83,14 @@ impl Replicas {
     }
 }
 
-async fn look_after(
+/// What a replica is called.
+struct Name {
     key: String,
+    service: String,
+}
+
+async fn look_after(
+    Name { key, service }: Name,
     client: Arc<dyn ReplicaClient>,
     texts: Arc<Texts>,
     slot: Arc<Mutex<Option<ServedReplica>>>,
@@ -93,7 +100,7 @@ async fn look_after(
     let prefixes = ReplicaPrefixes::default();
     let model =
         ServedModel { link: client.clone(), tokenizer: text.tokenizer().clone(), chat_template: text.chat_template().ok().cloned() };
-    *slot.lock() = Some(ServedReplica { model, key, version, prefixes: Some(prefixes.clone()) });
+    *slot.lock() = Some(ServedReplica { model, service, key, version, prefixes: Some(prefixes.clone()) });
     changed.notify_one();
     loop {
         let mut updates = client.prefixes();

@@ -116,9 +116,9 @@ async fn models_come_with_their_replicas_and_a_stream_goes_on_at_a_new_one() {
     let epochs: Vec<u64> = workers.dialed.lock().iter().map(|target| target.epoch.0).collect();
     assert_eq!(epochs, [1, 2]);
     cluster.tell(vec![service("s", &[])]).await;
-    eventually("the replica is let go", || gateway.server.gateway.in_flight() == 0).await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
     gateway.server.post_json(CHAT, &body(false)).await.error(503);
+    assert_eq!(gateway.server.get("/v1/models/model").await.status, 200, "the service is wanted, so its model stays listed");
 }
 
 #[tokio::test]
@@ -214,6 +214,15 @@ async fn keys_and_shares_of_their_limits_come_from_the_cluster() {
             .expect("a valid request")
     };
     gateway.server.post_json(CHAT, &body(false)).await.error(401);
+    let mut served = false;
+    for _ in 0..200 {
+        served |= Answer::read(gateway.server.send(with(&free.plaintext)).await).await.status == 200;
+        if served {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(served);
     let mut statuses = Vec::new();
     for _ in 0..200 {
         let status = Answer::read(gateway.server.send(with(&created.plaintext)).await).await.status.as_u16();
