@@ -8,6 +8,7 @@
 
 mod document;
 mod keys;
+mod process;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,7 @@ use crate::spec::{ModelService, ModelServiceSpec, SpecError};
 
 pub use document::{Document, Format, parse_document, render, to_value};
 pub use keys::{Group, KEYS, Key, Kind};
+pub use process::{ProcessConfig, ProcessLayers};
 
 /// Name of a service whose document gives none.
 pub const DEFAULT_SERVICE_NAME: &str = "default";
@@ -24,8 +26,8 @@ pub const DEFAULT_SERVICE_NAME: &str = "default";
 /// Variables that are no key of a service and belong to other parts of Forge.
 const OTHER_VARIABLES: [&str; 8] =
     ["FORGE_HOME", "FORGE_OFFLINE", "FORGE_HF_REVISION", "FORGE_LOG", "FORGE_LOG_FORMAT", "FORGE_CONFIG", "FORGE_CPU_PATH", "FORGE_FAULT"];
-/// Beginnings of variables that switch behaviour of tests and of emergency overrides.
-const OTHER_PREFIXES: [&str; 2] = ["FORGE_TEST_", "FORGE_ALLOW_"];
+/// Beginnings of variables that switch behaviour of tests and of emergency overrides, or belong to processes of a cluster.
+const OTHER_PREFIXES: [&str; 4] = ["FORGE_TEST_", "FORGE_ALLOW_", "FORGE_COORDINATOR_", "FORGE_WORKER_"];
 
 /// A configuration that cannot be used.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

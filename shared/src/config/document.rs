@@ -62,17 +62,9 @@ pub struct Document {
 /// # Errors
 /// [`ConfigError`] naming the file and the key.
 pub fn parse_document(text: &str, format: Format, origin: &str) -> Result<Document, ConfigError> {
-    let fail = |reason: String| ConfigError::Document { origin: origin.into(), reason };
-    if text.len() > MAX_DOCUMENT_BYTES {
-        return Err(fail(format!("is {} bytes long; a ModelService has at most {MAX_DOCUMENT_BYTES}", text.len())));
-    }
-    let parsed = match format {
-        Format::Yaml => serde_yaml_ng::from_str::<Strict>(text).map_err(|error| format!("not valid YAML: {error}")),
-        Format::Toml => toml::from_str::<Strict>(text).map_err(|error| format!("not valid TOML: {error}")),
-        Format::Json => serde_json::from_str::<Strict>(text).map_err(|error| format!("not valid JSON: {error}")),
-    };
-    let Value::Object(top) = parsed.map_err(&fail)?.0 else {
-        return Err(fail("holds no keys; write a ModelService with apiVersion, kind and spec".into()));
+    let Value::Object(top) = parse_strictly(text, format, origin)? else {
+        let reason = "holds no keys; write a ModelService with apiVersion, kind and spec".into();
+        return Err(ConfigError::Document { origin: origin.into(), reason });
     };
     check_head(&top, origin)?;
     let name = match top.get("metadata") {
@@ -86,6 +78,20 @@ pub fn parse_document(text: &str, format: Format, origin: &str) -> Result<Docume
         Some(_) => return Err(wrong(origin, "spec", "expected keys such as `model: smollm2:135m`".into())),
     }
     Ok(Document { name, settings })
+}
+
+/// A document as data, in which no key is written twice.
+pub(super) fn parse_strictly(text: &str, format: Format, origin: &str) -> Result<Value, ConfigError> {
+    let fail = |reason: String| ConfigError::Document { origin: origin.into(), reason };
+    if text.len() > MAX_DOCUMENT_BYTES {
+        return Err(fail(format!("is {} bytes long; a configuration has at most {MAX_DOCUMENT_BYTES}", text.len())));
+    }
+    let parsed = match format {
+        Format::Yaml => serde_yaml_ng::from_str::<Strict>(text).map_err(|error| format!("not valid YAML: {error}")),
+        Format::Toml => toml::from_str::<Strict>(text).map_err(|error| format!("not valid TOML: {error}")),
+        Format::Json => serde_json::from_str::<Strict>(text).map_err(|error| format!("not valid JSON: {error}")),
+    };
+    parsed.map(|strict| strict.0).map_err(fail)
 }
 
 fn check_head(top: &Map<String, Value>, origin: &str) -> Result<(), ConfigError> {
