@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod client;
+pub mod config;
 pub mod engine;
 pub mod probes;
 pub mod status;

@@ -1,0 +1,125 @@
+//! Every example under `cluster-configs/` is loaded, and says what its folder's name says.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use forge_shared::config::{Format, ProcessLayers};
+use serde_json::Value;
+
+use super::*;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../cluster-configs")
+}
+
+fn read<T: ProcessConfig>(path: &Path) -> T {
+    let text = std::fs::read_to_string(path).unwrap();
+    let origin = path.display().to_string();
+    let layers = ProcessLayers { file: Some((text.clone(), Format::detect(&origin, &text), origin)), ..ProcessLayers::default() };
+    layers.resolve().unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The gateway's own keys are checked where its type is known; here any group will do.
+type AnyGateway = GatewayFile<BTreeMap<String, Value>>;
+
+fn kind_of(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().find_map(|line| line.strip_prefix("kind: ")).unwrap().trim().to_owned()
+}
+
+fn files(name: &str) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder().join(name)).unwrap().map(|entry| entry.unwrap().path()).collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn every_example_is_loaded() {
+    let mut counts: BTreeMap<String, [usize; 3]> = BTreeMap::new();
+    for entry in std::fs::read_dir(folder()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if name.ends_with(".md") {
+            continue;
+        }
+        let (mut addresses, mut names) = (Vec::new(), Vec::new());
+        for path in files(&name) {
+            let count = counts.entry(name.clone()).or_default();
+            match kind_of(&path).as_str() {
+                "Coordinator" => {
+                    let config: CoordinatorConfig = read(&path);
+                    addresses.extend([config.listen, config.metrics_listen]);
+                    names.push(config.name);
+                    count[0] += 1;
+                }
+                "Worker" => {
+                    let config: WorkerConfig = read(&path);
+                    addresses.extend([config.listen, config.metrics_listen]);
+                    names.push(config.name);
+                    count[1] += 1;
+                }
+                "Gateway" => count[2] += 1,
+                "ModelService" => {}
+                other => panic!("{}: kind {other}", path.display()),
+            }
+        }
+        // Processes of one host must not take each other's ports; on hosts of their own all may listen alike.
+        if !addresses.iter().any(|address| address.starts_with("0.0.0.0")) {
+            let all = addresses.len();
+            addresses.sort();
+            addresses.dedup();
+            assert_eq!(addresses.len(), all, "{name}: two processes with one address");
+        }
+        let all = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), all, "{name}: two processes with one name");
+    }
+    let expected = [("laptop", [1, 1, 1]), ("one-host", [3, 2, 1]), ("2x8-gpu", [1, 2, 1]), ("8x8-gpu", [3, 8, 2])];
+    assert_eq!(counts, expected.map(|(name, count)| (name.to_owned(), count)).into());
+}
+
+#[test]
+fn gpu_examples_declare_eight_devices_a_node() {
+    for name in ["2x8-gpu", "8x8-gpu"] {
+        for path in files(name).iter().filter(|path| kind_of(path) == "Worker") {
+            let declared = read::<WorkerConfig>(path).declared();
+            assert_eq!(declared.len(), 8, "{}", path.display());
+            assert!(declared.iter().all(|device| device.is_virtual && device.memory_bytes == 80 << 30));
+        }
+    }
+}
+
+#[test]
+fn gateways_are_loaded_with_their_own_keys() {
+    for name in ["laptop", "one-host", "2x8-gpu", "8x8-gpu"] {
+        for path in files(name).iter().filter(|path| kind_of(path) == "Gateway") {
+            let text = std::fs::read_to_string(path).unwrap();
+            let mut document: Value = serde_yaml_ng::from_str(&text).unwrap();
+            let object = document.as_object_mut().unwrap();
+            object.remove("apiVersion");
+            object.remove("kind");
+            let config: AnyGateway = serde_json::from_value(document).unwrap();
+            assert!(config.check().is_ok() && config.gateway.contains_key("port"), "{}", path.display());
+        }
+    }
+}
+
+#[test]
+fn contradictions_are_named() {
+    let resolve = |assignments: &[&str]| {
+        let assignments = assignments.iter().map(|text| text.to_string()).collect();
+        ProcessLayers { assignments, ..ProcessLayers::default() }.resolve::<CoordinatorConfig>().map(|_| ()).unwrap_err().to_string()
+    };
+    assert!(resolve(&["listen=0.0.0.0:7000"]).contains("advertise"));
+    assert!(resolve(&["listen=7000"]).contains("host:port"));
+    assert!(resolve(&["name=My Host"]).contains("a-z"));
+    assert!(resolve(&["leaseMs=100"]).contains("three times"));
+    assert!(resolve(&["membership.token=a", "membership.tokenFile=b"]).contains("keep one"));
+    let worker = |assignments: &[&str]| {
+        let assignments = assignments.iter().map(|text| text.to_string()).collect();
+        ProcessLayers { assignments, ..ProcessLayers::default() }.resolve::<WorkerConfig>()
+    };
+    assert!(worker(&["coordinators="]).unwrap_err().to_string().contains("coordinators"));
+    let devices = worker(&[r#"devices=[{"cores":2,"memory":"1GiB"}]"#, "reserve=1GiB"]).unwrap();
+    assert_eq!((devices.declared()[0].memory_bytes, devices.reserve.0), (1 << 30, 1 << 30));
+}
