@@ -52,12 +52,9 @@ fn model_in_folder(folder: PathBuf) -> Result<(PathBuf, Vec<PathBuf>)> {
         return Ok((folder, files));
     }
     match (ends(".gguf"), ends(".safetensors")) {
-        (1, _) => {
-            files.retain(|path| path.extension().is_some_and(|end| end == "gguf"));
-            Ok((files[0].clone(), files))
-        }
-        (2.., _) if parts_of_one(&files) => {
-            files.retain(|path| path.extension().is_some_and(|end| end == "gguf"));
+        (count, _) if count == 1 || (count > 1 && parts_of_one(&files)) => {
+            // As they were counted: a file that is called `.gguf` has no extension to the system.
+            files.retain(|path| path.to_string_lossy().ends_with(".gguf"));
             Ok((files[0].clone(), files))
         }
         (0, 0) if torch > 0 => refuse("it has a PyTorch file but no config.json".into()),
@@ -146,6 +143,10 @@ mod tests {
         let model = resolve("m".into(), split.path()).unwrap();
         assert!(model.path().ends_with("m-00001-of-00002.gguf"));
         assert_eq!(model.size_bytes(), 7);
+
+        let nameless = tempfile::tempdir().unwrap();
+        write(nameless.path(), ".gguf", b"GGUF");
+        assert!(resolve("m".into(), nameless.path()).unwrap().path().ends_with(".gguf"));
     }
 
     #[test]
