@@ -39,6 +39,10 @@ impl SpeedSizes {
             if value == 0 {
                 return Err(EvalError::Option { option, value, reason: "must be at least 1".to_owned() });
             }
+            // Rows, positions and slots are counted in 32 bits; with less, no product of two sizes overflows.
+            if u32::try_from(value).is_err() {
+                return Err(EvalError::Option { option, value, reason: "must be below 2^32".to_owned() });
+            }
         }
         if self.longest() > context_length {
             let reason = format!("with {} decoded tokens it is beyond the model's context of {context_length}", self.decode);
@@ -198,5 +202,8 @@ mod tests {
         assert!(sizes.check(69).is_ok());
         assert!(sizes.check(68).expect_err("too long").to_string().contains("context of 68"));
         assert!(SpeedSizes { rounds: 0, ..sizes }.check(100).is_err());
+        for huge in [SpeedSizes { prefill: usize::MAX, ..sizes }, SpeedSizes { batch: 1 << 32, ..sizes }] {
+            assert!(huge.check(100).expect_err("too large").to_string().contains("below 2^32"));
+        }
     }
 }
