@@ -125,6 +125,39 @@ fn arrivals_at_a_rate_chats_and_tables() {
 }
 
 #[test]
+fn ctrl_c_in_a_sweep_keeps_what_was_measured() {
+    let server = Server::start();
+    let arguments = ["bench", "serve", "--url", &server.url, "--input-tokens", "20", "--output-tokens", "4", "--warmup", "0"];
+    let sweep = ["--request-rate", "5,6", "--requests", "200", "--plot", "part.svg", "-o", "json"];
+    let all = [&arguments[..], &sweep[..]].concat();
+    let child = forgectl(server.home.path(), &all).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(killed.expect("kill is there").success());
+    let output = child.wait_with_output().expect("ends");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("error: stopped"), "{stderr}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((&report["stopped"], &report["asked"]["loads"]), (&true.into(), &2.into()));
+    let ended = report["points"][0]["requests"].as_array().expect("those that ended").len();
+    assert!((1..200).contains(&ended) && report["points"].as_array().is_some_and(|points| points.len() == 1), "{ended}");
+    assert!(std::fs::read_to_string(server.home.path().join("part.svg")).expect("written").contains("</svg>"));
+}
+
+#[test]
+fn an_address_without_v1_is_told_so() {
+    let server = Server::start();
+    let url = server.url.trim_end_matches("/v1");
+    for rest in [&[][..], &["--model", "tiny"]] {
+        let output = forgectl(server.home.path(), &[&["bench", "serve", "--url", url], rest].concat()).output().expect("starts");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(&format!("try --url {}", server.url)), "{stderr}");
+    }
+}
+
+#[test]
 fn nobody_there_is_lost_contact_and_wrong_flags_are_usage() {
     let home = tempfile::tempdir().expect("a temporary folder");
     let free = TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("bound").port();
@@ -136,7 +169,7 @@ fn nobody_there_is_lost_contact_and_wrong_flags_are_usage() {
     for rest in [&["--requests", "1"][..], &["--requests", "1", "--model", "any"]] {
         let (code, stderr) = run(&[&["--url", &url], rest].concat());
         assert_eq!(code, Some(4), "{stderr}");
-        assert!(stderr.contains("error: "), "{stderr}");
+        assert!(stderr.contains("error: ") && stderr.contains("help: Is a server listening there?"), "{stderr}");
     }
     for (arguments, expected) in [
         (&["--concurrency", "0"][..], "at least 1"),
@@ -146,6 +179,7 @@ fn nobody_there_is_lost_contact_and_wrong_flags_are_usage() {
         (&["--input-tokens", "9-3"], "ends before it begins"),
         (&["--dataset", "absent.json"], "cannot read absent.json"),
         (&["--requests", "0"], "from 1 to 1000000"),
+        (&["--warmup", "1000001"], "from 0 to 1000000"),
     ] {
         let (code, stderr) = run(arguments);
         assert_eq!(code, Some(2), "{arguments:?}: {stderr}");

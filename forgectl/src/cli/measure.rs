@@ -144,7 +144,7 @@ pub struct BenchServeArgs {
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Load", value_parser = parse_count)]
     pub requests: usize,
     /// Requests before the measurement that do not count [default: as many as are under way at once]
-    #[arg(long, value_name = "N", help_heading = "Load")]
+    #[arg(long, value_name = "N", help_heading = "Load", value_parser = parse_warmup)]
     pub warmup: Option<usize>,
     /// Time a request has
     #[arg(long, value_name = "TIME", default_value = "600s", value_parser = parse_duration, help_heading = "Load")]
@@ -177,9 +177,20 @@ pub struct BenchServeArgs {
     pub output: ListArgs,
 }
 
+/// Requests are drawn before the first is sent, so their number has an end.
+const MOST_REQUESTS: usize = 1_000_000;
+
 fn parse_count(text: &str) -> Result<usize, String> {
-    let count = text.parse::<usize>().ok().filter(|count| (1..=1_000_000).contains(count));
-    count.ok_or_else(|| format!("{text:?} must be a whole number from 1 to 1000000"))
+    count_from(1, text)
+}
+
+fn parse_warmup(text: &str) -> Result<usize, String> {
+    count_from(0, text)
+}
+
+fn count_from(least: usize, text: &str) -> Result<usize, String> {
+    let count = text.parse::<usize>().ok().filter(|count| (least..=MOST_REQUESTS).contains(count));
+    count.ok_or_else(|| format!("{text:?} must be a whole number from {least} to {MOST_REQUESTS}"))
 }
 
 /// `bench model`.

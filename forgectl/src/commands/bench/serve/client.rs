@@ -11,6 +11,8 @@ use crate::failure::{Exit, Failure, Result};
 
 /// Longest body of an error that is read.
 const MAX_ERROR_BYTES: usize = 64 << 10;
+/// Longest list of models.
+const MAX_LIST_BYTES: usize = 4 << 20;
 /// For a connection, and for the list of models.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -93,19 +95,23 @@ impl Endpoint {
 
     async fn first_model(&self) -> Result<String> {
         let url = format!("{}/models", self.base);
-        let unreachable = |error: &reqwest::Error| Failure::of(error).while_doing(&format!("cannot reach {url}")).exit(Exit::LostContact);
+        let unreachable = |error: &reqwest::Error| {
+            let failure = Failure::of(error).while_doing(&format!("cannot reach {url}"));
+            failure.help(remedy(&self.base, ErrorKind::Connect)).exit(Exit::LostContact)
+        };
         let mut request = self.client.get(&url).timeout(CONNECT_TIMEOUT);
         if let Some(key) = &self.key {
             request = request.bearer_auth(key);
         }
-        let response = request.send().await.map_err(|error| unreachable(&error))?;
+        let mut response = request.send().await.map_err(|error| unreachable(&error))?;
         let status = response.status();
-        let body = response.bytes().await.map_err(|error| unreachable(&error))?;
+        let mut body = Vec::new();
+        read(&mut response, &mut body, MAX_LIST_BYTES).await.map_err(|error| unreachable(&error))?;
         let list: Option<Value> = serde_json::from_slice(&body).ok();
         let model = list.as_ref().and_then(|list| list["data"][0]["id"].as_str());
         model.map(str::to_owned).ok_or_else(|| {
-            Failure::new(format!("{url} answered {status} and no list of models"))
-                .help("give --model, and --api-key where the server wants one")
+            let kind = if status.is_server_error() { ErrorKind::Server } else { ErrorKind::Refused };
+            Failure::new(format!("{url} answered {status} and no list of models")).help(remedy(&self.base, kind))
         })
     }
 
@@ -224,16 +230,39 @@ async fn status_error(mut response: reqwest::Response) -> RequestError {
     let status = response.status();
     let kind = if status.is_server_error() { ErrorKind::Server } else { ErrorKind::Refused };
     let mut body = Vec::new();
-    while let Ok(Some(bytes)) = response.chunk().await {
-        body.extend_from_slice(&bytes);
-        if body.len() > MAX_ERROR_BYTES {
-            break;
-        }
-    }
+    // What it said before it broke off is better than nothing.
+    let _ = read(&mut response, &mut body, MAX_ERROR_BYTES).await;
     let parsed: Option<Value> = serde_json::from_slice(&body).ok();
     let said = parsed.as_ref().and_then(|value| value["error"]["message"].as_str().or(value["message"].as_str()));
     let said = said.map_or_else(|| String::from_utf8_lossy(&body).into_owned(), str::to_owned);
     RequestError::new(kind, format!("{}: {said}", status.as_u16()))
+}
+
+/// Reads the body of an answer, no more of it than a little beyond `most` bytes.
+async fn read(response: &mut reqwest::Response, body: &mut Vec<u8>, most: usize) -> Result<(), reqwest::Error> {
+    while body.len() <= most
+        && let Some(bytes) = response.chunk().await?
+    {
+        body.extend_from_slice(&bytes);
+    }
+    Ok(())
+}
+
+/// What to do about requests to `base` that all fail like this.
+pub fn remedy(base: &str, kind: ErrorKind) -> String {
+    let base = base.trim_end_matches('/');
+    let versioned = base.rsplit('/').next().is_some_and(|last| last.len() > 1 && last.starts_with('v'));
+    let path = if versioned { String::new() } else { format!("--url is the address up to /v1: try --url {base}/v1. ") };
+    let rest = match kind {
+        ErrorKind::Connect => "Is a server listening there? `forgectl serve` starts one on http://127.0.0.1:8000/v1",
+        ErrorKind::Deadline => "Give requests more time with --timeout, or the server less to do",
+        ErrorKind::Broken => "Look at the server's own log: it ended the connection",
+        ErrorKind::Server | ErrorKind::InStream => "Look at the server's own log",
+        ErrorKind::Refused | ErrorKind::Malformed | ErrorKind::Empty => {
+            "Give --model, --api-key where the server wants one, and --endpoint chat or completions, whichever it has"
+        }
+    };
+    path + rest
 }
 
 /// An error and its causes in one line.
@@ -250,6 +279,15 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_without_v1_is_the_first_suspect() {
+        assert!(remedy("http://a:8000/", ErrorKind::Refused).starts_with("--url is the address up to /v1: try --url http://a:8000/v1."));
+        for base in ["http://a:8000/v1", "http://a:8000/v1/", "http://a/openai/v2"] {
+            assert!(!remedy(base, ErrorKind::Refused).contains("--url"), "{base}");
+        }
+        assert!(remedy("http://a:8000/v1", ErrorKind::Connect).contains("forgectl serve"));
+    }
 
     fn stream() -> Stream {
         Stream { started: Instant::now(), last_text: None, record: Record::default(), chunks: 0, done: false }

@@ -1,6 +1,7 @@
 //! How requests arrive: a fixed number at once, or by themselves at a rate.
 
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use rand::rngs::StdRng;
 use rand_distr::{Distribution, Exp};
 use serde::Serialize;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::client::{Endpoint, Request};
 use super::record::Record;
@@ -57,45 +59,78 @@ pub fn arrivals(rate: f64, count: usize, seed: u64) -> Vec<f64> {
     times.collect()
 }
 
-/// Sends the requests and returns how each went, in the order they ended.
-pub async fn run(endpoint: &Arc<Endpoint>, requests: Vec<Request>, load: Load, timeout: Duration, seed: u64) -> Vec<Record> {
-    let total = requests.len();
-    let (sender, mut ended) = mpsc::unbounded_channel();
-    let begin = Instant::now();
-    match load {
-        Load::Concurrency(count) => {
-            let queue = Arc::new(Mutex::new(VecDeque::from(requests)));
-            for _ in 0..count.min(total) {
-                let (endpoint, queue, sender) = (endpoint.clone(), queue.clone(), sender.clone());
-                tokio::spawn(async move {
-                    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-                    while let Some(request) = next() {
+/// What a load's requests are sent with.
+pub struct Sender {
+    /// Where to.
+    pub endpoint: Arc<Endpoint>,
+    /// How they arrive.
+    pub load: Load,
+    /// Time each has.
+    pub timeout: Duration,
+    /// Of the arrivals.
+    pub seed: u64,
+}
+
+/// How requests went.
+pub struct Outcome {
+    /// In the order they ended.
+    pub records: Vec<Record>,
+    /// Whether it was stopped before all had ended; those under way are dropped then and not among the records.
+    pub stopped: bool,
+}
+
+impl Sender {
+    /// Sends the requests until all have ended or `stop` resolves.
+    pub async fn send(&self, requests: Vec<Request>, mut stop: Pin<&mut impl Future<Output = ()>>) -> Outcome {
+        let total = requests.len();
+        let (sender, mut ended) = mpsc::unbounded_channel();
+        // Dropped at the end, which ends what is still under way.
+        let mut tasks = JoinSet::new();
+        let begin = Instant::now();
+        let timeout = self.timeout;
+        match self.load {
+            Load::Concurrency(count) => {
+                let queue = Arc::new(Mutex::new(VecDeque::from(requests)));
+                for _ in 0..count.min(total) {
+                    let (endpoint, queue, sender) = (self.endpoint.clone(), queue.clone(), sender.clone());
+                    tasks.spawn(async move {
+                        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                        while let Some(request) = next() {
+                            let start_s = begin.elapsed().as_secs_f64();
+                            // A receiver that is gone was stopped by the user.
+                            let _ = sender.send(Record { start_s, ..endpoint.run(&request, timeout).await });
+                        }
+                    });
+                }
+            }
+            Load::RequestRate(rate) => {
+                for (request, start_s) in requests.into_iter().zip(arrivals(rate, total, self.seed)) {
+                    let (endpoint, sender) = (self.endpoint.clone(), sender.clone());
+                    tasks.spawn(async move {
+                        tokio::time::sleep_until((begin + Duration::from_secs_f64(start_s)).into()).await;
                         let start_s = begin.elapsed().as_secs_f64();
-                        // A receiver that is gone was stopped by the user.
                         let _ = sender.send(Record { start_s, ..endpoint.run(&request, timeout).await });
-                    }
-                });
+                    });
+                }
             }
         }
-        Load::RequestRate(rate) => {
-            for (request, start_s) in requests.into_iter().zip(arrivals(rate, total, seed)) {
-                let (endpoint, sender) = (endpoint.clone(), sender.clone());
-                tokio::spawn(async move {
-                    tokio::time::sleep_until((begin + Duration::from_secs_f64(start_s)).into()).await;
-                    let start_s = begin.elapsed().as_secs_f64();
-                    let _ = sender.send(Record { start_s, ..endpoint.run(&request, timeout).await });
-                });
-            }
+        drop(sender);
+        let mut meter = Meter::new("requests", total);
+        let mut outcome = Outcome { records: Vec::with_capacity(total), stopped: false };
+        loop {
+            let record = tokio::select! {
+                biased;
+                () = stop.as_mut() => {
+                    outcome.stopped = true;
+                    return outcome;
+                }
+                record = ended.recv() => record,
+            };
+            let Some(record) = record else { return outcome };
+            outcome.records.push(record);
+            meter.at(outcome.records.len(), &self.load.to_string());
         }
     }
-    drop(sender);
-    let mut meter = Meter::new("requests", total);
-    let mut records = Vec::with_capacity(total);
-    while let Some(record) = ended.recv().await {
-        records.push(record);
-        meter.at(records.len(), &load.to_string());
-    }
-    records
 }
 
 #[cfg(test)]

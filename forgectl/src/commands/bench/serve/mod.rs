@@ -15,8 +15,8 @@ mod sse;
 mod summary;
 
 use std::path::Path;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -26,7 +26,7 @@ pub use client::Interface;
 use client::{Endpoint, Extras, Request};
 pub use lengths::Range;
 use lengths::Workload;
-use load::Load;
+use load::{Load, Outcome, Sender};
 use prompts::Counting;
 use record::{ErrorKind, Record};
 pub use slo::{Objectives, parse_duration, parse_objectives};
@@ -64,10 +64,22 @@ struct Report {
     timeout_s: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     objectives: Option<Objectives>,
+    /// Loads and requests of each that were asked for.
+    asked: Asked,
+    /// Whether a signal ended it before all of that was measured.
+    stopped: bool,
     points: Vec<Point>,
 }
 
-/// Measures and prints.
+/// How much was to be measured.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Asked {
+    loads: usize,
+    requests: usize,
+}
+
+/// Measures and prints; a signal ends it with the figures of what was measured until then.
 ///
 /// # Errors
 /// An endpoint that does not answer, or answers no request; a file that cannot be read or written.
@@ -76,10 +88,12 @@ pub fn serve(args: &BenchServeArgs) -> Result<()> {
     let workload = workload(args)?;
     args.plot.as_deref().map_or(Ok(()), check_plot)?;
     let report = runtime::start()?.block_on(async {
-        tokio::select! {
-            report = measure_endpoint(args, &loads, &workload) => report,
-            () = runtime::stop_signal() => Err(Failure::new("stopped")),
-        }
+        let mut stop = pin!(runtime::stop_signal());
+        let prepared = tokio::select! {
+            prepared = prepare(args, &loads, &workload) => prepared?,
+            () = stop.as_mut() => return Err(Failure::new("stopped before anything was measured")),
+        };
+        measure_loads(args, &loads, prepared, stop).await
     })?;
     // First what was measured: a plot that cannot be written must not cost the figures.
     report::print(args.output.output, &report)?;
@@ -89,7 +103,8 @@ pub fn serve(args: &BenchServeArgs) -> Result<()> {
             .map_err(|error| Failure::new(error.to_string()).while_doing(&format!("cannot write {}", path.display())))?;
     }
     match report.points.iter().all(|point| point.summary.completed == 0) {
-        true => Err(nothing_succeeded(&report.points)),
+        true => Err(nothing_succeeded(&report)),
+        false if report.stopped => Err(Failure::new("stopped: the figures are those of the requests that had ended")),
         false => Ok(()),
     }
 }
@@ -125,31 +140,60 @@ fn workload(args: &BenchServeArgs) -> Result<Workload> {
     Ok(if args.conversations { Workload::Conversations } else { Workload::Ranges { input: args.input_tokens, output: args.output_tokens } })
 }
 
-async fn measure_endpoint(args: &BenchServeArgs, loads: &[Load], workload: &Workload) -> Result<Report> {
+/// An endpoint that is known and warm, and what comes next of the seed.
+struct Prepared<'a> {
+    endpoint: Arc<Endpoint>,
+    counting: Counting,
+    workload: &'a Workload,
+    warmup_requests: usize,
+    random: StdRng,
+}
+
+async fn prepare<'a>(args: &BenchServeArgs, loads: &[Load], workload: &'a Workload) -> Result<Prepared<'a>> {
     let key = args.api_key.clone().filter(|key| !key.is_empty());
     let mut endpoint = Endpoint::connect(&args.url, key, args.model.clone(), args.endpoint).await?;
     if args.no_ignore_eos {
         endpoint.extras.ignore_eos = false;
     }
     let mut random = StdRng::seed_from_u64(args.seed);
-    let counting = probe(&mut endpoint, args.timeout, &mut random).await?;
+    let counting = probe(&mut endpoint, args, &mut random).await?;
     let endpoint = Arc::new(endpoint);
-    let draw = |count: usize, random: &mut StdRng| (0..count).map(|_| request(workload, &counting, random)).collect::<Vec<_>>();
-    let first = loads.first().copied().unwrap_or(Load::Concurrency(1));
-    let warmup_requests = args.warmup.unwrap_or(match first {
-        Load::Concurrency(count) => count,
-        Load::RequestRate(_) => 4,
+    let warmup_requests = args.warmup.unwrap_or(match loads.first() {
+        Some(Load::Concurrency(count)) => (*count).min(args.requests),
+        Some(Load::RequestRate(_)) | None => 4,
     });
     if warmup_requests > 0 {
-        let requests = draw(warmup_requests, &mut random);
-        load::run(&endpoint, requests, Load::Concurrency(warmup_requests), args.timeout, 0).await;
+        let requests = requests(workload, &counting, warmup_requests, &mut random);
+        let sender = Sender { endpoint: endpoint.clone(), load: Load::Concurrency(warmup_requests), timeout: args.timeout, seed: 0 };
+        sender.send(requests, pin!(std::future::pending())).await;
     }
-    let mut points = Vec::new();
+    Ok(Prepared { endpoint, counting, workload, warmup_requests, random })
+}
+
+async fn measure_loads(
+    args: &BenchServeArgs,
+    loads: &[Load],
+    prepared: Prepared<'_>,
+    mut stop: Pin<&mut impl Future<Output = ()>>,
+) -> Result<Report> {
+    let Prepared { endpoint, counting, workload, warmup_requests, mut random } = prepared;
+    let (mut points, mut stopped) = (Vec::new(), false);
     for load in loads {
         let mut random = StdRng::seed_from_u64(prompts::branch(&mut random));
-        let requests = draw(args.requests, &mut random);
-        let requests = load::run(&endpoint, requests, *load, args.timeout, prompts::branch(&mut random)).await;
-        points.push(Point { load: *load, summary: Summary::of(&requests, args.slo.as_ref()), requests });
+        let requests = requests(workload, &counting, args.requests, &mut random);
+        let seed = prompts::branch(&mut random);
+        let sender = Sender { endpoint: endpoint.clone(), load: *load, timeout: args.timeout, seed };
+        let Outcome { records, stopped: now } = sender.send(requests, stop.as_mut()).await;
+        stopped = now;
+        if !records.is_empty() {
+            points.push(Point { load: *load, summary: Summary::of(&records, args.slo.as_ref()), requests: records });
+        }
+        if stopped {
+            break;
+        }
+    }
+    if points.is_empty() {
+        return Err(Failure::new("stopped before any request had ended"));
     }
     Ok(Report {
         url: args.url.clone(),
@@ -161,8 +205,14 @@ async fn measure_endpoint(args: &BenchServeArgs, loads: &[Load], workload: &Work
         warmup_requests,
         timeout_s: args.timeout.as_secs_f64(),
         objectives: args.slo.clone(),
+        asked: Asked { loads: loads.len(), requests: args.requests },
+        stopped,
         points,
     })
+}
+
+fn requests(workload: &Workload, counting: &Counting, count: usize, random: &mut StdRng) -> Vec<Request> {
+    (0..count).map(|_| request(workload, counting, random)).collect()
 }
 
 fn request(workload: &Workload, counting: &Counting, random: &mut StdRng) -> Request {
@@ -172,12 +222,12 @@ fn request(workload: &Workload, counting: &Counting, random: &mut StdRng) -> Req
 }
 
 /// Finds what the endpoint understands and how it counts, by two small requests.
-async fn probe(endpoint: &mut Endpoint, timeout: Duration, random: &mut StdRng) -> Result<Counting> {
+async fn probe(endpoint: &mut Endpoint, args: &BenchServeArgs, random: &mut StdRng) -> Result<Counting> {
     let mut counts = Vec::new();
     for count in PROBES {
         let record = loop {
             let request = Request { prompt: prompts::words(count, random), input: count, output: 4 };
-            let record = endpoint.run(&request, timeout).await;
+            let record = endpoint.run(&request, args.timeout).await;
             let Some(error) = &record.error else { break record };
             let extras = &mut endpoint.extras;
             // A server that refuses what it does not know gets the plainer request, one field after the other.
@@ -186,7 +236,7 @@ async fn probe(endpoint: &mut Endpoint, timeout: Duration, random: &mut StdRng) 
                 ErrorKind::Refused if extras.usage => extras.usage = false,
                 // A base model may say nothing that is text to a random prompt.
                 ErrorKind::Empty => break record,
-                _ => return Err(probe_failed(error)),
+                _ => return Err(probe_failed(&args.url, error)),
             }
         };
         counts.push(record.input_tokens.map(|tokens| (count, tokens)));
@@ -201,23 +251,18 @@ async fn probe(endpoint: &mut Endpoint, timeout: Duration, random: &mut StdRng) 
     Ok(known.unwrap_or(Counting::UNKNOWN))
 }
 
-fn probe_failed(error: &record::RequestError) -> Failure {
-    let failure = Failure::new("the endpoint answers no request").cause(error.message.clone());
-    match error.kind {
-        ErrorKind::Connect | ErrorKind::Deadline | ErrorKind::Broken => {
-            failure.help("--url is the address up to /v1, such as http://127.0.0.1:8000/v1").exit(Exit::LostContact)
-        }
-        _ => failure.help("try --endpoint chat (or completions), --model and --api-key"),
-    }
+fn probe_failed(url: &str, error: &record::RequestError) -> Failure {
+    let failure = Failure::new("the endpoint answers no request").cause(error.message.clone()).help(client::remedy(url, error.kind));
+    if error.kind.is_lost_contact() { failure.exit(Exit::LostContact) } else { failure }
 }
 
-fn nothing_succeeded(points: &[Point]) -> Failure {
-    let failures = points.iter().flat_map(|point| &point.summary.failed);
-    let mut failure = Failure::new("no request succeeded");
-    let mut lost = false;
-    for (kind, failures) in failures {
-        lost |= matches!(kind, ErrorKind::Connect | ErrorKind::Deadline | ErrorKind::Broken);
-        failure = failure.cause(format!("{} times: {}", failures.count, failures.example));
-    }
+fn nothing_succeeded(report: &Report) -> Failure {
+    let failures = || report.points.iter().flat_map(|point| &point.summary.failed);
+    let failure = failures().fold(Failure::new("no request succeeded"), |failure, (_, failures)| {
+        failure.cause(format!("{} times: {}", failures.count, failures.example))
+    });
+    let lost = failures().any(|(kind, _)| kind.is_lost_contact());
+    let most = failures().max_by_key(|(_, failures)| failures.count);
+    let failure = most.map_or(failure.clone(), |(kind, _)| failure.help(client::remedy(&report.url, *kind)));
     if lost { failure.exit(Exit::LostContact) } else { failure }
 }

@@ -91,11 +91,17 @@ enum Scale {
     Plain,
 }
 
+/// Pixels at the right that are the legend's alone, so that it covers no curve.
+const LEGEND_WIDTH: u32 = 200;
+
 fn chart(area: &Area<'_>, curves: &[Curve], x_name: &str, y_name: &str, scale: Scale) -> Drawn {
+    let (width, _) = area.dim_in_pixel();
+    let (area, beside) = area.split_horizontally(width - LEGEND_WIDTH);
+    legend(&beside, curves)?;
     let all = || curves.iter().flat_map(|curve| curve.points.iter().copied());
     let (low_x, high_x) = bounds(all().map(|point| point.0));
     let (low_y, high_y) = bounds(all().map(|point| point.1));
-    let mut builder = ChartBuilder::on(area);
+    let mut builder = ChartBuilder::on(&area);
     builder.margin(12).x_label_area_size(40).y_label_area_size(64);
     // The three differ in the type of their axes.
     macro_rules! draw {
@@ -103,19 +109,24 @@ fn chart(area: &Area<'_>, curves: &[Curve], x_name: &str, y_name: &str, scale: S
             let mut chart = builder.build_cartesian_2d($x, $y)?;
             chart.configure_mesh().x_desc(x_name).y_desc(y_name).draw()?;
             for curve in curves {
-                let color = curve.color;
-                chart
-                    .draw_series(LineSeries::new(curve.points.iter().copied(), color.stroke_width(2)))?
-                    .label(curve.name)
-                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
+                chart.draw_series(LineSeries::new(curve.points.iter().copied(), curve.color.stroke_width(2)))?;
             }
-            chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
         }};
     }
     match scale {
         Scale::Times => draw!((low_x..high_x).log_scale(), 0.0..1.0),
         Scale::TimesOverLoad => draw!(low_x..high_x, (low_y..high_y).log_scale()),
         Scale::Plain => draw!(low_x..high_x, 0.0..high_y),
+    }
+    Ok(())
+}
+
+/// The curves' names, each beside a piece of its line.
+fn legend(area: &Area<'_>, curves: &[Curve]) -> Drawn {
+    const LINE_HEIGHT: i32 = 20;
+    for (curve, y) in curves.iter().zip((1..).map(|line| line * LINE_HEIGHT)) {
+        area.draw(&PathElement::new([(4, y), (24, y)], curve.color.stroke_width(2)))?;
+        area.draw(&Text::new(curve.name, (30, y - 6), ("sans-serif", 13)))?;
     }
     Ok(())
 }
@@ -130,5 +141,42 @@ fn bounds(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
         (low * 0.9, high * 1.1 + 1e-9)
     } else {
         (low, high)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every number that follows `key="` in a text.
+    fn numbers(text: &str, key: &str) -> Vec<f64> {
+        text.split(&format!("{key}=\"")).skip(1).filter_map(|rest| rest.split(['"', ',', ' ']).next()?.parse().ok()).collect()
+    }
+
+    #[test]
+    fn the_legend_lies_beside_the_curves() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("plot.svg");
+        let curves = [
+            Curve { name: "first curve", color: BLUE, points: vec![(1.0, 0.1), (10.0, 1.0)] },
+            Curve { name: "second curve", color: RED, points: vec![(2.0, 0.1), (9.0, 1.0)] },
+        ];
+        {
+            let root = SVGBackend::new(&path, SIZE).into_drawing_area();
+            chart(&root, &curves, "ms", "share", Scale::Times).expect("draws");
+            root.present().expect("writes");
+        }
+        let svg = std::fs::read_to_string(&path).expect("written");
+        let border = f64::from(SIZE.0 - LEGEND_WIDTH);
+        let named = |name: &str| {
+            let (before, _) = svg.split_once(name).expect("in the legend");
+            let (_, element) = before.rsplit_once("<text").expect("a text");
+            numbers(element, " x")[0]
+        };
+        assert!(curves.iter().all(|curve| named(curve.name) > border));
+        let lines: Vec<&str> = svg.split("<polyline").skip(1).collect();
+        let ends: Vec<f64> = lines.iter().flat_map(|line| numbers(&line[..line.find('>').unwrap_or(0)], "points")).collect();
+        let beside = ends.iter().filter(|x| **x > border).count();
+        assert_eq!(beside, curves.len(), "only the legend's own pieces of line: {ends:?}");
     }
 }

@@ -24,6 +24,13 @@ pub enum ErrorKind {
     Empty,
 }
 
+impl ErrorKind {
+    /// Whether it says that nobody answers, rather than that the answer is no good.
+    pub fn is_lost_contact(self) -> bool {
+        matches!(self, ErrorKind::Connect | ErrorKind::Deadline | ErrorKind::Broken)
+    }
+}
+
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RequestError {

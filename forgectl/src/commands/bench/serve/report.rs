@@ -2,7 +2,7 @@
 
 use super::load::Load;
 use super::summary::{Summary, Times};
-use super::{Point, Report};
+use super::{Asked, Point, Report};
 use crate::failure::Result;
 use crate::output::{Column, OutputFormat, column, print_facts, print_list, print_text};
 
@@ -54,6 +54,11 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         ("tokens", counted),
         ("seed", format!("{}, {} requests of warm-up", report.seed, report.warmup_requests)),
     ];
+    if report.stopped {
+        let (loads, last) = (report.points.len(), report.points.last().map_or(0, |point| point.requests.len()));
+        let Asked { loads: all_loads, requests } = report.asked;
+        facts.push(("stopped", format!("at load {loads} of {all_loads}, when {last} of its {requests} requests had ended")));
+    }
     if !extras.ignore_eos {
         facts.push(("answers", "may end early: the server was not told, or refuses, to ignore the end token".to_owned()));
     }
@@ -74,6 +79,9 @@ fn print_point(format: OutputFormat, point: &Point) -> Result<()> {
         ),
         ("lengths", lengths(point)),
     ];
+    if let Load::RequestRate(asked) = point.load {
+        facts.insert(1, ("rate", rate(asked, summary.sent_per_s, point.requests.len())));
+    }
     if let Some(goodput) = &summary.goodput {
         let text = format!(
             "{:.2} requests/s, {:.1} answer tokens/s, {:.1} % of requests",
@@ -89,6 +97,20 @@ fn print_point(format: OutputFormat, point: &Point) -> Result<()> {
     print_facts(format, summary, &facts)?;
     print_text("\n")?;
     print_list(format, &time_rows(summary), &TIMES, |(name, times)| time_row(name, times))
+}
+
+/// Requests of which a Poisson process's own rate is within a tenth of the one asked for, usually.
+const ENOUGH: usize = 100;
+
+/// The rate that was asked for beside the one that came of it: arrivals are random.
+fn rate(asked: f64, sent: Option<f64>, requests: usize) -> String {
+    let sent = sent.map_or("-".to_owned(), |sent| format!("{sent:.2}"));
+    let spread = 100.0 / (requests.saturating_sub(1).max(1) as f64).sqrt();
+    let few = match requests < ENOUGH {
+        true => format!(": few requests, whose rate is off by {spread:.0} % or so; give --requests {ENOUGH} or more"),
+        false => String::new(),
+    };
+    format!("asked for {asked} requests/s, sent {sent}/s{few}")
 }
 
 /// Mean lengths, beside those asked for where they differ.
@@ -132,7 +154,10 @@ fn sweep_row(point: &Point) -> Vec<String> {
     let goodput = summary.goodput.as_ref().map_or("-".to_owned(), |goodput| format!("{:.2}/s", goodput.requests_per_s));
     let load = match point.load {
         Load::Concurrency(count) => format!("{count} at once"),
-        Load::RequestRate(rate) => format!("{rate}/s"),
+        Load::RequestRate(rate) => match summary.sent_per_s {
+            Some(sent) => format!("{rate}/s (sent {sent:.2}/s)"),
+            None => format!("{rate}/s"),
+        },
     };
     vec![
         load,
@@ -146,4 +171,17 @@ fn sweep_row(point: &Point) -> Vec<String> {
         goodput,
         summary.failures().to_string(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_told_beside_the_one_asked_for_and_few_requests_are_called_few() {
+        let few = rate(40.0, Some(56.123), 10);
+        assert!(few.starts_with("asked for 40 requests/s, sent 56.12/s: few requests, whose rate is off by 33 % or so"), "{few}");
+        assert_eq!(rate(0.5, Some(0.48), 100), "asked for 0.5 requests/s, sent 0.48/s");
+        assert!(rate(2.0, None, 1).starts_with("asked for 2 requests/s, sent -/s: few"));
+    }
 }

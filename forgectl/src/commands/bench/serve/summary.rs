@@ -80,6 +80,9 @@ pub struct Summary {
     pub failed: BTreeMap<ErrorKind, Failures>,
     /// Most requests under way at once.
     pub peak_concurrency: usize,
+    /// Requests sent per second, from the first to the last; `None` where that is no time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sent_per_s: Option<f64>,
     /// Requests completed per second.
     pub requests_per_s: f64,
     /// Answer tokens of completed requests per second.
@@ -123,8 +126,11 @@ impl Summary {
                 share: kept.len() as f64 / records.len().max(1) as f64,
             }
         });
+        let last_start = records.iter().map(|record| record.start_s).fold(start, f64::max);
+        let sent_per_s = (last_start > start).then(|| (records.len() - 1) as f64 / (last_start - start));
         Summary {
             duration_s,
+            sent_per_s,
             completed: good.len(),
             failed: failures(records),
             peak_concurrency: peak_concurrency(records),
@@ -197,6 +203,7 @@ mod tests {
         assert!((summary.duration_s - 1.0).abs() < 1e-12);
         assert_eq!((summary.completed, summary.failures(), summary.peak_concurrency), (3, 1, 2));
         assert_eq!(summary.failed[&ErrorKind::Deadline].example, "late");
+        assert!(summary.sent_per_s.is_some_and(|rate| (rate - 5.0).abs() < 1e-9), "three gaps in 0.6 s");
         assert!((summary.requests_per_s - 3.0).abs() < 1e-9 && (summary.output_tokens_per_s - 9.0).abs() < 1e-9);
         assert!((summary.total_tokens_per_s - 45.0).abs() < 1e-9 && (summary.mean_input_tokens - 12.0).abs() < 1e-9);
         let ttft = summary.ttft_ms.expect("three values");
