@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use forge_eval::EvalError;
+use forge_eval::protocol::SHORTEST_CHUNK;
 use forge_kernels::{CpuBackend, CpuOptions};
 use forge_model::{Decoder, DecoderOptions};
 use forge_shared::config::Setting;
@@ -179,6 +180,9 @@ impl From<EvalError> for Failure {
     fn from(error: EvalError) -> Self {
         match error {
             EvalError::Option { .. } | EvalError::TooShort { .. } | EvalError::Incomparable { .. } => Failure::of(&error).exit(Exit::Usage),
+            EvalError::TooShort { tokens, .. } if tokens >= SHORTEST_CHUNK => {
+                Failure::of(&error).help(format!("--context {tokens} makes one chunk of all of it")).exit(Exit::Usage)
+            }
             _ => Failure::of(&error),
         }
     }

@@ -125,7 +125,8 @@ fn what_cannot_be_measured_is_refused_with_the_reason() {
     refused(perplexity(&["--context", "65"]), &["--context is 65", "64 tokens"]);
     refused(perplexity(&["--stride", "5"]), &["--stride", "sliding"]);
     refused(perplexity(&["--protocol", "sliding", "--context", "20", "--stride", "21"]), &["stride is 21", "context of 20"]);
-    refused(perplexity(&["--max-tokens", "30"]), &["has 30 tokens, and 64 are needed", "longer text"]);
+    refused(perplexity(&["--max-tokens", "30"]), &["has 30 tokens, and 64 are needed", "longer text", "help: --context 30"]);
+    refused(perplexity(&["--max-tokens", "3"]), &["has 3 tokens", "longer text"]);
     refused(perplexity(&["--chunks", "0"]), &["nothing to compute"]);
     refused(perplexity(&["--protocol", "perfect"]), &["chunked", "sliding", "rolling"]);
     fails(2, &["eval", "perplexity", &model, "absent.txt"], &["cannot read absent.txt", "help:"]);

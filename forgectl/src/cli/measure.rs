@@ -40,7 +40,7 @@ pub enum ProtocolName {
 }
 
 /// How a text is cut.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Copy, Args)]
 #[command(next_help_heading = "Protocol")]
 pub struct WindowFlags {
     /// Tokens of a window [default: 512 for chunked, else the model's context, at most 2048]

@@ -14,6 +14,9 @@ use std::ops::Range;
 
 use crate::{EvalError, Result};
 
+/// Tokens of the shortest chunk that can be scored.
+pub const SHORTEST_CHUNK: usize = 4;
+
 /// How a text is cut into windows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
@@ -74,7 +77,9 @@ impl Protocol {
     fn check(&self) -> Result<()> {
         let wrong = |option, value, reason: &str| Err(EvalError::Option { option, value, reason: reason.to_owned() });
         match *self {
-            Protocol::Chunked { context, .. } if context < 4 => wrong("context", context, "a chunk needs at least 4 tokens"),
+            Protocol::Chunked { context, .. } if context < SHORTEST_CHUNK => {
+                wrong("context", context, &format!("a chunk needs at least {SHORTEST_CHUNK} tokens"))
+            }
             Protocol::Sliding { context, .. } if context < 2 => wrong("context", context, "a window needs at least 2 tokens"),
             Protocol::Rolling { context: 0, .. } => wrong("context", 0, "a window needs at least 1 token"),
             Protocol::Sliding { context, stride } if stride == 0 || stride > context => {
@@ -98,7 +103,7 @@ pub fn windows(protocol: &Protocol, tokens: usize) -> Result<Vec<Window>> {
     };
     if found.is_empty() {
         let reason = match protocol {
-            Protocol::Chunked { .. } => "give a longer text or a smaller context".to_owned(),
+            Protocol::Chunked { .. } => "a chunk is that long; give a longer text or a smaller context".to_owned(),
             _ => "give a longer text".to_owned(),
         };
         return Err(EvalError::TooShort { tokens, needed, reason });

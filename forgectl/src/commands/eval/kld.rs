@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use forge_eval::{BUILT_IN_TEXT, Divergence, EvalError, measure_divergence, windows};
+use forge_eval::{BUILT_IN_TEXT, Divergence, EvalError, measure_divergence};
 use forge_model::StepModel;
 use forge_text::Tokenizer;
 use serde::Serialize;
 
-use super::protocol::{Statement, choose};
+use super::protocol::{Statement, choose, cut};
 use super::{number, with_error};
 use crate::cli::measure::{KldArgs, ProtocolName, WindowFlags};
 use crate::context::Context;
@@ -49,8 +49,7 @@ pub fn kld(args: &KldArgs) -> Result<()> {
             base.spec.kv_cache_dtype = dtype;
         }
         let model = Subject::find(&context, Some(&args.model), settings).await?;
-        let WindowFlags { context, chunks, max_tokens } = args.windows;
-        let windows = WindowFlags { context, chunks, max_tokens };
+        let windows = args.windows;
         stoppable(move || run(base, model, &windows, (&text, file))).await
     })?;
     print_facts(args.list.output, &report, &facts(&report))
@@ -60,14 +59,9 @@ fn run(base: Subject, model: Subject, flags: &WindowFlags, (text, file): (&str, 
     let (base, model) = (base.open()?, model.open()?);
     let tokenizers = [&base, &model].map(|opened| opened.prepared.text.tokenizer().clone().with_max_text_bytes(text.len()));
     let encoded = shared_tokens(&tokenizers[0], &tokenizers[1], text)?;
-    let tokens = &encoded[..flags.max_tokens.unwrap_or(encoded.len()).min(encoded.len())];
     let shorter = base.context_length().min(model.context_length());
     let protocol = choose(ProtocolName::Chunked, flags, None, (&tokenizers[0], shorter))?;
-    let mut windows = windows(&protocol, tokens.len())?;
-    windows.truncate(flags.chunks.unwrap_or(windows.len()));
-    if windows.is_empty() {
-        return Err(Failure::usage("--chunks is 0: there is nothing to compute"));
-    }
+    let (tokens, windows) = cut(&protocol, flags, &encoded)?;
     let options = [&base, &model].map(|opened| opened.sequence_options(protocol.context()));
     check_memory(base.needed_bytes(&options[0])? + model.needed_bytes(&options[1])?)?;
     let backend = backend(&base.spec)?;

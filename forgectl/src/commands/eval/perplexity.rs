@@ -3,15 +3,15 @@
 use std::time::Instant;
 
 use forge_eval::perplexity::ScoredText;
-use forge_eval::{Perplexity, TextSizes, measure_perplexity, windows};
+use forge_eval::{Perplexity, TextSizes, measure_perplexity};
 use forge_model::StepModel;
 use forge_shared::spec::KvCacheDtype;
 use forge_text::Tokenizer;
 use serde::Serialize;
 
-use super::protocol::{Statement, choose};
+use super::protocol::{Statement, choose, cut};
 use super::{number, with_error};
-use crate::cli::measure::{PerplexityArgs, ProtocolName};
+use crate::cli::measure::{PerplexityArgs, ProtocolName, WindowFlags};
 use crate::context::Context;
 use crate::failure::{Failure, Result};
 use crate::measure::{Subject, backend, check_memory, read_text, stoppable};
@@ -42,15 +42,7 @@ pub fn perplexity(args: &PerplexityArgs) -> Result<()> {
     let context = Context::open()?;
     let report = runtime::start()?.block_on(async {
         let subject = Subject::find(&context, Some(&args.model), &args.keys.settings).await?;
-        let job = Job {
-            text,
-            file: args.file.display().to_string(),
-            protocol: args.protocol,
-            stride: args.stride,
-            context: args.windows.context,
-            chunks: args.windows.chunks,
-            max_tokens: args.windows.max_tokens,
-        };
+        let job = Job { text, file: args.file.display().to_string(), protocol: args.protocol, stride: args.stride, windows: args.windows };
         stoppable(move || job.run(subject)).await
     })?;
     print_facts(args.list.output, &report, &facts(&report))
@@ -62,26 +54,18 @@ struct Job {
     file: String,
     protocol: ProtocolName,
     stride: Option<usize>,
-    context: Option<usize>,
-    chunks: Option<usize>,
-    max_tokens: Option<usize>,
+    windows: WindowFlags,
 }
 
 impl Job {
     fn run(self, subject: Subject) -> Result<Report> {
         let opened = subject.open()?;
         let tokenizer = opened.prepared.text.tokenizer().clone().with_max_text_bytes(self.text.len());
-        let flags = crate::cli::measure::WindowFlags { context: self.context, chunks: self.chunks, max_tokens: self.max_tokens };
-        let protocol = choose(self.protocol, &flags, self.stride, (&tokenizer, opened.context_length()))?;
+        let protocol = choose(self.protocol, &self.windows, self.stride, (&tokenizer, opened.context_length()))?;
         // lm-eval scores the bare text; the others begin as the model wants.
         let encoded = tokenizer.encode(&self.text, self.protocol != ProtocolName::Rolling).map_err(|error| Failure::of(&error))?;
         let text_tokens = encoded.len();
-        let tokens = &encoded[..self.max_tokens.unwrap_or(text_tokens).min(text_tokens)];
-        let mut windows = windows(&protocol, tokens.len())?;
-        windows.truncate(self.chunks.unwrap_or(windows.len()));
-        if windows.is_empty() {
-            return Err(Failure::usage("--chunks is 0: there is nothing to compute"));
-        }
+        let (tokens, windows) = cut(&protocol, &self.windows, &encoded)?;
         let options = opened.sequence_options(protocol.context());
         check_memory(opened.needed_bytes(&options)?)?;
         let mut decoder = opened.decoder(backend(&opened.spec)?, &options)?;

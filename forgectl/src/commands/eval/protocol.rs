@@ -1,6 +1,6 @@
 //! From flags to a protocol, and how a report states it.
 
-use forge_eval::Protocol;
+use forge_eval::{Protocol, Window, windows};
 use forge_text::Tokenizer;
 use serde::Serialize;
 
@@ -74,7 +74,8 @@ pub fn choose(
     let default = if name == ProtocolName::Chunked { CHUNK } else { WINDOW_MAX };
     let context = flags.context.unwrap_or(default.min(context_length));
     if context > context_length {
-        return Err(Failure::usage(format!("--context is {context}, and the model's context is {context_length} tokens")));
+        return Err(Failure::usage(format!("--context is {context}, and the model's context is {context_length} tokens"))
+            .help("give less, or extend the model's own with --rope-scaling, such as type=yarn,factor=2"));
     }
     if stride.is_some() && name != ProtocolName::Sliding {
         return Err(Failure::usage("--stride belongs to --protocol sliding"));
@@ -91,6 +92,20 @@ pub fn choose(
             Protocol::Rolling { context, prefix }
         }
     })
+}
+
+/// The tokens of a text that are used, and the windows of them that are computed.
+///
+/// # Errors
+/// A text that is too short, no window at all.
+pub fn cut<'a>(protocol: &Protocol, flags: &WindowFlags, encoded: &'a [u32]) -> Result<(&'a [u32], Vec<Window>)> {
+    let tokens = &encoded[..flags.max_tokens.unwrap_or(encoded.len()).min(encoded.len())];
+    let mut windows = windows(protocol, tokens.len())?;
+    windows.truncate(flags.chunks.unwrap_or(windows.len()));
+    if windows.is_empty() {
+        return Err(Failure::usage("--chunks is 0: there is nothing to compute"));
+    }
+    Ok((tokens, windows))
 }
 
 /// The token the tokenizer puts before a text by itself, if it does.
