@@ -232,6 +232,8 @@ fn the_catalogue_is_listed_and_shown_before_a_pull() {
     assert_eq!(entries.iter().filter(|entry| entry["default"] == true).count(), 1);
     let shown = home.run(&["show", "-o", "json"]).json()["status"].clone();
     assert_eq!((&shown["name"], &shown["pulled"]), (&"smollm2:135m".into(), &false.into()));
+    assert_eq!(shown["knownFrom"], "catalogue");
+    assert!(home.run(&["show"]).ok().contains("the catalogue alone"));
     let yaml = home.run(&["show", "gpt2", "-o", "yaml"]).ok();
     assert!(yaml.contains("architecture: gpt2"), "{yaml}");
 }

@@ -123,7 +123,7 @@ fn of_a_hub_repository_only_headers_are_fetched() {
     let local = json(&run(home.path(), &["show", fixture("eval/model").to_str().expect("UTF-8"), "-o", "json"]));
     assert_eq!(local["status"]["pulled"], true);
     let table = show(&["show", "hf:org/file"]);
-    for part in ["GGUF: 3 layers", "memory", "here", "forgectl pull hf:org/file"] {
+    for part in ["GGUF: 3 layers", "memory", "theta 10000", "window", "beginnings of its files", "here", "forgectl pull hf:org/file"] {
         assert!(table.contains(part), "{part:?} is not in: {table}");
     }
     assert!(run(home.path(), &["list", "-o", "json"]).starts_with("[]"), "nothing was stored");

@@ -2,6 +2,8 @@
 //!
 //! Data forms are a `ModelService` whose `status` holds what was found, so that the output is a configuration too.
 
+mod positions;
+
 use std::path::Path;
 
 use forge_model::{Checkpoint, Format, LoadMode, Model};
@@ -20,6 +22,7 @@ use crate::failure::{Failure, Result};
 use crate::output::{print_facts, short_count};
 use crate::progress::pull_progress;
 use crate::{replica, runtime, support};
+use positions::Positions;
 
 /// What is known of a model; absent where it is not pulled yet.
 #[derive(Debug, Serialize)]
@@ -27,6 +30,8 @@ use crate::{replica, runtime, support};
 struct Shown {
     name: String,
     pulled: bool,
+    /// Where sizes and the like are from.
+    known_from: KnownFrom,
     #[serde(skip_serializing_if = "Option::is_none")]
     description: Option<String>,
     architecture: String,
@@ -35,6 +40,8 @@ struct Shown {
     context_length: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     layout: Option<Layout>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    positions: Option<Positions>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<Memory>,
     licence: Option<String>,
@@ -46,6 +53,18 @@ struct Shown {
     sources: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     path: Option<String>,
+}
+
+/// What was read to know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+enum KnownFrom {
+    /// The model's files.
+    Files,
+    /// Their beginnings, from the hub.
+    Headers,
+    /// The catalogue of this program alone.
+    Catalogue,
 }
 
 /// Sizes of the decoder.
@@ -138,12 +157,14 @@ fn of_files(model: &Model, facts: &ModelFacts) -> Shown {
     Shown {
         name: String::new(),
         pulled: false,
+        known_from: KnownFrom::Headers,
         description: None,
         architecture: summary.family.to_owned(),
         parameters: summary.parameters as u64,
         quantization: summary.quantization.main_type().to_owned(),
         context_length: summary.context_length as u64,
         layout: Some(layout(model, summary.format)),
+        positions: Some(Positions::of(model.architecture())),
         memory: Some(Memory::of(facts)),
         licence: summary.license,
         chat_template: None,
@@ -163,6 +184,7 @@ fn of_model(resolved: &ResolvedModel, entry: Option<&CatalogueEntry>, spec: &Mod
         name: resolved.name().to_owned(),
         pulled: true,
         description: entry.map(|entry| entry.description.clone()),
+        known_from: KnownFrom::Files,
         licence: manifest.and_then(|manifest| manifest.licence.clone()).or(shown.licence),
         chat_template: Some(prepared.text.chat_template().is_ok()),
         size_bytes: resolved.size_bytes(),
@@ -228,12 +250,14 @@ fn of_entry(alias: &str, entry: &CatalogueEntry) -> Shown {
         pulled: false,
         description: Some(entry.description.clone()),
         architecture: entry.architecture.clone(),
+        known_from: KnownFrom::Catalogue,
         parameters: entry.parameters,
         quantization: first.map(|source| source.quantization.clone()).unwrap_or_default(),
         context_length: entry.context_length.into(),
         layout: None,
         memory: None,
         licence: Some(entry.licence.clone()),
+        positions: None,
         chat_template: None,
         size_bytes: first.map_or(0, |source| source.size_bytes),
         digest: None,
@@ -261,6 +285,7 @@ fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
     }
     if let Some(memory) = &shown.memory {
         let text = format!(
+    facts.extend(shown.positions.iter().flat_map(Positions::facts));
             "{} weights, {} workspace, {} keys and values per 1000 tokens",
             HumanBytes(memory.weights_bytes),
             HumanBytes(memory.workspace_bytes),
@@ -279,6 +304,11 @@ fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
     facts.extend(shown.path.clone().map(|path| ("path", path)));
     if !shown.pulled {
         facts.push(("here", format!("no; `forgectl pull {}` fetches it", shown.name)));
+    match shown.known_from {
+        KnownFrom::Catalogue => facts.push(("known from", "the catalogue alone; more is told when the model is here".to_owned())),
+        KnownFrom::Headers => facts.push(("known from", "the beginnings of its files on the hub".to_owned())),
+        KnownFrom::Files => {}
+    }
     }
     facts
 }
