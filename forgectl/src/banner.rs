@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use forge_shared::spec::KvCacheDtype;
 use indicatif::HumanBytes;
 
-use crate::commands::serve::DEFAULT_NAME;
+use crate::names::DEFAULT_NAME;
 use crate::output::short_count;
 use crate::replica::Replica;
 

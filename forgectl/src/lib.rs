@@ -17,6 +17,7 @@ mod logging;
 mod measure;
 mod meter;
 mod output;
+mod names;
 mod progress;
 mod replica;
 mod runtime;

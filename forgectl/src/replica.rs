@@ -15,7 +15,7 @@ use forge_shared::spec::ModelService;
 use forge_shared::telemetry::Metrics;
 use forge_store::ResolvedModel;
 use forge_worker::WorkerError;
-use forge_worker::local::{LocalCluster, LocalOptions, Served};
+use forge_worker::local::{LocalCluster, LocalOptions, Served, ServedNames};
 use forge_worker::machine;
 use forge_worker::prepare::PreparedModel;
 use ractor::ActorCell;
@@ -53,7 +53,7 @@ impl Replica {
     pub async fn start(
         service: &ModelService,
         model: ResolvedModel,
-        names: Vec<String>,
+        names: ServedNames,
         metrics: Metrics,
         supervisor: Option<ActorCell>,
     ) -> Result<Self> {

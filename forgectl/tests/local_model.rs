@@ -145,7 +145,11 @@ fn a_server_answers_and_ends_by_a_signal() {
         assert!(server.banner.contains(part), "{part:?} is not in: {}", server.banner);
     }
     let (status, models) = server.request("API", "GET /v1/models", "");
-    assert!(status == 200 && models.contains("\"tiny\""), "{models}");
+    assert!(status == 200 && models.contains("\"id\":\"tiny\""), "{models}");
+    let path = home.0.path().join("tiny").canonicalize().expect("it is there").display().to_string();
+    assert!(!models.contains(&path) && !server.banner.contains(&path), "a path of the machine is no client's matter: {models}");
+    let body = json!({"model": path, "prompt": "Hi", "max_tokens": 1}).to_string();
+    assert_eq!(server.request("API", "POST /v1/completions", &body).0, 200, "but it is a name that is known");
     assert_eq!(server.request("metrics", "GET /readyz", "").0, 200);
     let (status, metrics) = server.request("metrics", "GET /metrics", "");
     assert!(status == 200 && metrics.contains("forge_"), "{metrics}");

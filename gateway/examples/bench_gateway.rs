@@ -78,6 +78,7 @@ async fn start(pace: Duration) -> Result<SocketAddr, Failure> {
     let card = ModelCard {
         name: "null".into(),
         names: vec!["null".into()],
+        unlisted_names: Vec::new(),
         max_model_len: 1 << 20,
         vocab_size: 502,
         numerics_id: "null".into(),

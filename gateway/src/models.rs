@@ -1,4 +1,4 @@
-//! The models served, by every name they answer to, and their replicas, which come and go.
+//! The models served, by every name they answer to, listed or not, and their replicas, which come and go.
 //!
 //! A request holds its [`Model`] to its end; replicas that are planned anew meanwhile appear in that same model, so that
 //! the request can go on there. Invariant: one name stands for one model at any moment.
@@ -263,7 +263,7 @@ impl ModelTable {
     fn new(models: Vec<Arc<Model>>) -> Result<Self, GatewayError> {
         let mut by_name = HashMap::new();
         for (index, model) in models.iter().enumerate() {
-            for name in std::iter::once(&model.card.name).chain(&model.card.names) {
+            for name in std::iter::once(&model.card.name).chain(&model.card.names).chain(&model.card.unlisted_names) {
                 if by_name.insert(name.clone(), index).is_some_and(|other| other != index) {
                     return Err(GatewayError::config("models", format!("two models answer to the name {name:?}")));
                 }
@@ -287,7 +287,7 @@ impl ModelTable {
         })
     }
 
-    /// Every name with its model; a model's own name first.
+    /// Every name that is listed, with its model; a model's own name first.
     pub(crate) fn names(&self) -> impl Iterator<Item = (&str, &Arc<Model>)> {
         self.models.iter().flat_map(|model| {
             let card = &model.card;

@@ -18,8 +18,10 @@ pub type EventStream = mpsc::Receiver<EngineEvent>;
 pub struct ModelCard {
     /// First of `names`: what responses carry where the request named an alias.
     pub name: String,
-    /// All names it answers to.
+    /// Names it answers to that lists show.
     pub names: Vec<String>,
+    /// Names it answers to that lists leave out: paths of the machine it runs on.
+    pub unlisted_names: Vec<String>,
     /// Longest sequence, prompt and answer.
     pub max_model_len: usize,
     /// Ids of the model.

@@ -43,14 +43,23 @@ pub struct LocalOptions {
     pub model: PreparedModel,
     /// The coordinator's decision.
     pub plan: Plan,
-    /// Names it answers to, the first one leads.
-    pub names: Vec<String>,
+    /// Names it answers to.
+    pub names: ServedNames,
     /// Requests waiting before overload.
     pub max_waiting: usize,
     /// Reuse of equal prompt prefixes.
     pub prefix_cache: bool,
     /// Where everything is counted.
     pub metrics: Metrics,
+}
+
+/// What clients may call a model.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServedNames {
+    /// Shown to clients; the first one leads.
+    pub listed: Vec<String>,
+    /// Accepted and not shown: paths of this machine.
+    pub unlisted: Vec<String>,
 }
 
 /// A running node with one replica. See the module documentation.
@@ -165,11 +174,13 @@ impl LocalCluster {
     }
 }
 
-fn card(model: &PreparedModel, plan: &Plan, names: Vec<String>) -> Result<ModelCard, WorkerError> {
-    let name = names.first().cloned().ok_or(WorkerError::Setting { field: "spec.modelName", reason: "give the model a name".into() })?;
+fn card(model: &PreparedModel, plan: &Plan, names: ServedNames) -> Result<ModelCard, WorkerError> {
+    let name =
+        names.listed.first().cloned().ok_or(WorkerError::Setting { field: "spec.modelName", reason: "give the model a name".into() })?;
     Ok(ModelCard {
         name,
-        names,
+        names: names.listed,
+        unlisted_names: names.unlisted,
         max_model_len: plan.max_model_len,
         vocab_size: model.model.architecture().vocab_size,
         numerics_id: String::new(),

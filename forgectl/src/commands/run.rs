@@ -14,6 +14,7 @@ use crate::chat::settings;
 use crate::cli::RunArgs;
 use crate::context::{self, Context};
 use crate::failure::{Failure, Result};
+use crate::names::served_names;
 use crate::output::print_text;
 use crate::replica::{Replica, unless_failed, unless_stopped};
 use crate::runtime;
@@ -47,11 +48,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
     });
     let starting = async {
         let resolved = context::pull(&service.spec.model, false).await?;
-        let name = service.spec.model_name.clone().unwrap_or(resolved.name().to_owned());
-        let loading = spinner(&format!("loading {name}"));
-        let mut replica = Replica::start(&service, resolved, vec![name], Metrics::new(), None).await?;
-        replica.ready().await?;
+        let names = served_names(&context, &service, &resolved)?;
+        let loading = spinner(&format!("opening {}", resolved.name()));
+        let mut replica = Replica::start(&service, resolved, names, Metrics::new(), None).await?;
         loading.finish_and_clear();
+        replica.ready().await?;
         Ok(replica)
     };
     let mut replica = runtime.block_on(async { unless_stopped(pin!(runtime::stop_signal()), starting).await })?;

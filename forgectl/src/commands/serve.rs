@@ -8,20 +8,19 @@ use forge_gateway::{Gateway, GatewayConfig, KeyRing, Listeners, RequestLimits, T
 use forge_shared::config::{self, Format};
 use forge_shared::spec::{GatewaySpec, ModelService};
 use forge_shared::telemetry::Metrics;
-use forge_store::{ModelSource, Silent};
+use forge_store::Silent;
 
 use crate::banner;
 use crate::cli::{DocumentFormat, ServeArgs};
 use crate::context::{self, Context};
 use crate::failure::{Failure, Result};
+use crate::names::served_names;
 use crate::output::print_text;
 use crate::replica::{self, Replica, unless_stopped};
 use crate::runtime;
 use crate::support;
 use crate::system::System;
 
-/// Second name of the catalogue's default model.
-pub const DEFAULT_NAME: &str = "forge";
 /// For answers under way when the engine is dead for good: their errors must still go out.
 const FATAL_DRAIN: Duration = Duration::from_secs(2);
 
@@ -66,7 +65,7 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
     let (mut replica, listeners) = unless_stopped(stop.as_mut(), async {
         let resolved = context::pull(&service.spec.model, false).await?;
         let listeners = Listeners::bind(&config).await?;
-        let names = names(context, service, resolved.name())?;
+        let names = served_names(context, service, &resolved)?;
         let replica = Replica::start(service, resolved, names, metrics.clone(), Some(root)).await?;
         Ok((replica, listeners))
     })
@@ -123,30 +122,6 @@ fn stop_at_next_signal() {
     });
 }
 
-/// Every name the model answers to; the first leads.
-fn names(context: &Context, service: &ModelService, canonical: &str) -> Result<Vec<String>> {
-    let spec = &service.spec;
-    let own = short_name(&context.store.parse(&spec.model)?, canonical);
-    let mut names = vec![spec.model_name.clone().unwrap_or(own.clone()), own, canonical.to_owned(), spec.model.clone()];
-    let catalogue = context.store.catalogue();
-    if catalogue.find(&spec.model).is_some_and(|(alias, _)| alias == catalogue.default_alias()) {
-        names.push(DEFAULT_NAME.to_owned());
-    }
-    let mut seen = std::collections::HashSet::new();
-    names.retain(|name| seen.insert(name.clone()));
-    Ok(names)
-}
-
-/// A name for clients: a path's or address's last part without extension; other names as they are.
-fn short_name(source: &ModelSource, canonical: &str) -> String {
-    if !matches!(source, ModelSource::Url(_) | ModelSource::Local(_)) {
-        return canonical.to_owned();
-    }
-    let last = canonical.trim_end_matches('/').rsplit('/').next().unwrap_or(canonical);
-    let stem = last.strip_suffix(".gguf").or_else(|| last.strip_suffix(".safetensors")).unwrap_or(last);
-    if stem.is_empty() { canonical.to_owned() } else { stem.to_owned() }
-}
-
 fn address(text: &str, key: &'static str) -> Result<IpAddr> {
     match text {
         "localhost" => Ok(Ipv4Addr::LOCALHOST.into()),
@@ -178,24 +153,6 @@ fn gateway_config(spec: &GatewaySpec) -> Result<GatewayConfig> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn clients_get_a_short_name_of_files_and_addresses() {
-        let local = |path: &str| (ModelSource::Local(path.into()), path.to_owned());
-        let remote = |text: &str| {
-            let source = ModelSource::parse_remote(text).expect("well-formed").expect("has a prefix");
-            (source, text.to_owned())
-        };
-        for ((source, canonical), short) in [
-            (remote("hf:org/name"), "hf:org/name"),
-            (local("/models/tiny.Q4_1.gguf"), "tiny.Q4_1"),
-            (local("models/folder/"), "folder"),
-            (remote("https://example.org/a/b.gguf"), "b"),
-            (local("/"), "/"),
-        ] {
-            assert_eq!(short_name(&source, &canonical), short);
-        }
-    }
 
     #[test]
     fn hosts_are_addresses() {

@@ -67,6 +67,7 @@ impl ScriptedEngine {
             card: Arc::new(ModelCard {
                 name: name.into(),
                 names: vec![name.into(), format!("{name}-alias")],
+                unlisted_names: vec![format!("/models/{name}.gguf")],
                 max_model_len: CONTEXT,
                 vocab_size: VOCABULARY,
                 numerics_id: numerics_id.into(),

@@ -175,6 +175,10 @@ async fn models_are_listed_by_every_name() {
     let mut body = chat();
     body["model"] = json!("model-alias");
     assert_eq!(server.post_json(CHAT, &body).await.json()["model"], "model");
+    // A path of the server's machine is a name, and told to nobody.
+    body["model"] = json!("/models/model.gguf");
+    assert_eq!(server.post_json(CHAT, &body).await.json()["model"], "model");
+    assert!(!error["message"].as_str().unwrap().contains("/models/model.gguf"), "{error}");
 }
 
 #[tokio::test]

@@ -58,6 +58,7 @@ impl Engine {
         let card = Arc::new(ModelCard {
             name: "model".into(),
             names: vec!["model".into()],
+            unlisted_names: Vec::new(),
             max_model_len: info.max_model_len,
             vocab_size: info.vocab_size,
             numerics_id: info.numerics_id.clone(),

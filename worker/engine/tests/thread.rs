@@ -19,6 +19,7 @@ fn spawn(change: impl FnOnce(&mut FakeModel)) -> (EngineHandle, oneshot::Receive
     let card = Arc::new(ModelCard {
         name: "fake".into(),
         names: vec!["fake".into()],
+        unlisted_names: Vec::new(),
         max_model_len: info.max_model_len,
         vocab_size: info.vocab_size,
         numerics_id: info.numerics_id,

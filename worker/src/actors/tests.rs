@@ -79,6 +79,7 @@ fn card() -> ModelCard {
     ModelCard {
         name: "m".into(),
         names: vec!["m".into()],
+        unlisted_names: Vec::new(),
         max_model_len: 8,
         vocab_size: 8,
         numerics_id: "scripted".into(),
