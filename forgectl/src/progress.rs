@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
-use std::sync::Mutex;
+use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use forge_store::{PullEvent, PullProgress};
@@ -15,9 +15,26 @@ const SIZED: &str = "{msg} {wide_bar:.cyan/dim} {bytes}/{total_bytes}  {bytes_pe
 /// And of one whose size is not.
 const UNSIZED: &str = "{msg} {spinner} {bytes}  {bytes_per_sec}";
 
+/// All bars of this process, so that whatever else is written to the terminal can make them step aside.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
+/// Writes something to standard error beside the bars.
+pub fn beside_bars<T>(write: impl FnOnce() -> T) -> T {
+    BARS.suspend(write)
+}
+
+/// A bar of bytes, last of those shown.
+pub fn bar(what: &str, total_bytes: Option<u64>) -> ProgressBar {
+    let bar = match total_bytes {
+        Some(total) => ProgressBar::new(total).with_style(style(SIZED)),
+        None => ProgressBar::no_length().with_style(style(UNSIZED)),
+    };
+    BARS.add(bar.with_message(what.to_owned()))
+}
+
 /// Progress fit for where standard error goes.
 pub fn pull_progress() -> Box<dyn PullProgress + Send> {
-    if std::io::stderr().is_terminal() { Box::new(Bars::new()) } else { Box::new(Lines::default()) }
+    if std::io::stderr().is_terminal() { Box::new(Bars::default()) } else { Box::new(Lines::default()) }
 }
 
 /// A line for what is not about bytes; nothing for the rest.
@@ -36,26 +53,18 @@ fn sentence(event: &PullEvent) -> Option<String> {
 }
 
 /// Bars, one per file.
+#[derive(Default)]
 struct Bars {
-    all: MultiProgress,
     files: Mutex<HashMap<String, ProgressBar>>,
 }
 
 impl Bars {
-    fn new() -> Self {
-        Bars { all: MultiProgress::new(), files: Mutex::default() }
-    }
-
     /// The bar of a file in a phase, made where it is missing.
     fn bar(&self, name: &str, phase: &'static str, total_bytes: Option<u64>) -> ProgressBar {
         let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let bar = files.entry(format!("{phase} {name}")).or_insert_with(|| {
-            let bar = match total_bytes {
-                Some(total) => ProgressBar::new(total).with_style(style(SIZED)),
-                None => ProgressBar::no_length().with_style(style(UNSIZED)),
-            };
             let short = name.rsplit('/').next().unwrap_or(name);
-            self.all.add(bar.with_message(format!("{phase} {short}")))
+            bar(&format!("{phase} {short}"), total_bytes)
         });
         bar.clone()
     }
@@ -71,7 +80,7 @@ impl Bars {
 
     fn say(&self, text: String) {
         // A terminal that cannot be written to has nobody to tell.
-        let _ = self.all.println(text);
+        let _ = BARS.println(text);
     }
 }
 
@@ -127,7 +136,7 @@ fn done_line(name: &str, bytes: u64, already_present: bool) -> String {
 
 /// Lines, a few per file.
 #[derive(Default)]
-struct Lines {
+pub struct Lines {
     files: Mutex<HashMap<String, Transfer>>,
 }
 
@@ -139,7 +148,8 @@ struct Transfer {
 }
 
 impl Lines {
-    fn bytes(&self, name: &str, bytes: u64, total_bytes: Option<u64>) -> Option<String> {
+    /// A line about something that was started, where one is due.
+    pub fn bytes(&self, name: &str, bytes: u64, total_bytes: Option<u64>) -> Option<String> {
         let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let transfer = files.get_mut(name)?;
         if transfer.told.elapsed() < LINE_EVERY {
@@ -154,7 +164,8 @@ impl Lines {
         Some(format!("{name}: {}{share}, {}/s", HumanBytes(bytes), HumanBytes(speed as u64)))
     }
 
-    fn start(&self, name: &str, bytes: u64) {
+    /// Something begins, of which so many bytes are there.
+    pub fn start(&self, name: &str, bytes: u64) {
         let now = Instant::now();
         let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         files.insert(name.to_owned(), Transfer { started: now, started_bytes: bytes, told: now });

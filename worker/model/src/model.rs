@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use forge_kernels::Backend;
 use forge_net::Collective;
+use serde_json::Value;
 
-use crate::arch::{Architecture, Family, Overrides, detect, families};
+use crate::arch::{self, Architecture, Family, Overrides, detect, families};
 use crate::checkpoint::{Checkpoint, Format, LoadMode, RawConfig};
 use crate::decoder::Decoder;
 use crate::decoder::layout::Layout;
@@ -127,6 +128,15 @@ impl Model {
     /// Recommended sampling.
     pub fn generation(&self) -> &GenerationDefaults {
         &self.generation
+    }
+
+    /// What the files call their family, where the operator has it read as another; `None` where they say nothing else.
+    pub fn overridden_family(&self) -> Option<String> {
+        let (said, row) = match self.checkpoint.config() {
+            RawConfig::Gguf(metadata) => (arch::gguf::architecture_name(metadata).ok(), families::of_gguf(metadata)),
+            RawConfig::HuggingFace { config, .. } => (config.get("model_type").and_then(Value::as_str), families::by_model_type(config)),
+        };
+        said.filter(|_| !row.is_ok_and(|row| row.name == self.architecture.family)).map(str::to_owned)
     }
 
     pub(crate) fn refs(&self) -> &DecoderRefs {

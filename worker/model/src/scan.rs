@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use forge_kernels::{MatrixSource, holds_non_finite};
 
 use crate::error::{ModelError, Result};
+use crate::progress::LoadProgress;
 
-/// Looks through all matrices.
+/// Looks through all matrices, and tells how many bytes it has seen.
 ///
 /// # Errors
 /// [`ModelError::NonFinite`] for the first matrix in order that holds one.
-pub(crate) fn scan(matrices: &[MatrixSource]) -> Result<()> {
+pub(crate) fn scan(matrices: &[MatrixSource], progress: &LoadProgress) -> Result<()> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(matrices.len());
     let next = AtomicUsize::new(0);
     let found: Mutex<Option<(usize, usize)>> = Mutex::new(None);
@@ -22,7 +23,7 @@ pub(crate) fn scan(matrices: &[MatrixSource]) -> Result<()> {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some(matrix) = matrices.get(index) else { return };
-                    if let Some(at) = first_non_finite(matrix) {
+                    if let Some(at) = first_non_finite(matrix, progress) {
                         let mut found = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                         if found.is_none_or(|(first, _)| index < first) {
                             *found = Some((index, at));
@@ -39,13 +40,14 @@ pub(crate) fn scan(matrices: &[MatrixSource]) -> Result<()> {
 }
 
 /// Index of the first block (element of a dense type), within the slice, that holds a NaN or an infinity.
-fn first_non_finite(matrix: &MatrixSource) -> Option<usize> {
+fn first_non_finite(matrix: &MatrixSource, progress: &LoadProgress) -> Option<usize> {
     let bytes = (*matrix.bytes).as_ref();
     let row_bytes = matrix.dtype.row_bytes(matrix.columns)?;
     let blocks = matrix.columns / matrix.dtype.block_elements();
     (0..matrix.rows).find_map(|row| {
         let start = matrix.offset + row * matrix.row_stride_bytes;
         let row_bytes = bytes.get(start..start + row_bytes)?;
+        progress.add(row_bytes.len());
         // First the fast question for the row, then where.
         holds_non_finite(matrix.dtype, row_bytes).then(|| {
             let block_bytes = matrix.dtype.block_bytes();
@@ -82,7 +84,7 @@ mod tests {
         for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q4_1, DType::Q8_0] {
             let (rows, columns) = (3, 64);
             let bytes = dtype.row_bytes(columns).unwrap() * rows;
-            assert!(scan(&[matrix(dtype, rows, columns, vec![0; bytes])]).is_ok());
+            assert!(scan(&[matrix(dtype, rows, columns, vec![0; bytes])], &LoadProgress::default()).is_ok());
             let blocks = columns / dtype.block_elements();
             let bad = blocks + 1;
             for infinity in [false, true] {
@@ -93,7 +95,7 @@ mod tests {
                     DType::BF16 => damaged[at..at + 2].copy_from_slice(&[if infinity { 0x80 } else { 0xc0 }, 0xff]),
                     _ => damaged[at..at + 2].copy_from_slice(&[if infinity { 0 } else { 1 }, 0xfc]),
                 }
-                match scan(&[matrix(dtype, rows, columns, damaged)]) {
+                match scan(&[matrix(dtype, rows, columns, damaged)], &LoadProgress::default()) {
                     Err(ModelError::NonFinite { tensor, index }) => assert_eq!((tensor.as_str(), index), ("m", bad), "{dtype}"),
                     other => panic!("{dtype}: {other:?}"),
                 }

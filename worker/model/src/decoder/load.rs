@@ -9,10 +9,12 @@ use forge_kernels::{Backend, RopeParams, Segments};
 
 use super::layout::{Inner, Layout};
 use super::loaded::*;
+use super::options::DecoderOptions;
 use super::store::{BackendStore, Part, Slots, Store};
 use crate::arch::{Architecture, PositionSpec, QkNormOver};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::memory::ModelMemory;
 use crate::scan;
 use crate::weights::*;
 
@@ -26,16 +28,22 @@ pub(crate) struct Origin<'a, B: Backend> {
 }
 
 impl<B: Backend> Origin<'_, B> {
-    /// Loads all weights of the rank; with `scan_values` it looks through them for NaN and infinities.
+    /// Loads all weights of the rank, whose `memory` is known; with `scan_values` it looks through them for NaN and
+    /// infinities.
     ///
     /// # Errors
     /// Weights that hold such values; what the backend refuses.
-    pub fn load(&self, scan_values: bool) -> Result<Weights<B>> {
-        let mut store = BackendStore { backend: self.backend, checkpoint: self.checkpoint, scanned: scan_values.then(Vec::new) };
+    pub fn load(&self, memory: &ModelMemory, options: &DecoderOptions) -> Result<Weights<B>> {
+        let progress = &options.progress;
+        let scanned_bytes = if options.scan_values { memory.weights_bytes + memory.copied_bytes } else { 0 };
+        progress.begin(memory.copied_bytes + scanned_bytes);
+        let scanned = options.scan_values.then(Vec::new);
+        let mut store = BackendStore { backend: self.backend, checkpoint: self.checkpoint, scanned, progress };
         let weights = Loader { store: &mut store, architecture: self.architecture, layout: self.layout }.load(self.refs)?;
         if let Some(matrices) = &store.scanned {
-            scan::scan(matrices)?;
+            scan::scan(matrices, progress)?;
         }
+        progress.end();
         Ok(weights)
     }
 

@@ -83,7 +83,7 @@ impl<B: Backend> Decoder<B> {
         let layout = Layout::new(&architecture, refs, &options.shard)?;
         let memory = model.memory(options)?;
         let origin = Origin { backend: &*backend, checkpoint: model.checkpoint(), architecture: &architecture, refs, layout: &layout };
-        let weights = origin.load(options.scan_values)?;
+        let weights = origin.load(&memory, options)?;
         let rope_tables = origin.rope_tables(options.max_model_len)?;
         let workspace = Workspace::new(&*backend, &architecture, &layout, options)?;
         let pool = match layout.kv_heads.len() {

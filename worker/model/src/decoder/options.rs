@@ -7,6 +7,7 @@ use forge_shared::ids::Epoch;
 
 use crate::arch::Architecture;
 use crate::error::{ModelError, Result};
+use crate::progress::LoadProgress;
 
 /// What a rank holds: a tensor-parallel share of some layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +28,7 @@ impl Default for Shard {
 }
 
 /// Sizes a decoder is built for. All ranks of a replica get the same but for `shard`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct DecoderOptions {
     /// Longest sequence, prompt and answer together; at most the model's context.
     pub max_model_len: usize,
@@ -49,6 +50,8 @@ pub struct DecoderOptions {
     pub weights_digest: String,
     /// Look through all weights for NaN and infinities while loading.
     pub scan_values: bool,
+    /// Where loading tells how far it is.
+    pub progress: LoadProgress,
 }
 
 impl DecoderOptions {
@@ -66,6 +69,7 @@ impl DecoderOptions {
             epoch: Epoch::default(),
             weights_digest: String::new(),
             scan_values: true,
+            progress: LoadProgress::default(),
         }
     }
 }

@@ -10,6 +10,7 @@ use forge_kernels::{Backend, DType, MatrixSource, Segments};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::progress::LoadProgress;
 use crate::weights::{MatrixRef, Place, VectorRef};
 
 /// What a loaded matrix and a loaded vector are.
@@ -53,13 +54,19 @@ pub(crate) struct BackendStore<'a, B: Backend> {
     pub checkpoint: &'a Checkpoint,
     /// Collects the matrices to look through for NaN; `None` where that is turned off.
     pub scanned: Option<Vec<MatrixSource>>,
+    /// Hears of bytes that were copied.
+    pub progress: &'a LoadProgress,
 }
 
 impl<B: Backend> Store for BackendStore<'_, B> {
     type Slots = B;
 
     fn weight(&mut self, part: Part<'_>) -> Result<B::Weight> {
+        let place = part.matrix.place(part.rows, part.columns.len());
         let source = part.matrix.part(self.checkpoint, part.rows, part.columns, part.segments)?;
+        if let Place::Copied(bytes) = place {
+            self.progress.add(bytes);
+        }
         if let Some(scanned) = &mut self.scanned {
             scanned.push(source.clone());
         }
@@ -168,7 +175,8 @@ mod tests {
     /// Bytes of the matrices that a rank loads: those that lie in the file, those that do not.
     fn loaded(model: &Model, layout: &Layout) -> (usize, usize) {
         let backend = CpuBackend::new(CpuOptions { threads: 1, ..CpuOptions::default() }).unwrap();
-        let mut store = BackendStore { backend: &backend, checkpoint: model.checkpoint(), scanned: Some(Vec::new()) };
+        let progress = &LoadProgress::default();
+        let mut store = BackendStore { backend: &backend, checkpoint: model.checkpoint(), scanned: Some(Vec::new()), progress };
         Loader { store: &mut store, architecture: model.architecture(), layout }.load(model.refs()).unwrap();
         let files: Vec<_> = model.checkpoint().tensors().values().map(|entry| model.checkpoint().source(entry)).collect();
         let (mut mapped, mut gathered) = (0, 0);
