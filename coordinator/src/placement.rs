@@ -51,7 +51,7 @@ pub fn plan(devices: &[DeviceView], wish: Wish<'_>) -> Result<Plan, Refusal> {
             Ok(plan) => vec![("maxModelLen".into(), plan.max_model_len.to_string())],
             Err(inner) => inner.nearest,
         };
-        return Err(refusal(wish, failed, nearest));
+        return Err(Refusal { wrong_setting: Some("maxModelLen".into()), ..refusal(wish, failed, nearest) });
     }
     let best = devices.iter().filter_map(|device| fit(device, wish).map(|budget| (device, budget))).max_by(|a, b| {
         let spare = |(device, budget): &(&DeviceView, Budget)| device.free_bytes.0 - budget.memory.total_bytes();
@@ -190,7 +190,7 @@ fn nearest(devices: &[DeviceView], wish: Wish<'_>) -> Vec<(String, String)> {
 }
 
 fn refusal(wish: Wish<'_>, constraints: Vec<FailedConstraint>, nearest: Vec<(String, String)>) -> Refusal {
-    Refusal { replica: wish.replica.clone(), constraints, nearest }
+    Refusal { replica: wish.replica.clone(), wrong_setting: None, constraints, nearest }
 }
 
 #[cfg(test)]
@@ -238,7 +238,7 @@ mod tests {
         assert!(plan.max_model_len < 8192 && plan.max_model_len >= 1024, "{}", plan.max_model_len);
         let stated = ModelServiceSpec { max_model_len: Some(8192), ..Default::default() };
         let refusal = try_plan(&[device(0, 300)], &stated, &facts(94)).expect_err("too long");
-        assert!(refusal.to_string().contains("maxModelLen="), "{refusal}");
+        assert!(refusal.to_string().contains("maxModelLen=") && refusal.wrong_setting.is_none(), "{refusal}");
     }
 
     #[test]
@@ -246,6 +246,7 @@ mod tests {
         let spec = ModelServiceSpec { max_model_len: Some(9000), ..Default::default() };
         let refusal = try_plan(&[device(0, 16_000)], &spec, &facts(94)).expect_err("beyond");
         assert_eq!(refusal.nearest, vec![("maxModelLen".to_owned(), "8192".to_owned())]);
+        assert_eq!(refusal.wrong_setting.as_deref(), Some("maxModelLen"), "no machine could");
     }
 
     #[test]

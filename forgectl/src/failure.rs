@@ -76,6 +76,11 @@ impl Failure {
         self
     }
 
+    /// Whether its message or a cause says this.
+    pub fn says(&self, text: &str) -> bool {
+        self.message.contains(text) || self.causes.iter().any(|cause| cause.contains(text))
+    }
+
     /// With what to do about it.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {

@@ -72,6 +72,7 @@ impl Subject {
         let digest = self.resolved.digest().to_string();
         let prepared =
             PreparedModel::open(self.resolved.path(), &digest, &self.spec).map_err(|error| replica::unusable(error, &self.resolved))?;
+        support::tell_override(&prepared.model);
         Ok(Opened { name: self.name, prepared, spec: self.spec, open_s: start.elapsed().as_secs_f64(), _resolved: self.resolved })
     }
 }
@@ -179,10 +180,10 @@ pub fn read_text(path: &Path) -> Result<String> {
 impl From<EvalError> for Failure {
     fn from(error: EvalError) -> Self {
         match error {
-            EvalError::Option { .. } | EvalError::TooShort { .. } | EvalError::Incomparable { .. } => Failure::of(&error).exit(Exit::Usage),
             EvalError::TooShort { tokens, .. } if tokens >= SHORTEST_CHUNK => {
                 Failure::of(&error).help(format!("--context {tokens} makes one chunk of all of it")).exit(Exit::Usage)
             }
+            EvalError::Option { .. } | EvalError::TooShort { .. } | EvalError::Incomparable { .. } => Failure::of(&error).exit(Exit::Usage),
             _ => Failure::of(&error),
         }
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use forge_coordinator::Wish;
 use forge_gateway::ServedModel;
-use forge_model::ModelError;
+use forge_model::{LoadProgress, ModelError};
 use forge_shared::ids::{Epoch, NodeId, ReplicaId, ServiceName};
 use forge_shared::plan::{Plan, Refusal};
 use forge_shared::spec::ModelService;
@@ -21,6 +21,9 @@ use forge_worker::prepare::PreparedModel;
 use ractor::ActorCell;
 
 use crate::failure::{Exit, Failure, Result};
+use crate::loading::watched;
+use crate::spec_flags::{assignment, name_of};
+use crate::support;
 
 /// What runs, and the facts of it that are worth showing.
 pub struct Replica {
@@ -29,6 +32,7 @@ pub struct Replica {
     pub plan: Plan,
     /// What kind of model it is.
     pub facts: Facts,
+    progress: LoadProgress,
     /// Held, so that the store keeps the files.
     _model: ResolvedModel,
 }
@@ -66,6 +70,7 @@ impl Replica {
             quantization: summary.quantization.main_type().to_owned(),
         };
         let plan = place(service, &prepared)?;
+        let progress = prepared.progress.clone();
         let options = LocalOptions {
             model: prepared,
             plan: plan.clone(),
@@ -75,7 +80,7 @@ impl Replica {
             metrics,
         };
         let cluster = LocalCluster::start(options, supervisor).await.map_err(failed)?;
-        Ok(Replica { cluster, plan, facts, _model: model })
+        Ok(Replica { cluster, plan, facts, progress, _model: model })
     }
 
     /// What to speak to it with.
@@ -89,12 +94,14 @@ impl Replica {
         ServedModel { link, tokenizer, chat_template }
     }
 
-    /// Waits until it can answer.
+    /// Waits until it can answer, and shows how far it is.
     ///
     /// # Errors
     /// It cannot be loaded.
     pub async fn ready(&mut self) -> Result<()> {
-        self.cluster.ready().await.map_err(failed)
+        let name = self.cluster.served().link.card().name.clone();
+        let Replica { cluster, progress, .. } = self;
+        watched(&name, || progress.bytes(), cluster.ready()).await.map_err(failed)
     }
 
     /// Waits until it is dead for good; never returns while it runs or is being restarted.
@@ -120,7 +127,7 @@ fn place(service: &ModelService, prepared: &PreparedModel) -> Result<Plan> {
     let spec = &service.spec;
     if spec.replicas != 1 {
         return Err(Failure::new(format!("spec.replicas is {}, and this process is one worker", spec.replicas))
-            .help("this would fit: --set replicas=1")
+            .help(format!("this would fit: {}", assignment("replicas", "1")))
             .exit(Exit::NotPlaceable));
     }
     let replica = ReplicaId { service: ServiceName(service.metadata.name.clone()), index: 0 };
@@ -133,13 +140,20 @@ async fn prepare(service: &ModelService, model: &ResolvedModel) -> Result<Prepar
     let (path, digest, spec) = (model.path().to_owned(), model.digest().to_string(), service.spec.clone());
     let opened = tokio::task::spawn_blocking(move || PreparedModel::open(&path, &digest, &spec)).await;
     let opened = opened.map_err(|error| Failure::of(&error).while_doing("an internal task died"))?;
-    opened.map_err(|error| unusable(error, model))
+    let prepared = opened.map_err(|error| unusable(error, model))?;
+    support::tell_override(&prepared.model);
+    Ok(prepared)
 }
 
 /// Why a resolved model cannot be used, and how to get a whole one where its files are damaged.
 pub fn unusable(error: WorkerError, model: &ResolvedModel) -> Failure {
+    if matches!(error, WorkerError::Setting { .. } | WorkerError::Family { .. }) {
+        return failed(error);
+    }
     let damaged = matches!(error, WorkerError::Model(ModelError::Malformed { .. } | ModelError::NonFinite { .. }));
-    let failure = failed(error).while_doing(&format!("cannot use the model '{}' at {}", model.name(), model.path().display()));
+    let failure = failed(error);
+    let action = cannot_use(model.name(), &model.path().display().to_string(), |text| failure.says(text));
+    let failure = failure.while_doing(&action);
     match (damaged, model.manifest()) {
         (false, _) => failure,
         (true, Some(_)) => failure.help(format!(
@@ -150,25 +164,41 @@ pub fn unusable(error: WorkerError, model: &ResolvedModel) -> Failure {
     }
 }
 
+/// What cannot be done with a model, with its name and path, each once: a local model's name is its path, and causes
+/// may name the path already.
+fn cannot_use(name: &str, path: &str, caused_by: impl Fn(&str) -> bool) -> String {
+    let name = if name == path { String::new() } else { format!(" '{name}'") };
+    let path = if caused_by(path) { String::new() } else { format!(" at {path}") };
+    format!("cannot use the model{name}{path}")
+}
+
 /// What a worker's error is to the command line.
 pub fn failed(error: WorkerError) -> Failure {
     match error {
         WorkerError::Refused(refusal) => not_placeable(refusal),
-        error @ WorkerError::Setting { .. } => Failure::of(&error).exit(Exit::Usage),
+        WorkerError::Setting { field, reason } => Failure::usage(format!("{}: {reason}", name_of(field))),
+        WorkerError::Family { ref given, ref remedy, .. } => {
+            Failure::of(&error).while_doing(&format!("{}: {given}", name_of("arch"))).help(remedy.clone()).exit(Exit::Usage)
+        }
         error => Failure::of(&error),
     }
 }
 
 fn not_placeable(refusal: Refusal) -> Failure {
-    let mut failure = Failure::new(format!("{} does not fit this machine", refusal.replica)).exit(Exit::NotPlaceable);
-    for failed in &refusal.constraints {
-        failure = failure.cause(failed.constraint.clone());
-    }
+    let failure = match &refusal.wrong_setting {
+        Some(key) => Failure::usage(format!("{}: this model cannot have it", name_of(key))),
+        None => Failure::new(format!("{} does not fit this machine", refusal.replica)).exit(Exit::NotPlaceable),
+    };
+    let failure = refusal.constraints.iter().fold(failure, |failure, failed| failure.cause(failed.constraint.clone()));
     if refusal.nearest.is_empty() {
         return failure.help("no smaller setting of this model fits; choose a smaller model from `forgectl catalogue`");
     }
-    let nearest: Vec<String> = refusal.nearest.iter().map(|(key, value)| format!("--set {key}={value}")).collect();
-    failure.help(format!("this would fit: {}", nearest.join(" ")))
+    let nearest: Vec<String> = refusal.nearest.iter().map(|(key, value)| assignment(key, value)).collect();
+    let extended = match refusal.wrong_setting.as_deref() {
+        Some("maxModelLen") => "; --rope-scaling (type=yarn,factor=2) extends the context of models with rotary positions",
+        _ => "",
+    };
+    failure.help(format!("this would fit: {}{extended}", nearest.join(" ")))
 }
 
 /// Waits for `work` as long as the replica can still do it.
@@ -202,15 +232,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_model_and_its_path_are_named_once() {
+        assert_eq!(cannot_use("a", "/m/a.gguf", |_| false), "cannot use the model 'a' at /m/a.gguf");
+        assert_eq!(cannot_use("a", "/m/a.gguf", |_| true), "cannot use the model 'a'");
+        assert_eq!(cannot_use("/m/a", "/m/a", |_| false), "cannot use the model at /m/a");
+        assert_eq!(cannot_use("/m/a", "/m/a", |_| true), "cannot use the model");
+    }
+
+    #[test]
     fn a_refusal_says_what_would_fit() {
         let refusal = Refusal {
             replica: ReplicaId { service: ServiceName::from("demo"), index: 0 },
+            wrong_setting: None,
             constraints: vec![FailedConstraint { constraint: "9 GiB needed, 1 GiB free".into(), failed_devices: 1, devices: 1 }],
-            nearest: vec![("maxModelLen".into(), "512".into())],
+            nearest: vec![("maxModelLen".into(), "512".into()), ("layout.tensor".into(), "1".into())],
         };
         let failure = not_placeable(refusal);
         let text = failure.to_string();
-        assert!(text.contains("cause: 9 GiB needed, 1 GiB free\n  help: this would fit: --set maxModelLen=512"), "{text}");
+        let expected = "cause: 9 GiB needed, 1 GiB free\n  help: this would fit: --max-model-len 512 --set layout.tensor=1";
+        assert!(text.ends_with(expected), "{text}");
         assert_eq!(failure.code(), std::process::ExitCode::from(3));
     }
 }

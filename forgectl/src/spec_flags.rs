@@ -143,6 +143,27 @@ fn help(key: &Key) -> String {
     format!("{}{default} [env: {}]", key.help, key.variable())
 }
 
+/// How a command line sets a key: by its flag, or by `--set` where it has none.
+pub fn assignment(path: &str, value: &str) -> String {
+    match flagged(path) {
+        Some(key) => format!("--{} {value}", key.flag()),
+        None => format!("--set {path}={value}"),
+    }
+}
+
+/// A key as errors name it: by its flag, where it has one, and by its path in a file.
+pub fn name_of(path: &str) -> String {
+    let path = path.strip_prefix("spec.").unwrap_or(path);
+    match flagged(path) {
+        Some(key) => format!("--{} (spec.{path})", key.flag()),
+        None => format!("spec.{path}"),
+    }
+}
+
+fn flagged(path: &str) -> Option<&'static Key> {
+    Key::by_path(path).filter(|key| key.path != "model" && ServiceKeys::takes(key))
+}
+
 /// A key's default as people write it; nothing where it depends on model or machine, or is empty.
 pub fn default_of(key: &Key) -> Option<String> {
     let defaults = json!(ModelServiceSpec::default());
@@ -194,6 +215,15 @@ mod tests {
         assert_eq!(parse(&["--insecure=no"]), Ok(vec![("gateway.insecure", json!(false))]));
         assert_eq!(parse(&["--no-prefix-cache"]), Ok(vec![("prefixCache", json!(false))]));
         assert_eq!(parse(&["--cors-origin", "a,b"]), Ok(vec![("gateway.corsOrigins", json!(["a", "b"]))]));
+    }
+
+    #[test]
+    fn keys_are_named_by_the_flags_they_have() {
+        assert_eq!(assignment("maxModelLen", "512"), "--max-model-len 512");
+        assert_eq!(assignment("layout.tensor", "1"), "--set layout.tensor=1");
+        assert_eq!(name_of("spec.ropeScaling"), "--rope-scaling (spec.ropeScaling)");
+        assert_eq!(name_of("gateway.host"), "--host (spec.gateway.host)");
+        assert_eq!(name_of("spec.layout"), "spec.layout");
     }
 
     /// A key's line in the manual.

@@ -1,5 +1,6 @@
 //! Which models of the catalogue this build can run, before anything is pulled.
 
+use forge_model::Model;
 use forge_model::arch::families::FAMILIES;
 use forge_store::CatalogueEntry;
 
@@ -21,6 +22,14 @@ pub fn check(context: &Context, model: &str) -> Result<()> {
             Err(Failure::new(unsupported(alias, entry)).help("`forgectl catalogue` shows which models run").exit(Exit::Failed))
         }
         _ => Ok(()),
+    }
+}
+
+/// Says so where a model's files name another family than the one they are read as.
+pub fn tell_override(model: &Model) {
+    if let Some(said) = model.overridden_family() {
+        let family = model.architecture().family;
+        eprintln!("note: the files say {said}, and --arch has them read as {family}; answers are wrong if they are none");
     }
 }
 

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
@@ -178,15 +178,25 @@ fn flags_reach_the_engine_and_the_gateway() {
 fn a_wish_that_does_not_fit_exits_with_3_and_the_nearest_that_does() {
     let home = Home::new();
     for (arguments, expected) in [
-        (["--max-model-len", "65"], "context of 64 tokens"),
-        (["--kv-memory", "1000TiB"], "does not fit"),
-        (["--set", "replicas=2"], "replicas=1"),
-        (["--set", "layout.tensor=2"], "layout.tensor=1"),
+        (["--kv-memory", "1000TiB"], "help: this would fit: --kv-memory "),
+        (["--set", "replicas=2"], "--set replicas=1"),
+        (["--set", "layout.tensor=2"], "--set layout.tensor=1"),
     ] {
         let output = home.output(&[&["serve", "./tiny", "--port", "0", "--metrics-port", "0"][..], &arguments].concat());
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(3), "{arguments:?}: {stderr}");
         assert!(stderr.contains(expected) && stderr.contains("help:"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_length_beyond_the_context_is_a_wrong_setting_and_not_a_small_machine() {
+    let home = Home::new();
+    let output = home.output(&["serve", "./tiny", "--port", "0", "--metrics-port", "0", "--max-model-len", "65"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    for part in ["error: --max-model-len", "65 is beyond the model's context of 64 tokens", "fit: --max-model-len 64", "--rope-scaling"] {
+        assert!(stderr.contains(part), "{part:?} is not in: {stderr}");
     }
 }
 
@@ -233,6 +243,8 @@ fn a_prompt_beyond_the_context_is_refused_with_the_numbers() {
 /// Faults are compiled into debug builds only.
 #[cfg(debug_assertions)]
 mod faults {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]

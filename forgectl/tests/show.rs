@@ -64,10 +64,12 @@ fn overrides_a_model_cannot_take_are_refused_by_name() {
     let home = tempfile::tempdir().expect("a temporary folder");
     let model = fixture("eval/model").display().to_string();
     for (flags, code, expected) in [
-        (["--rope-scaling", "type=magic,factor=2"], 2, "spec.ropeScaling"),
+        (["--rope-scaling", "type=magic,factor=2"], 2, "--rope-scaling (spec.ropeScaling)"),
         (["--rope-scaling", "factor=2"], 2, "type is missing"),
-        (["--arch", "abacus"], 1, "abacus"),
-        (["--arch", "gpt2"], 1, "lacks transformer.wte.weight"),
+        (["--rope-scaling", "type=yarn,factor=1e30"], 2, "error: --rope-scaling (spec.ropeScaling)"),
+        (["--arch", "lama"], 2, "no family is called `lama`; did you mean `llama`?"),
+        (["--arch", "gpt2"], 2, "lacks transformer.wte.weight"),
+        (["--arch", "gpt2"], 2, "help: the files themselves say llama"),
         (["--sliding-window", "x"], 2, "--sliding-window"),
     ] {
         for command_name in ["show", "serve"] {
@@ -78,6 +80,10 @@ fn overrides_a_model_cannot_take_are_refused_by_name() {
             assert!(stderr.contains(expected), "{command_name} {flags:?}: {stderr}");
         }
     }
+    // One that fits by its tensors is taken, and said so.
+    let output = command(home.path(), &["show", &model, "--arch", "mistral"]).output().expect("starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.contains("the files say llama, and --arch has them read as mistral"), "{stderr}");
     let windowed = run(home.path(), &["show", &model, "--sliding-window", "16", "--arch", "llama", "-o", "json"]);
     assert_eq!(json(&windowed)["spec"]["slidingWindow"], 16);
 }
@@ -87,7 +93,7 @@ fn a_dry_run_checks_files_and_memory() {
     let home = tempfile::tempdir().expect("a temporary folder");
     let model = fixture("eval/model").display().to_string();
     for (arguments, code, expected) in
-        [(["--max-model-len", "65"], 3, "context of 64 tokens"), (["--kv-memory", "1000TiB"], 3, "does not fit")]
+        [(["--max-model-len", "65"], 2, "--max-model-len (spec.maxModelLen)"), (["--kv-memory", "1000TiB"], 3, "does not fit")]
     {
         let output = command(home.path(), &[&["serve", &model, "--dry-run"], &arguments[..]].concat()).output().expect("starts");
         let stderr = String::from_utf8_lossy(&output.stderr);

@@ -201,7 +201,7 @@ fn wrong(origin: &str, key: &str, reason: String) -> ConfigError {
 }
 
 /// The known name most like `name`, if any is alike; a key in a group is also compared without the group.
-fn nearest(name: &str, known: impl Iterator<Item = String>) -> Option<String> {
+pub fn nearest(name: &str, known: impl Iterator<Item = String>) -> Option<String> {
     let plain = |text: &str| text.to_ascii_lowercase().replace(['-', '_'], "");
     let wanted = plain(name);
     let likeness = |candidate: &str| {

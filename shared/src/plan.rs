@@ -77,6 +77,8 @@ impl RankMemory {
 pub struct Refusal {
     /// Service.
     pub replica: ReplicaId,
+    /// Key of the setting that this model cannot have on any machine; `None` where the machines are too small or too few.
+    pub wrong_setting: Option<String>,
     /// What did not hold, with numbers.
     pub constraints: Vec<FailedConstraint>,
     /// Settings that would fit, as keys and values of the specification.

@@ -36,6 +36,16 @@ pub enum WorkerError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// The family that the specification names is not that of the files.
+    #[error("the model's files do not match family `{given}`")]
+    Family {
+        /// As it was given.
+        given: String,
+        /// What to do.
+        remedy: String,
+        /// What did not match.
+        source: forge_model::ModelError,
+    },
     /// The engine ended by itself.
     #[error("the engine died: {reason}")]
     EngineDied {

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use forge_kernels::KvDType;
-use forge_model::{DecoderOptions, GenerationDefaults, LoadMode, Model, Overrides, Shard};
+use forge_model::arch::families::{FAMILIES, named};
+use forge_model::{DecoderOptions, GenerationDefaults, LoadMode, LoadProgress, Model, ModelError, Overrides, Shard};
+use forge_shared::config;
 use forge_shared::ids::Epoch;
 use forge_shared::link::DefaultSampling;
 use forge_shared::plan::{ModelFacts, ModelShape};
@@ -25,6 +27,8 @@ pub struct PreparedModel {
     pub digest: String,
     /// Whether to look for NaN while loading.
     pub check_weights: bool,
+    /// How far its weights are loaded, once they are.
+    pub progress: LoadProgress,
 }
 
 impl PreparedModel {
@@ -43,12 +47,20 @@ impl PreparedModel {
             None => text,
         };
         let facts = model_facts(&model, spec)?;
-        Ok(PreparedModel { facts, model, text, digest: digest.to_owned(), check_weights: spec.check_weights })
+        Ok(PreparedModel {
+            facts,
+            model,
+            text,
+            digest: digest.to_owned(),
+            check_weights: spec.check_weights,
+            progress: LoadProgress::default(),
+        })
     }
 
     /// Options of the rank that holds everything.
     pub fn decoder_options(&self, sizes: DecoderSizes) -> DecoderOptions {
-        DecoderOptions { weights_digest: self.digest.clone(), scan_values: self.check_weights, ..sizes.options() }
+        let progress = self.progress.clone();
+        DecoderOptions { weights_digest: self.digest.clone(), scan_values: self.check_weights, progress, ..sizes.options() }
     }
 
     /// Sampling defaults of the checkpoint, as the gateway wants them.
@@ -65,8 +77,39 @@ impl PreparedModel {
 pub fn open_model(path: &Path, spec: &ModelServiceSpec) -> Result<Model, WorkerError> {
     let rope_scaling = spec.rope_scaling.as_deref().map(str::parse).transpose();
     let rope_scaling = rope_scaling.map_err(|reason| WorkerError::Setting { field: "spec.ropeScaling", reason })?;
+    spec.arch.as_deref().map_or(Ok(()), check_family)?;
     let overrides = Overrides { architecture: spec.arch.clone(), rope_scaling, sliding_window: spec.sliding_window };
-    Ok(Model::open_with(path, load_mode(spec.load), &overrides)?)
+    Model::open_with(path, load_mode(spec.load), &overrides).map_err(|error| blame(error, path, &overrides))
+}
+
+/// Refuses a family that no row of the table has, with the name it may have been meant for.
+fn check_family(name: &str) -> Result<(), WorkerError> {
+    if named(name).is_ok() {
+        return Ok(());
+    }
+    let known = FAMILIES.iter().flat_map(|family| [&[family.name], family.model_types, family.gguf_architectures].concat());
+    let families = FAMILIES.map(|family| family.name).join(", ");
+    let meant = match config::nearest(name, known.map(str::to_owned)) {
+        Some(nearest) => format!("did you mean `{nearest}`? There are {families}"),
+        None => format!("there are {families}"),
+    };
+    Err(WorkerError::Setting { field: "spec.arch", reason: format!("no family is called `{name}`; {meant}") })
+}
+
+/// An error that comes of an override is the override's: the same files open without it.
+fn blame(error: ModelError, path: &Path, overrides: &Overrides) -> WorkerError {
+    let open = |overrides: &Overrides| Model::open_with(path, LoadMode::Mmap, overrides);
+    if overrides.rope_scaling.is_some() && open(&Overrides { rope_scaling: None, ..overrides.clone() }).is_ok() {
+        return WorkerError::Setting { field: "spec.ropeScaling", reason: error.to_string() };
+    }
+    let Some(given) = overrides.architecture.clone() else { return error.into() };
+    let remedy = match open(&Overrides { architecture: None, ..overrides.clone() }) {
+        Ok(model) => format!("the files themselves say {}, and are read as that without it", model.architecture().family),
+        Err(ModelError::UnknownFamily { nearest, .. }) => nearest.trim_start_matches(['.', ' ']).to_owned(),
+        // With and without it: the files are damaged or incomplete.
+        Err(_) => return error.into(),
+    };
+    WorkerError::Family { given, remedy, source: error }
 }
 
 /// Numbers for placement, under a specification's settings.
@@ -131,6 +174,7 @@ impl DecoderSizes {
             epoch: self.epoch,
             weights_digest: String::new(),
             scan_values: true,
+            progress: LoadProgress::default(),
         }
     }
 }

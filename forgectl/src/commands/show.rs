@@ -178,13 +178,14 @@ fn of_files(model: &Model, facts: &ModelFacts) -> Shown {
 fn of_model(resolved: &ResolvedModel, entry: Option<&CatalogueEntry>, spec: &ModelServiceSpec) -> Result<Shown> {
     let digest = resolved.digest().to_string();
     let prepared = PreparedModel::open(resolved.path(), &digest, spec).map_err(|error| replica::unusable(error, resolved))?;
+    support::tell_override(&prepared.model);
     let manifest = resolved.manifest();
     let shown = of_files(&prepared.model, &prepared.facts);
     Ok(Shown {
         name: resolved.name().to_owned(),
         pulled: true,
-        description: entry.map(|entry| entry.description.clone()),
         known_from: KnownFrom::Files,
+        description: entry.map(|entry| entry.description.clone()),
         licence: manifest.and_then(|manifest| manifest.licence.clone()).or(shown.licence),
         chat_template: Some(prepared.text.chat_template().is_ok()),
         size_bytes: resolved.size_bytes(),
@@ -209,6 +210,7 @@ fn of_preview(preview: &Preview, hub: &HubSource, spec: &ModelServiceSpec) -> Re
     let name = hub.to_string();
     let unusable = |error: WorkerError| replica::failed(error).while_doing(&format!("{} cannot be used", preview.source()));
     let model = open_model(preview.path(), spec).map_err(unusable)?;
+    support::tell_override(&model);
     let facts = model_facts(&model, spec).map_err(unusable)?;
     let shown = of_files(&model, &facts);
     Ok(Shown {
@@ -248,16 +250,16 @@ fn of_entry(alias: &str, entry: &CatalogueEntry) -> Shown {
     Shown {
         name: alias.to_owned(),
         pulled: false,
+        known_from: KnownFrom::Catalogue,
         description: Some(entry.description.clone()),
         architecture: entry.architecture.clone(),
-        known_from: KnownFrom::Catalogue,
         parameters: entry.parameters,
         quantization: first.map(|source| source.quantization.clone()).unwrap_or_default(),
         context_length: entry.context_length.into(),
         layout: None,
+        positions: None,
         memory: None,
         licence: Some(entry.licence.clone()),
-        positions: None,
         chat_template: None,
         size_bytes: first.map_or(0, |source| source.size_bytes),
         digest: None,
@@ -283,9 +285,9 @@ fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
             format!("{format}: {layers} layers, width {hidden_size}, {heads} heads, {kv_heads} KV heads, {vocab_size} token ids{experts}");
         facts.push(("layout", text));
     }
+    facts.extend(shown.positions.iter().flat_map(Positions::facts));
     if let Some(memory) = &shown.memory {
         let text = format!(
-    facts.extend(shown.positions.iter().flat_map(Positions::facts));
             "{} weights, {} workspace, {} keys and values per 1000 tokens",
             HumanBytes(memory.weights_bytes),
             HumanBytes(memory.workspace_bytes),
@@ -302,13 +304,13 @@ fn facts(shown: &Shown) -> Vec<(&'static str, String)> {
     facts.extend(shown.digest.clone().map(|digest| ("digest", digest)));
     facts.extend(shown.sources.iter().map(|source| ("source", source.clone())));
     facts.extend(shown.path.clone().map(|path| ("path", path)));
-    if !shown.pulled {
-        facts.push(("here", format!("no; `forgectl pull {}` fetches it", shown.name)));
     match shown.known_from {
         KnownFrom::Catalogue => facts.push(("known from", "the catalogue alone; more is told when the model is here".to_owned())),
         KnownFrom::Headers => facts.push(("known from", "the beginnings of its files on the hub".to_owned())),
         KnownFrom::Files => {}
     }
+    if !shown.pulled {
+        facts.push(("here", format!("no; `forgectl pull {}` fetches it", shown.name)));
     }
     facts
 }

@@ -74,7 +74,12 @@ pub static KEYS: &[Key] = {
         optional("modelName", Text, Model, "Name in the API; the model's own by default"),
         optional("chatTemplate", Text, Model, "A Jinja file that replaces the model's own chat template"),
         optional("arch", Text, Model, "Family of the model, where its files do not say or say wrong, such as llama"),
-        optional("ropeScaling", Text, Model, "Context extension instead of the model's own, such as type=yarn,factor=4"),
+        optional(
+            "ropeScaling",
+            Text,
+            Model,
+            "Context extension instead of the model's own, such as type=yarn,factor=4; types: default, linear, dynamic, yarn, llama3",
+        ),
         optional("slidingWindow", COUNT, Model, "Sliding window in positions instead of the model's own; 0 is none"),
         optional("maxModelLen", COUNT, Engine, "Longest sequence in tokens; the model's context by default, less where memory is short"),
         key("kvCacheDtype", Choice(&["f32", "f16", "bf16", "int8"]), Engine, "Storage type of keys and values"),
