@@ -66,7 +66,7 @@ fn overrides_a_model_cannot_take_are_refused_by_name() {
     for (flags, code, expected) in [
         (["--rope-scaling", "type=magic,factor=2"], 2, "--rope-scaling (spec.ropeScaling)"),
         (["--rope-scaling", "factor=2"], 2, "type is missing"),
-        (["--rope-scaling", "type=yarn,factor=1e30"], 2, "error: --rope-scaling (spec.ropeScaling)"),
+        (["--rope-scaling", "type=yarn,factor=1e30"], 2, "error: --rope-scaling (spec.ropeScaling): context_length is "),
         (["--arch", "lama"], 2, "no family is called `lama`; did you mean `llama`?"),
         (["--arch", "gpt2"], 2, "lacks transformer.wte.weight"),
         (["--arch", "gpt2"], 2, "help: the files themselves say llama"),

@@ -100,7 +100,11 @@ fn check_family(name: &str) -> Result<(), WorkerError> {
 fn blame(error: ModelError, path: &Path, overrides: &Overrides) -> WorkerError {
     let open = |overrides: &Overrides| Model::open_with(path, LoadMode::Mmap, overrides);
     if overrides.rope_scaling.is_some() && open(&Overrides { rope_scaling: None, ..overrides.clone() }).is_ok() {
-        return WorkerError::Setting { field: "spec.ropeScaling", reason: error.to_string() };
+        let reason = match error {
+            ModelError::Config { key, reason, .. } => format!("{key} {reason}"),
+            other => other.to_string(),
+        };
+        return WorkerError::Setting { field: "spec.ropeScaling", reason };
     }
     let Some(given) = overrides.architecture.clone() else { return error.into() };
     let remedy = match open(&Overrides { architecture: None, ..overrides.clone() }) {
