@@ -44,7 +44,7 @@ pub enum WorkerError {
         /// What to do.
         remedy: String,
         /// What did not match.
-        source: forge_model::ModelError,
+        source: Box<forge_model::ModelError>,
     },
     /// The engine ended by itself.
     #[error("the engine died: {reason}")]

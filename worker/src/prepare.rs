@@ -113,7 +113,7 @@ fn blame(error: ModelError, path: &Path, overrides: &Overrides) -> WorkerError {
         // With and without it: the files are damaged or incomplete.
         Err(_) => return error.into(),
     };
-    WorkerError::Family { given, remedy, source: error }
+    WorkerError::Family { given, remedy, source: Box::new(error) }
 }
 
 /// Numbers for placement, under a specification's settings.
