@@ -289,7 +289,7 @@ fn a_node_that_lied_about_its_memory_is_believed_no_more_than_was_found() {
 #[test]
 fn refusals_replace_what_was_said() {
     let mut world = ready(1);
-    let refusal = Refusal { replica: id("demo", 0), constraints: vec![], nearest: vec![] };
+    let refusal = Refusal { replica: id("demo", 0), wrong_setting: None, constraints: vec![], nearest: vec![] };
     let basis = world.state.revision();
     let say = |basis, refusals| Command::CommitPlans { basis, plans: vec![], removed: vec![], refusals };
     assert!(world.run(say(basis, vec![refusal.clone()])).expect("said").changed);
