@@ -67,6 +67,7 @@ impl RemoteReplica {
         let card = ModelCard {
             name: target.replica.service.0.clone(),
             names: vec![target.replica.service.0.clone()],
+            unlisted_names: Vec::new(),
             max_model_len: 0,
             vocab_size: 0,
             numerics_id: String::new(),

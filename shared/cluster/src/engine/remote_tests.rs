@@ -100,6 +100,7 @@ impl Engine for Script {
         let card = ModelCard {
             name: "m".into(),
             names: vec!["m".into()],
+            unlisted_names: Vec::new(),
             max_model_len: 64,
             vocab_size: 32,
             numerics_id: "n1".into(),

@@ -247,6 +247,7 @@ pub fn card_to_wire(replica: &ReplicaCard) -> wire::Card {
         repetition_penalty: sampling.repetition_penalty,
         text_digest: text_digest.clone(),
         block_size: *block_size as u32,
+        unlisted_names: card.unlisted_names.clone(),
     }
 }
 
@@ -256,13 +257,16 @@ pub fn card_to_wire(replica: &ReplicaCard) -> wire::Card {
 /// [`WireError`] naming the first field that cannot be used.
 pub fn card_from_wire(card: wire::Card) -> Result<ReplicaCard, WireError> {
     at_most("names", card.names.len(), MAX_NAMES)?;
-    let longest = card.names.iter().chain([&card.name, &card.numerics_id, &card.text_digest]).map(String::len).max();
+    at_most("unlisted_names", card.unlisted_names.len(), MAX_NAMES)?;
+    let longest =
+        card.names.iter().chain(&card.unlisted_names).chain([&card.name, &card.numerics_id, &card.text_digest]).map(String::len).max();
     at_most("name", longest.unwrap_or(0), MAX_NAME_BYTES)?;
     let sampling = |field, value: Option<f32>| value.map(|value| finite(field, value)).transpose();
     Ok(ReplicaCard {
         card: Arc::new(ModelCard {
             name: card.name,
             names: card.names,
+            unlisted_names: card.unlisted_names,
             max_model_len: size("max_model_len", card.max_model_len)?,
             vocab_size: size("vocab_size", card.vocab_size)?,
             numerics_id: card.numerics_id,

@@ -133,7 +133,8 @@ prop_compose! {
         let (max_model_len, vocab_size, block_size) = sizes;
         let (temperature, top_k, top_p, min_p, repetition_penalty) = sampling;
         let default_sampling = DefaultSampling { temperature, top_k, top_p, min_p, repetition_penalty };
-        let card = ModelCard { name: names[0].clone(), names, max_model_len, vocab_size, numerics_id: words.0, created_s, default_sampling };
+        let (name, unlisted_names) = (names[0].clone(), names[1..].to_vec());
+        let card = ModelCard { name, names, unlisted_names, max_model_len, vocab_size, numerics_id: words.0, created_s, default_sampling };
         ReplicaCard { card: card.into(), text_digest: words.1, block_size }
     }
 }
@@ -237,6 +238,7 @@ fn seeds_are_taken() {
         card: ModelCard {
             name: "m".into(),
             names: vec!["m".into(), "alias".into()],
+            unlisted_names: Vec::new(),
             max_model_len: 4096,
             vocab_size: 32_000,
             numerics_id: "n1".into(),
