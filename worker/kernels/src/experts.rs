@@ -48,11 +48,14 @@ pub(crate) struct CombineTask<'a> {
 /// one tree, with their merges.
 #[inline(always)]
 unsafe fn combine_body<L: Lanes>(task: CombineTask<'_>) {
+    // Written once: a sum is read only after it was put there, except the first, that of nothing.
+    // SAFETY: the caller's contract.
+    let mut waiting = unsafe { [L::splat(-0.0); MAX_DEPTH] };
     for column in (0..task.width).step_by(LANES) {
         let count = LANES.min(task.width - column);
         // SAFETY: columns below `width` are touched.
         unsafe {
-            let mut waiting = [L::splat(-0.0); MAX_DEPTH];
+            waiting[0] = L::splat(-0.0);
             let mut depth = 0;
             for (entry, &merges) in task.entries.iter().zip(task.merges) {
                 let y = L::load_partial(task.y.add(entry.row as usize * task.width + column), count);
