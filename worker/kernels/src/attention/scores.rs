@@ -115,7 +115,7 @@ unsafe fn gather_keys<E: Element>(task: &AttentionTask<'_>, scratch: &Scratch<E>
     }
 }
 
-/// Q queries × K vectors of keys; returns Q.
+/// Q queries × K vectors of keys, as many vectors at a time as the registers hold sums of; returns Q.
 ///
 /// # Safety
 /// As [`super::attend`].
@@ -125,6 +125,34 @@ unsafe fn score_tile<L: Lanes, E: Element, const Q: usize, const K: usize>(
     query: usize,
     tile: &KeyTile<E, K>,
 ) -> usize {
+    // SAFETY: the caller's contract; vectors stay below K.
+    unsafe {
+        if Q * K <= L::SUMS {
+            score_part::<L, E, Q, K, K>(task, query, tile, 0);
+        } else if Q * 2 <= L::SUMS && K.is_multiple_of(2) {
+            for first in (0..K).step_by(2) {
+                score_part::<L, E, Q, K, 2>(task, query, tile, first);
+            }
+        } else {
+            for first in 0..K {
+                score_part::<L, E, Q, K, 1>(task, query, tile, first);
+            }
+        }
+    }
+    Q
+}
+
+/// Q queries × P of a tile's vectors of keys, from vector `first`.
+///
+/// # Safety
+/// As [`super::attend`]; first + P ≤ K.
+#[inline(always)]
+unsafe fn score_part<L: Lanes, E: Element, const Q: usize, const K: usize, const P: usize>(
+    task: &AttentionTask<'_>,
+    query: usize,
+    tile: &KeyTile<E, K>,
+    first: usize,
+) {
     // SAFETY: dim < head_dim, queries exist.
     unsafe {
         let mut inputs = [std::ptr::null::<f32>(); Q];
@@ -132,22 +160,22 @@ unsafe fn score_tile<L: Lanes, E: Element, const Q: usize, const K: usize>(
             let query = query + index;
             *input = task.q.add(query / task.group * task.q_width + query % task.group * task.head_dim);
         }
-        let mut scores = [[L::splat(0.0); K]; Q];
+        let mut scores = [[L::splat(0.0); P]; Q];
         for dim in 0..task.head_dim {
-            let mut key = [L::splat(0.0); K];
-            for k in 0..K {
-                key[k] = E::load::<L>(tile.keys[k].add(dim * tile.stride));
+            let mut key = [L::splat(0.0); P];
+            for k in 0..P {
+                key[k] = E::load::<L>(tile.keys[first + k].add(dim * tile.stride));
             }
             for q in 0..Q {
                 let input = L::splat(*inputs[q].add(dim));
-                for k in 0..K {
+                for k in 0..P {
                     scores[q][k] = input.mul_add(key[k], scores[q][k]);
                 }
             }
         }
         if E::SCALED {
-            for k in 0..K {
-                let scale = L::load_bf16(tile.scales[k]);
+            for k in 0..P {
+                let scale = L::load_bf16(tile.scales[first + k]);
                 for q in 0..Q {
                     scores[q][k] = scores[q][k].mul(scale);
                 }
@@ -155,12 +183,11 @@ unsafe fn score_tile<L: Lanes, E: Element, const Q: usize, const K: usize>(
         }
         let scale = L::splat(task.scale);
         for q in 0..Q {
-            for k in 0..K {
-                scores[q][k].mul(scale).store(tile.out.add((query + q) * CHUNK + k * LANES));
+            for k in 0..P {
+                scores[q][k].mul(scale).store(tile.out.add((query + q) * CHUNK + (first + k) * LANES));
             }
         }
     }
-    Q
 }
 
 /// Scores to exponentials for lanes `start..end` of a chunk, with their maximum and sum; zero in the rest of

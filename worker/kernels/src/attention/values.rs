@@ -8,7 +8,7 @@
 use super::{AttentionTask, CHUNK, Scratch, clip};
 use crate::lanes::{Element, LANES, Lanes};
 
-/// Vectors of a head's dimensions accumulated together.
+/// Most vectors of a head's dimensions accumulated together.
 const VALUE_VECTORS: usize = 4;
 
 /// Σ weight · value of every query over its keys in the chunk. Keys that a tile's queries all see go through
@@ -113,9 +113,12 @@ unsafe fn weigh_queries<L: Lanes, E: Element, const Q: usize>(
         let rest = task.value_dim - dim;
         // SAFETY: dim stays below value_dim.
         unsafe {
-            if rest >= VALUE_VECTORS * LANES {
+            if Q * VALUE_VECTORS <= L::SUMS && rest >= VALUE_VECTORS * LANES {
                 weigh_tile::<L, E, Q, VALUE_VECTORS>(task, scratch, query, keys, dim);
                 dim += VALUE_VECTORS * LANES;
+            } else if Q * VALUE_VECTORS > L::SUMS && Q * 2 <= L::SUMS && rest >= 2 * LANES {
+                weigh_tile::<L, E, Q, 2>(task, scratch, query, keys, dim);
+                dim += 2 * LANES;
             } else if rest >= LANES {
                 weigh_tile::<L, E, Q, 1>(task, scratch, query, keys, dim);
                 dim += LANES;

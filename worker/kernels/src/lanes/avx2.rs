@@ -73,6 +73,7 @@ unsafe fn add_half_products<const R: usize, const T: usize>(
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx2 {
     const TOKENS: usize = 3;
+    const SUMS: usize = 6;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {

@@ -20,6 +20,7 @@ fn lowest(count: usize) -> __mmask16 {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx512 {
     const TOKENS: usize = 4;
+    const SUMS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {

@@ -31,6 +31,9 @@ pub(crate) trait Lanes: Copy + Sum {
     /// Tokens whose sums with four rows the registers hold, in [`Lanes::add_products`].
     const TOKENS: usize;
 
+    /// Sums of sixteen lanes that the registers hold beside their operands.
+    const SUMS: usize;
+
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     /// The first `count` lanes; the rest are zero.

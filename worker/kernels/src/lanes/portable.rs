@@ -39,6 +39,7 @@ fn greater(a: f32, b: f32) -> f32 {
 // The methods' contract is `Lanes`'s: pointers hold as many elements as are read or written.
 impl Lanes for Portable {
     const TOKENS: usize = 4;
+    const SUMS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
