@@ -3,7 +3,7 @@
 //!
 //! A leaf's sum has 16 lanes (lane = column mod 16, counted from the leaf's start), FMA, then the halving tree;
 //! leaves are added in the tree's order. Tiles of rows × tokens only share loads: every (row, token) sum is
-//! its own, so its bits do not depend on the tile. One token multiplies the weights as they lie; for several they are
+//! its own, so its bits do not depend on the tile. A few tokens multiply the weights as they lie; for more they are
 //! widened once, to a panel of f32 (`panel.rs`).
 
 // Indices name the rows, tokens and vectors of a register tile; several arrays share them.
@@ -63,34 +63,37 @@ impl DenseTask<'_> {
 unsafe fn dense_body<L: Lanes, S: WeightRows>(weights: S, task: DenseTask<'_>) {
     // SAFETY: the tiles lie within the task's rows and tokens.
     unsafe {
-        if task.tokens > 1 {
+        if task.tokens >= S::PANEL_TOKENS {
             return multiply_block::<L, S>(weights, &task);
         }
         let mut row = task.rows.start;
         while row < task.rows.end {
-            if task.rows.end - row >= ROWS {
-                one_token::<L, S, ROWS>(weights, &task, row);
-                row += ROWS;
-            } else {
-                one_token::<L, S, 1>(weights, &task, row);
-                row += 1;
+            let rows = if task.rows.end - row >= ROWS { ROWS } else { 1 };
+            for token in 0..task.tokens {
+                if rows == ROWS {
+                    multiply_token::<L, S, ROWS>(weights, &task, row, token);
+                } else {
+                    multiply_token::<L, S, 1>(weights, &task, row, token);
+                }
             }
+            row += rows;
         }
     }
 }
 
-/// R rows times the only token.
+/// R rows times a token, the weights as they lie.
 ///
 /// # Safety
-/// As [`dense_body`]; the rows exist.
+/// As [`dense_body`]; the rows and the token exist.
 #[inline(always)]
-unsafe fn one_token<L: Lanes, S: WeightRows, const R: usize>(weights: S, task: &DenseTask<'_>, row: usize) {
+unsafe fn multiply_token<L: Lanes, S: WeightRows, const R: usize>(weights: S, task: &DenseTask<'_>, row: usize, token: usize) {
     // SAFETY: columns stay below the last bound.
     unsafe {
         let mut rows = [weights.row(row); R];
         for r in 1..R {
             rows[r] = weights.row(row + r);
         }
+        let x = task.x.add(token * task.x_width);
         let next = weights.after(row, R, task.bounds[task.merges.len()]);
         let mut stack = LeafStack::<f32, R>::new(0.0);
         for (leaf, &merges) in task.merges.iter().enumerate() {
@@ -105,26 +108,26 @@ unsafe fn one_token<L: Lanes, S: WeightRows, const R: usize>(weights: S, task: &
                 let equal_end = weights.equal_scales(column..columns.end);
                 while column + LANES <= equal_end {
                     next.prefetch(column * S::BYTES..(column + LANES) * S::BYTES);
-                    let x = L::load(task.x.add(column));
+                    let value = L::load(x.add(column));
                     for r in 0..R {
-                        sums[r] = rows[r].load_scaled::<L>(column, scales[r]).mul_add(x, sums[r]);
+                        sums[r] = rows[r].load_scaled::<L>(column, scales[r]).mul_add(value, sums[r]);
                     }
                     column += LANES;
                 }
                 // The vector in which the scales change.
-                if equal_end < columns.end && column + LANES <= columns.end {
-                    let x = L::load(task.x.add(column));
+                if column < equal_end && column + LANES <= columns.end {
+                    let value = L::load(x.add(column));
                     for r in 0..R {
-                        sums[r] = rows[r].load::<L>(column).mul_add(x, sums[r]);
+                        sums[r] = rows[r].load::<L>(column).mul_add(value, sums[r]);
                     }
                     column += LANES;
                 }
             }
             let rest = columns.end - column;
             if rest > 0 {
-                let x = L::load_partial(task.x.add(column), rest);
+                let value = L::load_partial(x.add(column), rest);
                 for r in 0..R {
-                    sums[r] = rows[r].load_partial::<L>(column, rest).mul_add(x, sums[r]);
+                    sums[r] = rows[r].load_partial::<L>(column, rest).mul_add(value, sums[r]);
                 }
             }
             let mut totals = [0.0; R];
@@ -133,7 +136,7 @@ unsafe fn one_token<L: Lanes, S: WeightRows, const R: usize>(weights: S, task: &
             }
             stack.push(totals, merges);
         }
-        task.store(0, row, stack.total());
+        task.store(token, row, stack.total());
     }
 }
 

@@ -12,6 +12,7 @@ use std::ops::Range;
 use super::weights::WeightRow;
 use super::{DenseTask, ROWS, WeightRows};
 use crate::lanes::{LANES, Lanes, LeafStack};
+use crate::prefetch::NextRows;
 
 /// Columns of a panel: with those of a few tokens they fill the nearest cache and leave room.
 const COLUMNS: usize = 512;
@@ -26,6 +27,13 @@ struct Panel([[f32; COLUMNS]; ROWS]);
 /// Sums of four rows with a token: written when a leaf begins, `[row]`.
 type Sums<L> = [MaybeUninit<L>; ROWS];
 
+/// What four rows' sums with a block of tokens are in.
+struct State<L> {
+    sums: [Sums<L>; TOKENS],
+    /// Of the leaves so far; empty between rows.
+    stacks: [LeafStack<f32, ROWS>; TOKENS],
+}
+
 /// Computes a task.
 ///
 /// # Safety
@@ -33,7 +41,7 @@ type Sums<L> = [MaybeUninit<L>; ROWS];
 #[inline(always)]
 pub(super) unsafe fn multiply_block<L: Lanes, S: WeightRows>(weights: S, task: &DenseTask<'_>) {
     let mut panel = Panel([[0.0; COLUMNS]; ROWS]);
-    let mut sums = [[MaybeUninit::<L>::uninit(); ROWS]; TOKENS];
+    let mut state = State { sums: [[MaybeUninit::<L>::uninit(); ROWS]; TOKENS], stacks: [const { LeafStack::new(0.0) }; TOKENS] };
     let mut first = 0;
     while first < task.tokens {
         let tokens = first..task.tokens.min(first + TOKENS);
@@ -43,10 +51,10 @@ pub(super) unsafe fn multiply_block<L: Lanes, S: WeightRows>(weights: S, task: &
             // SAFETY: the rows and the tokens are the task's.
             unsafe {
                 if task.rows.end - row >= ROWS {
-                    multiply_rows::<L, S, ROWS>(weights, task, row, tokens.clone(), &mut panel, &mut sums);
+                    multiply_rows::<L, S, ROWS>(weights, task, row, tokens.clone(), &mut panel, &mut state);
                     row += ROWS;
                 } else {
-                    multiply_rows::<L, S, 1>(weights, task, row, tokens.clone(), &mut panel, &mut sums);
+                    multiply_rows::<L, S, 1>(weights, task, row, tokens.clone(), &mut panel, &mut state);
                     row += 1;
                 }
             }
@@ -65,25 +73,27 @@ unsafe fn multiply_rows<L: Lanes, S: WeightRows, const R: usize>(
     row: usize,
     tokens: Range<usize>,
     panel: &mut Panel,
-    sums: &mut [Sums<L>; TOKENS],
+    state: &mut State<L>,
 ) {
-    let mut stacks = [const { LeafStack::<f32, R>::new(0.0) }; TOKENS];
+    let State { sums, stacks } = state;
+    let (sums, stacks) = (&mut sums[..tokens.len()], &mut stacks[..tokens.len()]);
     // SAFETY: columns stay within their leaf, and the caller's contract.
     unsafe {
+        let next = weights.after(row, R, task.bounds[task.merges.len()]);
         for (leaf, &merges) in task.merges.iter().enumerate() {
             let columns = task.bounds[leaf]..task.bounds[leaf + 1];
-            for sums in &mut sums[..tokens.len()] {
+            for sums in sums.iter_mut() {
                 *sums = [MaybeUninit::new(L::splat(0.0)); ROWS];
             }
             let mut start = columns.start;
             while start < columns.end {
                 let part = start..columns.end.min(start + COLUMNS);
                 start = part.end;
-                widen::<L, S, R>(weights, row, part.clone(), panel);
-                multiply_part::<L, R>(task, tokens.clone(), part, panel, sums);
+                widen::<L, S, R>(weights, row, part.clone(), next, panel);
+                multiply_part::<L, R>(task, tokens.start, part, panel, sums);
             }
-            for (stack, sums) in stacks.iter_mut().zip(&sums[..tokens.len()]) {
-                let mut totals = [0.0; R];
+            for (stack, sums) in stacks.iter_mut().zip(sums.iter()) {
+                let mut totals = [0.0; ROWS];
                 for r in 0..R {
                     totals[r] = sums[r].assume_init().sum();
                 }
@@ -91,7 +101,12 @@ unsafe fn multiply_rows<L: Lanes, S: WeightRows, const R: usize>(
             }
         }
         for (token, stack) in tokens.zip(stacks) {
-            task.store(token, row, stack.total());
+            let totals = stack.take_total();
+            if R == ROWS {
+                task.store(token, row, totals);
+            } else {
+                task.store(token, row, [totals[0]]);
+            }
         }
     }
 }
@@ -101,7 +116,9 @@ unsafe fn multiply_rows<L: Lanes, S: WeightRows, const R: usize>(
 /// # Safety
 /// As [`multiply_rows`]; there are at most [`COLUMNS`].
 #[inline(always)]
-unsafe fn widen<L: Lanes, S: WeightRows, const R: usize>(weights: S, row: usize, columns: Range<usize>, panel: &mut Panel) {
+unsafe fn widen<L: Lanes, S: WeightRows, const R: usize>(weights: S, row: usize, columns: Range<usize>, next: NextRows, panel: &mut Panel) {
+    // Each vector of these rows asks for as many bytes of the next.
+    let share = LANES * S::BYTES / R;
     for r in 0..R {
         // SAFETY: the row exists and holds the columns; `to` has room for 16 where they begin.
         unsafe {
@@ -111,6 +128,8 @@ unsafe fn widen<L: Lanes, S: WeightRows, const R: usize>(weights: S, row: usize,
                 if column >= columns.end {
                     break;
                 }
+                let ahead = column * S::BYTES + r * share;
+                next.prefetch(ahead..ahead + share);
                 let count = LANES.min(columns.end - column);
                 let values: L = if count == LANES { weights.load(column) } else { weights.load_partial(column, count) };
                 values.store(to.as_mut_ptr());
@@ -120,25 +139,26 @@ unsafe fn widen<L: Lanes, S: WeightRows, const R: usize>(weights: S, row: usize,
     }
 }
 
-/// Adds the products of the panel with all tokens to their sums.
+/// Adds the products of the panel with the tokens from `first_token` on to their sums.
 ///
 /// # Safety
 /// As [`multiply_rows`]; the panel holds the columns.
 #[inline(always)]
 unsafe fn multiply_part<L: Lanes, const R: usize>(
     task: &DenseTask<'_>,
-    tokens: Range<usize>,
+    first_token: usize,
     columns: Range<usize>,
     panel: &Panel,
-    sums: &mut [Sums<L>; TOKENS],
+    sums: &mut [Sums<L>],
 ) {
     let mut index = 0;
-    while index < tokens.len() {
+    while index < sums.len() {
         // SAFETY: no more tokens are asked for than there are.
         unsafe {
-            let x = task.x.add((tokens.start + index) * task.x_width + columns.start);
-            let sums = sums[index..].as_mut_ptr();
-            index += match tokens.len() - index {
+            let x = task.x.add((first_token + index) * task.x_width + columns.start);
+            let rest = &mut sums[index..];
+            let (count, sums) = (rest.len(), rest.as_mut_ptr());
+            index += match count {
                 4.. if L::TOKENS >= 4 => multiply_tile::<L, R, 4>(panel, x, task.x_width, columns.len(), sums),
                 3.. => multiply_tile::<L, R, 3>(panel, x, task.x_width, columns.len(), sums),
                 2 => multiply_tile::<L, R, 2>(panel, x, task.x_width, columns.len(), sums),

@@ -27,6 +27,8 @@ pub(crate) trait WeightRows: Copy {
     type Row: WeightRow;
     /// Bytes of a value.
     const BYTES: usize;
+    /// Tokens from which widening the weights first pays.
+    const PANEL_TOKENS: usize;
 
     /// # Safety
     /// The row exists.
@@ -48,6 +50,7 @@ pub(crate) struct ElementRows<E> {
 impl<E: Element> WeightRows for ElementRows<E> {
     type Row = *const E;
     const BYTES: usize = size_of::<E>();
+    const PANEL_TOKENS: usize = 8;
 
     #[inline(always)]
     unsafe fn row(self, index: usize) -> *const E {
@@ -114,6 +117,7 @@ pub(crate) struct ScaledRow<'a> {
 impl<'a> WeightRows for ScaledRows<'a> {
     type Row = ScaledRow<'a>;
     const BYTES: usize = 1;
+    const PANEL_TOKENS: usize = 3;
 
     #[inline(always)]
     unsafe fn row(self, index: usize) -> ScaledRow<'a> {

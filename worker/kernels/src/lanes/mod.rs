@@ -200,6 +200,13 @@ impl<T: Sum, const N: usize> LeafStack<T, N> {
     pub(crate) fn total(self) -> [T; N] {
         self.waiting[0]
     }
+
+    /// The sum, after all leaves; the next leaf begins another.
+    #[inline(always)]
+    pub(crate) fn take_total(&mut self) -> [T; N] {
+        self.depth = 0;
+        self.waiting[0]
+    }
 }
 
 /// An element type in memory that widens exactly to f32: what a dense weight or a KV pool is made of.
