@@ -13,9 +13,15 @@ checks! { quantized: logits = check_rounded_logits, batch = check_batch, ranks =
     llama_iq4_nl: "llama-iq4_nl",
     llama_iq4_xs: "llama-iq4_xs",
     llama_mxfp4: "llama-mxfp4",
-    qwen3moe_q4_k: "qwen3moe-q4_k",
-    qwen3moe_q6_k: "qwen3moe-q6_k",
+    qwen3moe_q5_0: "qwen3moe-q5_0",
     qwen3moe_q5_1: "qwen3moe-q5_1",
+    qwen3moe_q2_k: "qwen3moe-q2_k",
+    qwen3moe_q3_k: "qwen3moe-q3_k",
+    qwen3moe_q4_k: "qwen3moe-q4_k",
+    qwen3moe_q5_k: "qwen3moe-q5_k",
+    qwen3moe_q6_k: "qwen3moe-q6_k",
+    qwen3moe_iq4_nl: "qwen3moe-iq4_nl",
+    qwen3moe_iq4_xs: "qwen3moe-iq4_xs",
     qwen3moe_mxfp4: "qwen3moe-mxfp4",
 } }
 
