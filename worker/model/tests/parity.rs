@@ -55,6 +55,11 @@ fn qwen2_with_sliding_windows_in_bf16() {
 }
 
 #[test]
+fn the_text_part_of_a_gemma3_that_takes_images() {
+    check(fixture("gemma3-images"), "gemma3-images/golden.safetensors", DENSE);
+}
+
+#[test]
 fn gpt2_in_f16() {
     check(fixture("gpt2"), "gpt2/golden.safetensors", DENSE);
 }
