@@ -8,6 +8,9 @@ use crate::error::{ModelError, Result};
 use crate::gguf::metadata::config_error;
 
 const DEFAULT_THETA: f64 = 10_000.0;
+/// Bases of layers that see everything and of windowed ones: the format's own key, and Ollama's.
+const THETA: [&str; 2] = ["rope.freq_base", "rope.global.freq_base"];
+const LOCAL_THETA: [&str; 2] = ["rope.freq_base_swa", "rope.local.freq_base"];
 const KIND: &str = "rope.scaling.type";
 const FACTOR: &str = "rope.scaling.factor";
 
@@ -34,10 +37,10 @@ impl Keys<'_> {
         let full = RopeSpec {
             style: self.family.gguf.rope_style,
             rotary_dim: self.optional_size("rope.dimension_count")?.unwrap_or(whole),
-            theta: self.optional_float("rope.freq_base")?.unwrap_or(DEFAULT_THETA),
+            theta: self.one_of(THETA)?.unwrap_or(DEFAULT_THETA),
             scaling: self.scaling(context_length)?,
         };
-        let local_theta = self.optional_float("rope.freq_base_swa")?;
+        let local_theta = self.one_of(LOCAL_THETA)?;
         let windowed = match &row.local {
             None => RopeSpec { theta: local_theta.unwrap_or(full.theta), ..full.clone() },
             Some(LocalRope::SameTheta) => RopeSpec { scaling: RopeScaling::Default, ..full.clone() },
@@ -47,6 +50,16 @@ impl Keys<'_> {
             }
         };
         Ok(PositionSpec::Rope(RopeLayers::by_window(full, windowed, &attention.windows)))
+    }
+
+    /// A number with two names, which agree where a file has both.
+    fn one_of(&self, [own, other]: [&str; 2]) -> Result<Option<f64>> {
+        match (self.optional_float(own)?, self.optional_float(other)?) {
+            (Some(one), Some(two)) if one != two => {
+                Err(config_error(&self.key(other), format!("is {two}, and {} is {one}", self.key(own))))
+            }
+            (one, two) => Ok(one.or(two)),
+        }
     }
 
     pub fn scaling(&self, context_length: usize) -> Result<RopeScaling> {

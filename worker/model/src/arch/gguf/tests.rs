@@ -126,6 +126,20 @@ fn windows_follow_the_architecture_or_the_files_own_pattern() {
 }
 
 #[test]
+fn ollama_has_names_of_its_own_for_both_bases() {
+    let gemma3 = || file("gemma3").with("attention.sliding_window", number(9));
+    let bases = |file: File| match file.read().unwrap().position {
+        PositionSpec::Rope(rope) => rope.tables.iter().map(|table| table.theta).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    let of = |global: &str, local: &str| bases(gemma3().with(global, Value::Float(2e6)).with(local, Value::Float(300.0)));
+    assert_eq!(of("rope.global.freq_base", "rope.local.freq_base"), [2e6, 300.0]);
+    assert_eq!(of("rope.freq_base", "rope.local.freq_base"), of("rope.freq_base", "rope.freq_base_swa"));
+    let both = gemma3().with("rope.freq_base_swa", Value::Float(1e4)).with("rope.local.freq_base", Value::Float(300.0)).refused();
+    assert!(both.contains("gemma3.rope.local.freq_base: is 300, and gemma3.rope.freq_base_swa is 10000"), "{both}");
+}
+
+#[test]
 fn gemmas_have_what_their_files_do_not_say() {
     let gemma2 = file("gemma2").read().unwrap();
     assert_eq!((gemma2.embedding.scale, gemma2.norm.weight_offset), (8.0, 0.0));

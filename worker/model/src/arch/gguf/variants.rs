@@ -42,6 +42,7 @@ const KNOWN: &[&str] = &[
     "rope.dimension_count",
     "rope.freq_base",
     "rope.freq_base_swa",
+    "rope.global.freq_base",
     "rope.scale_linear",
     "rope.scaling.attn_factor",
     "rope.scaling.factor",
@@ -52,6 +53,9 @@ const KNOWN: &[&str] = &[
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_log_multiplier",
 ];
+
+/// Ollama's key of the base of windowed layers, which a family without any has no use for.
+const LOCAL_BASE: &str = "rope.local.freq_base";
 
 /// Beginnings and parts of keys that change the computation.
 const BEGINNINGS: &[&str] = &["attention.", "rope.", "expert", "swiglu_", "nextn_predict_layers", "moe_", "ssm.", "altup."];
@@ -66,12 +70,13 @@ const ONE_VALUE: &[(&str, Value)] = &[
 
 impl Keys<'_> {
     pub fn refuse_variants(&self) -> Result<()> {
+        let windowed = self.family.attention.windows.is_some();
         for (key, value) in self.metadata.iter() {
             let Some(own) = key.strip_prefix(self.name).and_then(|rest| rest.strip_prefix('.')) else { continue };
             let matters = BEGINNINGS.iter().any(|beginning| own.starts_with(beginning)) || PARTS.iter().any(|part| own.contains(part));
             let passes = match ONE_VALUE.iter().find(|(known, _)| *known == own) {
                 Some((_, computed)) => value == computed,
-                None => !matters || KNOWN.contains(&own) || is_off(value),
+                None => !matters || KNOWN.contains(&own) || (windowed && own == LOCAL_BASE) || is_off(value),
             };
             if !passes {
                 let remedy = match own {
