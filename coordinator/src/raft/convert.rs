@@ -431,3 +431,116 @@ fn change_kind(change: MemberChange) -> ConfChangeType {
         MemberChange::AddLearner(_) => ConfChangeType::AddLearnerNode,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn entries(index: u64, term: u64, most_term: u64) -> impl Strategy<Value = Vec<wire::Entry>> {
+        let one = (any::<bool>(), prop::collection::vec(any::<u8>(), 0..40), 0_u64..3);
+        prop::collection::vec(one, 0..5).prop_map(move |items| {
+            let mut at = term;
+            let numbered = items.into_iter().zip(index + 1..);
+            numbered
+                .map(|((is_change, data, later), index)| {
+                    at = (at + later).min(most_term);
+                    let data = if is_change { change_out(MemberChange::AddLearner(index)) } else { Bytes::from(data) };
+                    wire::Entry { kind: if is_change { 2 } else { 0 }, term: at, index, data, context: Bytes::new() }
+                })
+                .collect()
+        })
+    }
+
+    /// Messages as members send them.
+    fn messages() -> impl Strategy<Value = wire::Message> {
+        let kinds = prop::sample::select(vec![3_u32, 4, 5, 6, 7, 8, 9, 14, 15, 16, 17, 18]);
+        (kinds, 1_u64..1000, 1_u64..1000, 0_u64..1000, any::<bool>()).prop_flat_map(|(kind, term, index, commit, reject)| {
+            let log_term = 1 + term / 2;
+            let entries = match kind {
+                3 => entries(index, log_term, term.max(log_term)).boxed(),
+                15 | 16 => Just(vec![wire::Entry { data: Bytes::from_static(b"context"), ..wire::Entry::default() }]).boxed(),
+                _ => Just(Vec::new()).boxed(),
+            };
+            entries.prop_map(move |entries| wire::Message {
+                kind,
+                to: 1,
+                from: 2,
+                term: if kind == 15 { 0 } else { term.max(log_term) },
+                log_term,
+                index,
+                entries,
+                commit,
+                commit_term: 3,
+                snapshot: (kind == 7).then(|| wire::SnapshotMeta {
+                    index,
+                    term,
+                    conf_state: Some(wire::ConfState { voters: vec![1, 2], learners: vec![9], ..wire::ConfState::default() }),
+                }),
+                reject,
+                reject_hint: index,
+                context: Bytes::from_static(b"12345678"),
+                ..wire::Message::default()
+            })
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_members_send_survives_both_ways(message in messages()) {
+            let converted = if message.kind == 7 {
+                snapshot_in(message.clone(), Bytes::from_static(b"data"), 1)
+            } else {
+                message_in(message.clone(), 1)
+            };
+            prop_assert_eq!(message_out(&converted.unwrap()), message);
+        }
+
+        #[test]
+        fn any_number_in_any_place_is_taken_or_refused(mut message in messages(), place in 0..14, value in prop_oneof![any::<u64>(), Just(0), Just(u64::MAX), Just(MAX_NUMBER + 1)]) {
+            match place {
+                0 => message.kind = value as u32,
+                1 => message.to = value,
+                2 => message.from = value,
+                3 => message.term = value,
+                4 => message.log_term = value,
+                5 => message.index = value,
+                6 => message.commit = value,
+                7 => message.request_snapshot = value,
+                8 => message.reject_hint = value,
+                9 => message.priority = value as i64,
+                10 => message.context = Bytes::from(vec![0; (value % 100) as usize]),
+                11 => message.entries.push(wire::Entry { kind: value as u32, index: value, term: value, ..wire::Entry::default() }),
+                12 => message.snapshot = Some(wire::SnapshotMeta { index: value, term: value, conf_state: None }),
+                _ => message.commit_term = value,
+            }
+            if let Ok(taken) = message_in(message, 1) {
+                prop_assert!(taken.term <= MAX_NUMBER && taken.index <= MAX_NUMBER && taken.to == 1 && taken.from != 1);
+            }
+        }
+
+        #[test]
+        fn lists_of_members_are_checked(voters in prop::collection::vec(0_u64..6, 0..5), learners in prop::collection::vec(0_u64..6, 0..3)) {
+            let mut all: Vec<_> = voters.iter().chain(&learners).copied().collect();
+            all.sort_unstable();
+            let is_good = !voters.is_empty() && all.iter().all(|&id| id > 0) && all.windows(2).all(|pair| pair[0] != pair[1]);
+            prop_assert_eq!(check_voters(&voters, &learners).is_ok(), is_good);
+        }
+    }
+
+    #[test]
+    fn changes_of_members_are_what_raft_reads() {
+        for change in [MemberChange::AddLearner(5), MemberChange::Promote(6), MemberChange::Remove(u64::MAX >> 2)] {
+            assert_eq!(change_in(&change_out(change)), Ok(change));
+        }
+        assert!(change_in(b"").is_err(), "leaving a joint configuration is not used");
+        let two = ChangeData {
+            changes: vec![SingleChange { kind: 0, member_id: 1 }, SingleChange { kind: 0, member_id: 2 }],
+            ..ChangeData::default()
+        };
+        assert!(change_in(&two.encode_to_vec()).is_err());
+        let unknown = ChangeData { changes: vec![SingleChange { kind: 3, member_id: 1 }], ..ChangeData::default() };
+        assert!(matches!(change_in(&unknown.encode_to_vec()), Err(ConvertError::Unknown { number: 3, .. })));
+    }
+}

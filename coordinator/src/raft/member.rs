@@ -240,7 +240,8 @@ impl<D: Disk> Member<D> {
             MemberChange::Promote(_) => {
                 // A voter that lags would take part in no majority and could cost one.
                 let commit = self.core.commit_index();
-                let is_near = progress.iter().any(|member| member.id == id && member.is_active && member.matched_index + 100 >= commit);
+                let least = commit.saturating_sub(100).max(self.core.log_range().0);
+                let is_near = progress.iter().any(|member| member.id == id && member.is_active && member.matched_index >= least);
                 if is_near {
                     Ok(false)
                 } else {
@@ -360,6 +361,9 @@ impl<D: Disk> Member<D> {
         self.send(std::mem::take(&mut batch.messages_after), sink)?;
         let (messages, more) = self.core.persisted();
         self.send(messages, sink)?;
+        if batch.snapshot.is_some() {
+            self.core.applied(self.applied);
+        }
         committed.extend(more);
         self.apply(committed, sink);
         Ok(())

@@ -2,7 +2,8 @@
 //!
 //! Layers, each knowing only the ones before it: [`convert`] (messages from peers, checked), [`core`] (raft-rs without
 //! I/O), [`log`] (the data directory), [`member`] (core, log and state machine as one deterministic step function), `node`
-//! (the thread that drives a member). A simulator drives [`member::Member`] with its own disk, network and time.
+//! (the thread that drives a member), [`transport`] (gRPC between members). A simulator drives [`member::Member`] with its
+//! own disk, network and time.
 //!
 //! What it is not: it knows no command and no state; those belong to the [`StateMachine`].
 //!
@@ -12,6 +13,7 @@ mod cache;
 pub mod convert;
 pub mod core;
 mod error;
+pub mod fuzz;
 mod handle;
 mod inbox;
 pub mod log;
@@ -19,6 +21,7 @@ mod logger;
 pub mod member;
 mod node;
 mod options;
+pub mod transport;
 mod types;
 
 pub use cache::Persisted;

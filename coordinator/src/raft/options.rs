@@ -115,6 +115,14 @@ impl RaftOptions {
         if self.limits.entry_bytes > super::convert::MAX_ENTRY_BYTES {
             return refuse(format!("limits.entry_bytes is {}; at most {}", self.limits.entry_bytes, super::convert::MAX_ENTRY_BYTES));
         }
+        let message_bytes = self.limits.message_bytes.saturating_add(self.limits.entry_bytes as u64);
+        if message_bytes > super::convert::MAX_MESSAGE_BYTES as u64 || self.limits.uncommitted_bytes < self.limits.message_bytes {
+            return refuse(format!(
+                "limits.message_bytes is {}: with an entry it may have at most {}, and not more than uncommitted_bytes",
+                self.limits.message_bytes,
+                super::convert::MAX_MESSAGE_BYTES
+            ));
+        }
         if let Some(voters) = &self.bootstrap {
             super::convert::check_voters(voters, &[]).map_err(|error| RaftError::Options(format!("bootstrap: {error}")))?;
             if !voters.contains(&self.member_id) {

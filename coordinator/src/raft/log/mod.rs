@@ -15,6 +15,8 @@ mod error;
 mod frame;
 mod memory;
 mod open;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -72,11 +74,11 @@ pub struct LogStore<D: Disk> {
     is_rotating: bool,
 }
 
-fn segment_name(first_sequence: u64) -> String {
+pub(in crate::raft) fn segment_name(first_sequence: u64) -> String {
     format!("log-{first_sequence:020}")
 }
 
-fn snapshot_name(index: u64) -> String {
+pub(in crate::raft) fn snapshot_name(index: u64) -> String {
     format!("snapshot-{index:020}")
 }
 

@@ -153,7 +153,8 @@ impl<D: Disk> LogStore<D> {
             return Err(corrupt(&name, 0, format!("entries up to {} are in a snapshot, and the newest there is holds {index}", base.0)));
         }
         let holds_snapshot = base == (index, term) || replay.entries.get(&index).is_some_and(|entry| entry.term == term);
-        if index > base.0 && !holds_snapshot {
+        let is_superseded = index > base.0 && !holds_snapshot;
+        if is_superseded {
             // A leader's snapshot arrived, and the process died before the log began anew behind it.
             replay.entries.clear();
             base = (index, term);
@@ -175,6 +176,10 @@ impl<D: Disk> LogStore<D> {
         }
         hard_state.commit = hard_state.commit.max(index);
         (self.base, self.hard_state) = (base, hard_state.clone());
+        if is_superseded {
+            // Said in the log too, before anything is written behind it.
+            self.restart_at(&self.snapshot.clone(), Some(&hard_state))?;
+        }
         Ok(Persisted {
             hard_state,
             snapshot: self.snapshot.clone(),
