@@ -54,6 +54,12 @@ pub enum GatewayError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// It cannot be part of the cluster.
+    #[error("{reason}")]
+    Cluster {
+        /// What keeps it out, and what to do.
+        reason: String,
+    },
     /// A listener broke while serving.
     #[error("the listener failed: {0}")]
     Listener(std::io::Error),

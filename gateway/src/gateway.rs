@@ -143,12 +143,18 @@ impl Gateway {
         Ok(gateway)
     }
 
-    /// A gateway that serves nothing until [`Gateway::publish`] says what.
+    /// A gateway that serves nothing until [`Gateway::publish`] or [`Gateway::join`] says what.
     ///
     /// # Errors
     /// A setting out of range, or an address beyond loopback without keys.
     pub fn empty(config: GatewayConfig, metrics: Metrics, keys: KeyRing, clock: Arc<dyn Clock>) -> Result<Gateway, GatewayError> {
         config.check(keys.required())?;
+        Ok(Self::unchecked(config, metrics, keys, clock))
+    }
+
+    /// As [`Gateway::empty`], for a process that checks the configuration when the cluster's keys are known and before
+    /// it listens.
+    pub(crate) fn unchecked(config: GatewayConfig, metrics: Metrics, keys: KeyRing, clock: Arc<dyn Clock>) -> Gateway {
         let threads = std::thread::available_parallelism().map_or(2, |count| count.get());
         let limits = &config.limits;
         let state = GatewayState {
@@ -168,7 +174,7 @@ impl Gateway {
             started: Instant::now(),
             config,
         };
-        Ok(Gateway { state: Arc::new(state) })
+        Gateway { state: Arc::new(state) }
     }
 
     /// Joins a cluster: models, keys, limits and idempotency keys are the cluster's from now on.

@@ -37,6 +37,7 @@ mod middleware;
 mod models;
 pub mod prefix_index;
 mod prepare;
+pub mod process;
 pub mod request;
 pub mod response;
 pub mod retry_budget;

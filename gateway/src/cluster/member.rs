@@ -70,16 +70,19 @@ impl ClusterMember {
     }
 
     /// Resolves once the services and keys of the cluster are known.
-    pub async fn known(&mut self) {
+    pub async fn known(&self) {
         // The sender lives in a task that never ends before this is dropped.
-        let _ = self.known.wait_for(|known| *known).await;
+        let _ = self.known.clone().wait_for(|known| *known).await;
     }
 
     /// Resolves when the coordinators refuse this gateway for good, with the reason: a newer process has its name.
-    pub async fn refused(&mut self) -> String {
-        match self.refused.wait_for(Option::is_some).await {
-            Ok(reason) => reason.clone().unwrap_or_default(),
-            Err(_) => std::future::pending().await,
+    pub async fn refused(&self) -> String {
+        let mut refused = self.refused.clone();
+        let reason = refused.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
+        match reason {
+            Some(reason) => reason,
+            // The sender is gone with its task: nobody will refuse it any more.
+            None => std::future::pending().await,
         }
     }
 }

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use forge_cluster::config::GatewayFile;
 use forge_gateway::clock::Clock;
 use forge_gateway::cluster::{ClusterMember, MemberParts, Shares};
 use forge_gateway::keys::KeyRecord;
 use forge_gateway::prefix_index::PromptBlocks;
-use forge_gateway::{Gateway, KeyLimits, KeyRing, Listeners};
+use forge_gateway::{Gateway, GatewayConfig, KeyLimits, KeyRing, Listeners};
 use forge_shared::cluster::event::Object;
 use forge_shared::cluster::session::KeyShare;
 use forge_shared::telemetry::Metrics;
@@ -42,7 +43,7 @@ async fn join(cluster: &Arc<ScriptedCluster>, workers: &Arc<ScriptedWorkers>, na
     let metrics = Metrics::new();
     let gateway = Gateway::empty(config, metrics.clone(), keys.clone(), Arc::new(ClockAt(clock_s))).expect("a valid configuration");
     let parts = MemberParts { api: cluster.clone(), dialer: workers.clone(), spec: gateway_spec(name), keys, shares };
-    let mut member = gateway.join(parts);
+    let member = gateway.join(parts);
     tokio::time::timeout(Duration::from_secs(5), member.known()).await.expect("the cluster is told");
     let served = gateway.clone();
     let (stop, stopped) = tokio::sync::oneshot::channel();
@@ -241,4 +242,21 @@ async fn keys_and_shares_of_their_limits_come_from_the_cluster() {
     cluster.tell(vec![object(&revoked)]).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
     Answer::read(gateway.server.send(with(&free.plaintext)).await).await.error(401);
+}
+
+#[test]
+fn every_example_of_a_gateway_s_file_is_loaded() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../cluster-configs");
+    let mut loaded = 0;
+    for cluster in std::fs::read_dir(folder).expect("the examples are there").map(|entry| entry.expect("readable").path()) {
+        let files = std::fs::read_dir(&cluster).into_iter().flatten().map(|entry| entry.expect("readable").path());
+        for path in files.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("gateway"))) {
+            let file: GatewayFile<GatewayConfig> = forge_cluster::config::load(Some(&path), &[]).unwrap_or_else(|error| panic!("{error}"));
+            file.gateway.check(true).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            loaded += 1;
+        }
+    }
+    assert!(loaded >= 4, "{loaded}");
+    let typo = forge_cluster::config::load::<GatewayFile<GatewayConfig>>(None, &["gateway.prot=1".into()]).expect_err("a typo");
+    assert!(format!("{typo} {:?}", typo.help()).contains("port"), "{typo}");
 }

@@ -7,6 +7,7 @@ pub mod api;
 pub mod client;
 pub mod config;
 pub mod engine;
+pub mod incarnation;
 pub mod probes;
 pub mod status;
 pub mod tls;

@@ -6,6 +6,7 @@
 //! Invariant: every file under `cluster-configs/` is one of these, and is loaded by a test.
 
 mod coordinator;
+mod entry;
 mod gateway;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::tracing::{LogFormat, TelemetryOptions};
 
 pub use coordinator::CoordinatorConfig;
+pub use entry::Entry;
 pub use gateway::GatewayFile;
 pub use worker::{DeclaredDevice, WorkerConfig};
 

@@ -1,0 +1,102 @@
+//! A gateway's process: its parts put together, kept up, and taken down in order.
+//!
+//! Invariant: it listens only once it knows the cluster's keys, and ends in bounded time after it was asked to: no new
+//! requests, those under way finish within the drain, then the ports close.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forge_cluster::client::{RemoteCluster, keep_renewed};
+use forge_cluster::config::GatewayFile;
+use forge_cluster::engine::RemoteDialer;
+use forge_cluster::incarnation;
+use forge_cluster::tls::SharedCredentials;
+use forge_shared::cluster::node::{NodeSpec, Role};
+use forge_shared::ids::NodeId;
+use forge_shared::telemetry::Metrics;
+
+use crate::clock::{Clock, SystemClock};
+use crate::cluster::{MemberParts, Shares};
+use crate::config::GatewayConfig;
+use crate::error::GatewayError;
+use crate::gateway::Gateway;
+use crate::keys::KeyRing;
+use crate::server::Listeners;
+
+/// For joining at the first start.
+const JOIN_WITHIN: Duration = Duration::from_secs(60);
+/// For the first sight of the cluster; a supervisor starts the process again.
+const KNOWN_WITHIN: Duration = Duration::from_secs(120);
+
+/// Runs a gateway until `shutdown`, then drains it.
+///
+/// # Errors
+/// What keeps it from starting, and its refusal by the cluster.
+pub async fn run(file: GatewayFile<GatewayConfig>, shutdown: impl Future<Output = ()> + Send) -> Result<(), GatewayError> {
+    let cannot = |reason: String| GatewayError::Cluster { reason };
+    let membership = &file.membership;
+    let entry = membership.enter(Role::Gateway, &file.name, JOIN_WITHIN).await.map_err(cannot)?;
+    let credentials = SharedCredentials::new(entry.credentials);
+    let mut addresses = file.coordinators.clone();
+    addresses.extend(entry.coordinators);
+    addresses.dedup();
+    let cluster = RemoteCluster::new(&addresses, &credentials).map_err(|error| cannot(error.to_string()))?;
+    let renewing = tokio::spawn(keep_renewed(cluster.clone(), membership.directory.clone()));
+    let result = serve(&file, cluster, &credentials, shutdown).await;
+    renewing.abort();
+    result
+}
+
+async fn serve(
+    file: &GatewayFile<GatewayConfig>,
+    cluster: RemoteCluster,
+    credentials: &SharedCredentials,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), GatewayError> {
+    let cannot = |reason: String| GatewayError::Cluster { reason };
+    let config = file.gateway.clone();
+    let listeners = Listeners::bind(&config).await?;
+    let now_ms = SystemClock.unix_s().saturating_mul(1000);
+    let incarnation = incarnation::next(&file.membership.directory, now_ms).map_err(|error| cannot(error.to_string()))?;
+    let spec = NodeSpec {
+        id: NodeId::from(file.name.as_str()),
+        role: Role::Gateway,
+        incarnation,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        address: listeners.api().to_string(),
+        metrics_address: listeners.metrics().to_string(),
+        devices: Vec::new(),
+    };
+    let shares = Arc::new(Shares::default());
+    let keys = KeyRing::told(shares.clone());
+    let dialer = Arc::new(RemoteDialer::new(credentials.clone(), config.timeouts.request()));
+    let parts = MemberParts { api: Arc::new(cluster), dialer, spec, keys: keys.clone(), shares };
+    let gateway = Gateway::unchecked(config.clone(), Metrics::new(), keys.clone(), Arc::new(SystemClock));
+    let member = gateway.join(parts);
+    tracing::info!(name = file.name, "waiting for the cluster's services and keys");
+    tokio::select! {
+        known = tokio::time::timeout(KNOWN_WITHIN, member.known()) => known.map_err(|_| {
+            let seconds = KNOWN_WITHIN.as_secs();
+            cannot(format!("no coordinator of {} told what is served within {seconds} s", file.coordinators.join(", ")))
+        })?,
+        reason = member.refused() => return Err(cannot(reason)),
+    }
+    config.check(keys.required())?;
+    tracing::info!(api = %listeners.api(), metrics = %listeners.metrics(), "the gateway listens");
+    let (refused_sender, refused) = tokio::sync::oneshot::channel();
+    let ending = async move {
+        tokio::select! {
+            () = shutdown => {}
+            reason = member.refused() => {
+                // The receiver lives until this has been awaited.
+                let _ = refused_sender.send(reason);
+            }
+        }
+    };
+    gateway.serve(listeners, ending).await?;
+    match refused.await {
+        Ok(reason) => Err(cannot(reason)),
+        Err(_) => Ok(()),
+    }
+}
