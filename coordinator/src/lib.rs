@@ -1,11 +1,12 @@
-//! The coordinator's decisions. Today: placement on one node, embedded in `forgectl serve`.
+//! The coordinator: what the cluster agrees on, and what its leader decides.
 //!
-//! What it is not: it keeps no state and talks to nobody; the raft group that will own these decisions calls
-//! the same functions.
+//! [`state`] is what all coordinators know after the same log, [`placement`] where replicas go, [`control`] what the leader
+//! proposes and lends (leases, shares of budgets), [`raft`] how they agree. `forgectl serve` places with the same function.
+//!
+//! Invariant: `state`, `placement` and `control` have no clock, socket, disk or thread; time is an argument.
 
-mod placement;
+pub mod control;
+pub mod placement;
 pub mod raft;
 pub mod state;
 pub mod watch;
-
-pub use placement::{Wish, plan};

@@ -6,10 +6,10 @@
 use std::pin::Pin;
 use std::time::Duration;
 
-use forge_coordinator::Wish;
+use forge_coordinator::placement::plan_alone;
 use forge_gateway::ServedModel;
 use forge_model::{LoadProgress, ModelError};
-use forge_shared::ids::{Epoch, NodeId, ReplicaId, ServiceName};
+use forge_shared::ids::{NodeId, ServiceName};
 use forge_shared::plan::{Plan, Refusal};
 use forge_shared::spec::ModelService;
 use forge_shared::telemetry::Metrics;
@@ -130,10 +130,8 @@ fn place(service: &ModelService, prepared: &PreparedModel) -> Result<Plan> {
             .help(format!("this would fit: {}", assignment("replicas", "1")))
             .exit(Exit::NotPlaceable));
     }
-    let replica = ReplicaId { service: ServiceName(service.metadata.name.clone()), index: 0 };
     let devices = [machine::cpu_device(NodeId::from("local"))];
-    let wish = Wish { replica: &replica, epoch: Epoch::default().next(), spec, facts: &prepared.facts };
-    forge_coordinator::plan(&devices, wish).map_err(not_placeable)
+    plan_alone(&devices, &ServiceName(service.metadata.name.clone()), spec, &prepared.facts).map_err(not_placeable)
 }
 
 async fn prepare(service: &ModelService, model: &ResolvedModel) -> Result<PreparedModel> {
@@ -227,6 +225,7 @@ pub async fn unless_stopped<T>(stop: Pin<&mut impl Future<Output = ()>>, work: i
 
 #[cfg(test)]
 mod tests {
+    use forge_shared::ids::ReplicaId;
     use forge_shared::plan::FailedConstraint;
 
     use super::*;

@@ -97,6 +97,9 @@ pub struct PlannedService {
     pub plans: Vec<Plan>,
     /// Devices that were not taken, and why: `node/device` and a sentence.
     pub refused_devices: Vec<(String, String)>,
+    /// What else is to be known before it is applied, in sentences.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// A coordinator's view of its group.

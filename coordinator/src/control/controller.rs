@@ -1,0 +1,298 @@
+//! The leader's controller: what it would have changed, given the state and the leases.
+//!
+//! Called after every change of the state and on every tick. What it proposes is fenced (incarnations, epochs, the basis of
+//! a commit), so a proposal that comes late or twice does no harm; within a short time it does not repeat one.
+//!
+//! Invariant: when all that is wished runs, and no lease is over, it proposes nothing.
+
+use std::collections::BTreeMap;
+
+use forge_shared::cluster::Revision;
+use forge_shared::cluster::command::{Command, PlannedReplica};
+use forge_shared::cluster::node::{NodePhase, Role};
+use forge_shared::cluster::service::{Facts, ReplicaRecord, ServiceRecord};
+use forge_shared::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
+use forge_shared::plan::{ModelFacts, Plan, Refusal};
+use forge_shared::spec::ModelService;
+
+use super::failures::Failures;
+use super::inspect::Inspections;
+use super::lease::LeaseTable;
+use super::rollout::{Replaced, Work};
+use super::{EXECUTABLE_RANKS, drain_ms, present, wish_of};
+use crate::placement::{self, Cluster, Placement, Wish};
+use crate::state::ClusterState;
+
+/// Plans and removals in one proposal: what is left comes with the next.
+const COMMIT_PLANS: usize = 512;
+
+/// What the leader is to do.
+#[derive(Debug, Clone, PartialEq)]
+#[expect(missing_docs, reason = "each variant is described; its fields' names and types say the rest")]
+pub enum Intent {
+    /// Propose this under a new request id.
+    Propose(Command),
+    /// Ask this node what the service's model is, and hand its answer to [`Controller::inspected`].
+    Inspect { node: NodeId, incarnation: Incarnation, service: Box<ModelService>, generation: u64 },
+}
+
+/// Times of a controller, milliseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct ControllerOptions {
+    /// A proposal that changed nothing by then is made again.
+    pub propose_again_ms: u64,
+    /// A replica's worker may say so much later than the service's drain time that it has ended.
+    pub drain_margin_ms: u64,
+    /// A lost gateway is forgotten after this time. Lost workers stay until an operator removes them.
+    pub forget_gateway_ms: u64,
+}
+
+impl Default for ControllerOptions {
+    fn default() -> Self {
+        ControllerOptions { propose_again_ms: 2_000, drain_margin_ms: 5_000, forget_gateway_ms: 3_600_000 }
+    }
+}
+
+/// The leader's controller. A new leader begins with a new one.
+#[derive(Debug, Clone, Default)]
+pub struct Controller {
+    options: ControllerOptions,
+    failures: Failures,
+    inspections: Inspections,
+    /// Since when replicas have been draining, as far as this leader saw.
+    draining_since_ms: BTreeMap<(ReplicaId, Epoch), u64>,
+    /// Since when gateways have been lost.
+    lost_since_ms: BTreeMap<NodeId, u64>,
+    /// Nodes that were proposed to be lost or removed, and when to propose it again.
+    proposed_nodes: BTreeMap<(NodeId, Incarnation), u64>,
+    /// The state that a placement was proposed for, and when to propose it again.
+    proposed_plans: Option<(Revision, u64)>,
+}
+
+/// A placement in the making.
+#[derive(Default)]
+struct Commit {
+    plans: Vec<PlannedReplica>,
+    removed: Vec<(ReplicaId, Epoch)>,
+    refusals: Vec<Refusal>,
+}
+
+impl Controller {
+    /// A controller that knows nothing but the state it is shown.
+    pub fn new(options: ControllerOptions) -> Self {
+        Controller { options, ..Controller::default() }
+    }
+
+    /// What is to be done now. `now_ms` is the leader's monotonic clock; `leases` follow the state already.
+    pub fn decide(&mut self, now_ms: u64, state: &ClusterState, leases: &LeaseTable) -> Vec<Intent> {
+        let mut intents = Vec::new();
+        self.watch_nodes(now_ms, state, leases, &mut intents);
+        self.inspections.decide(now_ms, state, &mut intents);
+        self.failures.follow(now_ms, state);
+        self.watch_draining(now_ms, state);
+        let is_waited_for = |(basis, again_ms): (Revision, u64)| basis == state.placement_revision() && now_ms < again_ms;
+        // A placement beside the loss of a node would be stale when it is applied.
+        if intents.iter().all(|intent| matches!(intent, Intent::Inspect { .. }))
+            && !self.proposed_plans.is_some_and(is_waited_for)
+            && let Some(commit) = self.place(now_ms, state)
+        {
+            self.proposed_plans = Some((state.placement_revision(), now_ms.saturating_add(self.options.propose_again_ms)));
+            intents.push(Intent::Propose(commit));
+        }
+        intents
+    }
+
+    /// A worker answered an inspection; `None` where its session ended first. What to propose, if that settles it.
+    pub fn inspected(
+        &mut self,
+        now_ms: u64,
+        state: &ClusterState,
+        (node, service): (&NodeId, &ServiceName),
+        answer: Option<Result<Box<ModelFacts>, String>>,
+    ) -> Option<Command> {
+        self.inspections.answered(now_ms, state, node, service, answer)
+    }
+
+    fn watch_nodes(&mut self, now_ms: u64, state: &ClusterState, leases: &LeaseTable, intents: &mut Vec<Intent>) {
+        let nodes = state.nodes();
+        self.proposed_nodes.retain(|(id, incarnation), again_ms| {
+            now_ms < *again_ms && nodes.get(id).is_some_and(|node| node.spec.incarnation == *incarnation)
+        });
+        self.lost_since_ms.retain(|id, _| nodes.get(id).is_some_and(|node| node.phase == NodePhase::Lost));
+        let again_ms = now_ms.saturating_add(self.options.propose_again_ms);
+        for (node, incarnation) in leases.expired(now_ms) {
+            let is_ready = nodes.get(&node).is_some_and(|known| known.phase == NodePhase::Ready && known.spec.incarnation == incarnation);
+            if is_ready && self.proposed_nodes.insert((node.clone(), incarnation), again_ms).is_none() {
+                let reason = format!("no heartbeat for {} ms, or it said good-bye", leases.lease_ms());
+                intents.push(Intent::Propose(Command::LoseNode { node, incarnation, reason }));
+            }
+        }
+        let lost = nodes.values().filter(|node| node.phase == NodePhase::Lost && node.spec.role == Role::Gateway);
+        for node in lost {
+            let id = &node.spec.id;
+            let since_ms = *self.lost_since_ms.entry(id.clone()).or_insert(now_ms);
+            let is_old = now_ms.saturating_sub(since_ms) >= self.options.forget_gateway_ms;
+            if is_old && self.proposed_nodes.insert((id.clone(), node.spec.incarnation), again_ms).is_none() {
+                intents.push(Intent::Propose(Command::RemoveNode { node: id.clone() }));
+            }
+        }
+    }
+
+    fn watch_draining(&mut self, now_ms: u64, state: &ClusterState) {
+        let mut seen = BTreeMap::new();
+        for leaving in state.services().values().flat_map(|service| &service.leaving).filter(|leaving| leaving.is_draining) {
+            let key = (leaving.replica.plan.replica.clone(), leaving.replica.plan.epoch);
+            let since_ms = self.draining_since_ms.get(&key).copied().unwrap_or(now_ms);
+            seen.insert(key, since_ms);
+        }
+        self.draining_since_ms = seen;
+    }
+
+    /// Whether a draining replica of a service had its time.
+    fn is_drained(&self, now_ms: u64, service: &ServiceRecord, replica: &ReplicaRecord) -> bool {
+        let key = (replica.plan.replica.clone(), replica.plan.epoch);
+        let Some(since_ms) = self.draining_since_ms.get(&key) else { return false };
+        let drain_ms = wish_of(service, replica.generation).map_or(0, |(wish, _)| drain_ms(wish));
+        now_ms.saturating_sub(*since_ms) >= drain_ms.saturating_add(self.options.drain_margin_ms)
+    }
+
+    fn place(&self, now_ms: u64, state: &ClusterState) -> Option<Command> {
+        let mut commit = Commit::default();
+        // Built when the first service needs it: most calls find nothing to do.
+        let mut cluster: Option<Cluster> = None;
+        for (name, service) in state.services() {
+            let is_over = |replica: &ReplicaRecord| self.is_drained(now_ms, service, replica);
+            if service.is_deleted {
+                commit.removed.extend(Work::of_deleted(service, is_over).removed);
+                continue;
+            }
+            let work = Work::of(now_ms, state, (name, service), &self.failures, is_over);
+            commit.removed.extend(work.removed.iter().cloned());
+            let is_full = commit.plans.len() + commit.removed.len() >= COMMIT_PLANS;
+            let mut refusal = None;
+            if work.places() && !is_full {
+                let cluster = cluster.get_or_insert_with(|| Cluster::of(state));
+                refusal = self.place_service(cluster, name, service, &work, &mut commit);
+            }
+            if is_full || (work.waits && refusal.is_none() && has_gap(service)) {
+                refusal = service.refusal.clone();
+            }
+            commit.refusals.extend(refusal);
+        }
+        let said: Vec<&Refusal> = state.services().values().filter_map(|service| service.refusal.as_ref()).collect();
+        if commit.plans.is_empty() && commit.removed.is_empty() && said.iter().copied().eq(&commit.refusals) {
+            return None;
+        }
+        let Commit { plans, removed, refusals } = commit;
+        Some(Command::CommitPlans { basis: state.revision(), plans, removed, refusals })
+    }
+
+    fn place_service(
+        &self,
+        cluster: &mut Cluster,
+        name: &ServiceName,
+        service: &ServiceRecord,
+        work: &Work,
+        commit: &mut Commit,
+    ) -> Option<Refusal> {
+        let Facts::Known { facts } = &service.facts else {
+            // Nothing can be planned, and only a drained node makes a ready replica go without a successor.
+            commit.removed.extend(work.ready.iter().map(|replaced| replaced.id(name)));
+            return None;
+        };
+        let mut placing = Placing { cluster, name, service, facts, epoch: service.last_epoch, plans: Vec::new() };
+        let (failed, often) = self.failures.nodes(name);
+        let mut refusal = None;
+        for &index in &work.missing {
+            let refused = placing.one(index, &failed).or_else(|_| placing.one(index, &often)).err();
+            // Where a predecessor still finishes its requests its memory comes free soon.
+            refusal = refusal.or(refused.filter(|_| !work.waits));
+        }
+        for replaced in &work.unready {
+            let old = service.replicas.iter().find(|replica| replica.plan.epoch == replaced.epoch);
+            old.iter().for_each(|old| placing.cluster.release(&old.plan));
+            if let Err(refused) = placing.one(replaced.index, &often) {
+                old.iter().for_each(|old| placing.cluster.take(&old.plan));
+                refusal = refusal.or(Some(refused));
+            }
+        }
+        if let Some(replaced) = &work.ready {
+            let elsewhere: Vec<NodeId> = often.iter().chain(&replaced.nodes).cloned().collect();
+            if let Err(refused) = placing.one(replaced.index, &elsewhere) {
+                if replaced.is_on_draining {
+                    commit.removed.push(replaced.id(name));
+                    refusal = refusal.or(Some(refused));
+                } else if placing.fits_instead(replaced, &often) {
+                    commit.removed.push(replaced.id(name));
+                } else {
+                    refusal = refusal.or(Some(refused));
+                }
+            }
+        }
+        commit.plans.extend(placing.plans.into_iter().map(|plan| PlannedReplica { plan, generation: service.generation }));
+        refusal
+    }
+}
+
+/// Whether a wished replica is not there, or does not run.
+fn has_gap(service: &ServiceRecord) -> bool {
+    service.replicas.iter().filter(|replica| crate::state::runs(replica)).count() < service.service.spec.replicas as usize
+}
+
+impl Replaced {
+    fn id(&self, name: &ServiceName) -> (ReplicaId, Epoch) {
+        (ReplicaId { service: name.clone(), index: self.index }, self.epoch)
+    }
+}
+
+/// One service's placement in the making.
+struct Placing<'a> {
+    cluster: &'a mut Cluster,
+    name: &'a ServiceName,
+    service: &'a ServiceRecord,
+    facts: &'a ModelFacts,
+    epoch: Epoch,
+    plans: Vec<Plan>,
+}
+
+impl Placing<'_> {
+    /// Places one replica off `avoided` nodes, and off those where an older epoch of it still runs.
+    fn one(&mut self, index: u32, avoided: &[NodeId]) -> Result<(), Refusal> {
+        let Placement { plans, refusal } = self.plan(index, avoided);
+        if let Some(plan) = plans.first() {
+            self.epoch = plan.epoch;
+        }
+        self.plans.extend(plans);
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// Whether a replica's successor fits where it is now, once it is gone.
+    fn fits_instead(&mut self, replaced: &Replaced, avoided: &[NodeId]) -> bool {
+        let Some(old) = self.service.replicas.iter().find(|replica| replica.plan.epoch == replaced.epoch) else { return false };
+        self.cluster.release(&old.plan);
+        let plans = self.plan(replaced.index, avoided).plans;
+        plans.iter().for_each(|plan| self.cluster.release(plan));
+        self.cluster.take(&old.plan);
+        !plans.is_empty()
+    }
+
+    fn plan(&mut self, index: u32, avoided: &[NodeId]) -> Placement {
+        let (_, mut standing) = present(self.service);
+        standing.retain(|plan| plan.replica.index != index);
+        standing.extend(&self.plans);
+        let older = self.service.leaving.iter().filter(|leaving| leaving.replica.plan.replica.index == index);
+        let older = older.flat_map(|leaving| leaving.replica.plan.ranks.iter().map(|rank| rank.node.clone()));
+        let avoided: Vec<(u32, NodeId)> = avoided.iter().cloned().chain(older).map(|node| (index, node)).collect();
+        let wish = Wish {
+            service: self.name,
+            spec: &self.service.service.spec,
+            facts: self.facts,
+            indices: &[index],
+            last_epoch: self.epoch,
+            standing: &standing,
+            avoided: &avoided,
+            max_ranks: EXECUTABLE_RANKS,
+        };
+        placement::plan(self.cluster, &wish)
+    }
+}

@@ -1,0 +1,147 @@
+//! Whom the leader asks to look at a service's model, and what it makes of the answers.
+//!
+//! Invariant: one worker at a time is asked for a service; a model is unusable only after several workers could not use it,
+//! or all there are; an answer that does not come is asked of the next one, with growing pauses.
+
+use std::collections::BTreeMap;
+
+use forge_shared::cluster::command::Command;
+use forge_shared::cluster::node::{NodePhase, NodeRecord, Role};
+use forge_shared::cluster::service::Facts;
+use forge_shared::ids::{Incarnation, NodeId, ServiceName};
+use forge_shared::plan::ModelFacts;
+
+use super::controller::Intent;
+use crate::state::ClusterState;
+
+/// A worker answers within this time, or another is asked: it may have to download headers.
+const ANSWER_MS: u64 = 120_000;
+/// What was answered is in the state within this time, or it is asked once more.
+const RECORD_MS: u64 = 5_000;
+/// Workers that are asked before a model is called unusable.
+const TRIES: usize = 3;
+/// Pause after the first question without an answer, and the most, milliseconds.
+const PAUSE_MS: (u64, u64) = (1_000, 60_000);
+
+/// Questions under way.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Inspections {
+    services: BTreeMap<ServiceName, Inspection>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Inspection {
+    generation: u64,
+    asked: Option<Asked>,
+    /// Workers that were asked in this round.
+    tried: Vec<NodeId>,
+    reasons: Vec<String>,
+    unanswered: u32,
+    not_before_ms: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Asked {
+    node: NodeId,
+    incarnation: Incarnation,
+    until_ms: u64,
+}
+
+impl Inspections {
+    pub fn decide(&mut self, now_ms: u64, state: &ClusterState, intents: &mut Vec<Intent>) {
+        let services = state.services();
+        let is_open = |name: &ServiceName| services.get(name).is_some_and(|s| !s.is_deleted && s.facts == Facts::Unknown);
+        self.services.retain(|name, _| is_open(name));
+        for (name, service) in services.iter().filter(|(name, _)| is_open(name)) {
+            let known = self.services.entry(name.clone()).or_default();
+            if known.generation != service.generation {
+                *known = Inspection { generation: service.generation, ..Inspection::default() };
+            }
+            if let Some(asked) = &known.asked {
+                let lives = state.nodes().get(&asked.node).is_some_and(|node| is_able(node) && node.spec.incarnation == asked.incarnation);
+                if lives && now_ms < asked.until_ms {
+                    continue;
+                }
+                known.give_up_question(now_ms);
+            }
+            if now_ms < known.not_before_ms {
+                continue;
+            }
+            let busy = self.questions_per_node();
+            let Some(known) = self.services.get_mut(name) else { continue };
+            let workers = || state.nodes().values().filter(|node| is_able(node));
+            if workers().all(|node| known.tried.contains(&node.spec.id)) {
+                known.tried.clear();
+            }
+            let untried = workers().filter(|node| !known.tried.contains(&node.spec.id));
+            // Nodes are in order of their names, and the first of equals is taken.
+            let Some(node) = untried.min_by_key(|node| busy.get(&node.spec.id).copied().unwrap_or(0)) else { continue };
+            let (id, incarnation) = (node.spec.id.clone(), node.spec.incarnation);
+            known.tried.push(id.clone());
+            known.asked = Some(Asked { node: id.clone(), incarnation, until_ms: now_ms.saturating_add(ANSWER_MS) });
+            intents.push(Intent::Inspect {
+                node: id,
+                incarnation,
+                service: Box::new(service.service.clone()),
+                generation: service.generation,
+            });
+        }
+    }
+
+    /// A worker answered, or its session ended (`None`). What to propose, if that settles it.
+    pub fn answered(
+        &mut self,
+        now_ms: u64,
+        state: &ClusterState,
+        node: &NodeId,
+        name: &ServiceName,
+        answer: Option<Result<Box<ModelFacts>, String>>,
+    ) -> Option<Command> {
+        let known = self.services.get_mut(name)?;
+        let generation = known.generation;
+        if known.asked.as_ref().is_none_or(|asked| asked.node != *node) {
+            return None;
+        }
+        let facts = match answer {
+            None => {
+                known.give_up_question(now_ms);
+                return None;
+            }
+            Some(Ok(facts)) => Ok(facts),
+            Some(Err(reason)) => {
+                known.reasons.push(format!("{node}: {reason}"));
+                let tried = &known.tried;
+                let is_last = state.nodes().values().filter(|node| is_able(node)).all(|node| tried.contains(&node.spec.id));
+                if known.reasons.len() < TRIES && !is_last {
+                    known.asked = None;
+                    return None;
+                }
+                Err(std::mem::take(&mut known.reasons).join("; "))
+            }
+        };
+        // Until the state says so, nobody is asked again.
+        known.asked = known.asked.take().map(|asked| Asked { until_ms: now_ms.saturating_add(RECORD_MS), ..asked });
+        Some(Command::RecordFacts { name: name.clone(), generation, facts })
+    }
+
+    fn questions_per_node(&self) -> BTreeMap<NodeId, usize> {
+        let mut busy = BTreeMap::new();
+        for asked in self.services.values().filter_map(|known| known.asked.as_ref()) {
+            *busy.entry(asked.node.clone()).or_default() += 1;
+        }
+        busy
+    }
+}
+
+impl Inspection {
+    fn give_up_question(&mut self, now_ms: u64) {
+        let (first_ms, most_ms) = PAUSE_MS;
+        self.asked = None;
+        self.not_before_ms = now_ms.saturating_add(first_ms.saturating_mul(1 << self.unanswered.min(10)).min(most_ms));
+        self.unanswered = self.unanswered.saturating_add(1);
+    }
+}
+
+fn is_able(node: &NodeRecord) -> bool {
+    node.spec.role == Role::Worker && node.phase == NodePhase::Ready
+}

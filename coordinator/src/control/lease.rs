@@ -1,0 +1,111 @@
+//! The leader's memory of who lives: one lease per node, renewed by heartbeats.
+//!
+//! What it is not: nothing of it is in the log. A new leader gives every known node one full lease first, so that a
+//! change of leaders loses nobody.
+//!
+//! Invariant: a lease belongs to one incarnation; a heartbeat of an older one renews nothing. Times are the leader's own
+//! monotonic clock and compared with no other.
+
+use std::collections::BTreeMap;
+
+use forge_shared::cluster::node::NodePhase;
+use forge_shared::ids::{Incarnation, NodeId};
+
+use crate::state::ClusterState;
+
+#[derive(Debug, Clone, Copy)]
+struct Lease {
+    incarnation: Incarnation,
+    ends_ms: u64,
+}
+
+/// Leases of all ready nodes.
+#[derive(Debug, Clone)]
+pub struct LeaseTable {
+    lease_ms: u64,
+    leases: BTreeMap<NodeId, Lease>,
+}
+
+impl LeaseTable {
+    /// An empty table, as a new leader begins with.
+    pub fn new(lease_ms: u64) -> Self {
+        LeaseTable { lease_ms, leases: BTreeMap::new() }
+    }
+
+    /// Length of a lease, milliseconds.
+    pub fn lease_ms(&self) -> u64 {
+        self.lease_ms
+    }
+
+    /// Takes over what the state says: ready nodes that are new here, or in a newer incarnation, get a full lease; others
+    /// are forgotten. To be called after every change of the state and before [`LeaseTable::expired`].
+    pub fn follow(&mut self, now_ms: u64, state: &ClusterState) {
+        let nodes = state.nodes();
+        self.leases.retain(|id, lease| {
+            nodes.get(id).is_some_and(|node| node.phase == NodePhase::Ready && node.spec.incarnation == lease.incarnation)
+        });
+        let ends_ms = now_ms.saturating_add(self.lease_ms);
+        for (id, node) in nodes.iter().filter(|(_, node)| node.phase == NodePhase::Ready) {
+            self.leases.entry(id.clone()).or_insert(Lease { incarnation: node.spec.incarnation, ends_ms });
+        }
+    }
+
+    /// A heartbeat came. Says whether it renewed anything: it does not if the node is not ready in this incarnation.
+    pub fn renew(&mut self, node: &NodeId, incarnation: Incarnation, now_ms: u64) -> bool {
+        let ends_ms = now_ms.saturating_add(self.lease_ms);
+        match self.leases.get_mut(node) {
+            Some(lease) if lease.incarnation == incarnation => {
+                lease.ends_ms = lease.ends_ms.max(ends_ms);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// A node said good-bye: its lease need not be waited for.
+    pub fn end(&mut self, node: &NodeId, incarnation: Incarnation) {
+        if let Some(lease) = self.leases.get_mut(node).filter(|lease| lease.incarnation == incarnation) {
+            lease.ends_ms = 0;
+        }
+    }
+
+    /// Nodes whose lease has run out.
+    pub fn expired(&self, now_ms: u64) -> Vec<(NodeId, Incarnation)> {
+        let over = self.leases.iter().filter(|(_, lease)| lease.ends_ms <= now_ms);
+        over.map(|(id, lease)| (id.clone(), lease.incarnation)).collect()
+    }
+
+    /// When the next lease runs out, if none is renewed.
+    pub fn next_end_ms(&self) -> Option<u64> {
+        self.leases.values().map(|lease| lease.ends_ms).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::test_support::World;
+
+    #[test]
+    fn leases_are_kept_by_heartbeats_of_the_present_incarnation() {
+        let mut world = World::new();
+        world.join("a", 2, &[10]).expect("joins");
+        world.join("b", 1, &[10]).expect("joins");
+        let mut leases = LeaseTable::new(3_000);
+        leases.follow(1_000, &world.state);
+        assert!(leases.expired(3_999).is_empty(), "a new leader gives a full lease");
+        let (a, b) = (NodeId::from("a"), NodeId::from("b"));
+        assert!(leases.renew(&a, Incarnation(2), 3_000));
+        assert!(!leases.renew(&b, Incarnation(7), 3_000));
+        assert!(!leases.renew(&NodeId::from("c"), Incarnation(1), 3_000));
+        assert_eq!(leases.expired(4_000), [(b, Incarnation(1))]);
+        leases.end(&a, Incarnation(1));
+        assert_eq!(leases.expired(4_000).len(), 1, "an older process says good-bye for itself only");
+        world.join("b", 2, &[10]).expect("anew");
+        world.lose("a", 2).expect("lost");
+        leases.follow(4_000, &world.state);
+        assert!(leases.expired(6_999).is_empty());
+        leases.end(&NodeId::from("b"), Incarnation(2));
+        assert_eq!(leases.expired(4_000), [(NodeId::from("b"), Incarnation(2))]);
+    }
+}

@@ -1,0 +1,137 @@
+//! What the leader decides and lends: leases, proposals, inspections, shares of budgets.
+//!
+//! Pure: time is an argument, the state is read, and what is to happen comes back as data. What it is not: nothing here
+//! is in the log; a new leader begins with empty tables and gets them filled by heartbeats, and its first decisions are
+//! those of the old one, since they follow from the state.
+//!
+//! Invariant: decisions are idempotent. Asked again in the same state the controller asks for nothing new, and whatever it
+//! proposes is checked once more when it is applied.
+
+mod controller;
+mod failures;
+mod inspect;
+mod lease;
+mod rollout;
+mod shares;
+#[cfg(test)]
+mod tests;
+
+use forge_cluster::api::{ClusterError, PlannedService};
+use forge_shared::cluster::service::{Facts, ReplicaRecord, ServiceRecord};
+use forge_shared::cluster::session::Assignment;
+use forge_shared::ids::{Epoch, NodeId, ServiceName};
+use forge_shared::plan::{ModelFacts, Plan};
+use forge_shared::spec::ModelService;
+
+pub use controller::{Controller, ControllerOptions, Intent};
+pub use lease::LeaseTable;
+pub use shares::ShareTable;
+
+use crate::placement::{self, Cluster, Wish};
+use crate::state::{ClusterState, changes_replicas, check_wish, runs};
+
+/// Ranks of one replica that workers of this version run together. Layouts of more are planned (`--dry-run`) and stay
+/// pending with the reason when they are applied.
+pub const EXECUTABLE_RANKS: usize = 1;
+
+/// Everything a worker is to run: its ranks of placed replicas, and of leaving ones. What failed or has stopped is not in it.
+pub fn assignments(state: &ClusterState, node: &NodeId) -> Vec<Assignment> {
+    let is_here = |replica: &ReplicaRecord| runs(replica) && replica.plan.ranks.iter().any(|rank| rank.node == *node);
+    let mut assignments = Vec::new();
+    for service in state.services().values() {
+        let placed = service.replicas.iter().map(|replica| (replica, false));
+        let leaving = service.leaving.iter().map(|leaving| (&leaving.replica, leaving.is_draining));
+        for (replica, is_draining) in placed.chain(leaving).filter(|(replica, _)| is_here(replica)) {
+            let Some((wish, weights_digest)) = wish_of(service, replica.generation) else { continue };
+            assignments.push(Assignment {
+                plan: replica.plan.clone(),
+                service: Box::new(wish.clone()),
+                weights_digest,
+                drain_ms: is_draining.then(|| drain_ms(wish)),
+            });
+        }
+    }
+    assignments
+}
+
+/// How long a replica of this wish may finish its requests, milliseconds.
+fn drain_ms(wish: &ModelService) -> u64 {
+    wish.spec.gateway.drain_timeout_s.saturating_mul(1_000)
+}
+
+/// The wish of a generation and the digest of its weights.
+fn wish_of(service: &ServiceRecord, generation: u64) -> Option<(&ModelService, String)> {
+    if generation == service.generation {
+        let digest = match &service.facts {
+            Facts::Known { facts } => facts.weights_digest.clone(),
+            Facts::Unknown | Facts::Failed { .. } => String::new(),
+        };
+        return Some((&service.service, digest));
+    }
+    let older = service.older.iter().find(|older| older.generation == generation)?;
+    Some((&older.service, older.weights_digest.clone()))
+}
+
+/// What would be placed where, if this service were applied now. Replicas that would stay are in it.
+///
+/// # Errors
+/// A wish that may not be written down, or one that fits nowhere, with the nearest that does.
+pub fn plan_service(state: &ClusterState, service: &ModelService, facts: &ModelFacts) -> Result<PlannedService, ClusterError> {
+    check_wish(service)?;
+    let name = ServiceName(service.metadata.name.clone());
+    let known = state.services().get(&name);
+    let stays = known.filter(|known| !known.is_deleted && !changes_replicas(&known.service, service));
+    let replicas = service.spec.replicas;
+    let mut cluster = Cluster::of(state);
+    let mut standing: Vec<&Plan> = Vec::new();
+    if let Some(known) = known {
+        for replica in known.replicas.iter().filter(|replica| runs(replica)) {
+            let index = replica.plan.replica.index;
+            if stays.is_some() && replica.generation == known.generation && index < replicas && !is_on_draining(state, &replica.plan) {
+                standing.push(&replica.plan);
+            } else {
+                // Its place is free once it was replaced.
+                cluster.release(&replica.plan);
+            }
+        }
+    }
+    let indices: Vec<u32> = (0..replicas).filter(|index| standing.iter().all(|plan| plan.replica.index != *index)).collect();
+    let wish = Wish {
+        service: &name,
+        spec: &service.spec,
+        facts,
+        indices: &indices,
+        last_epoch: known.map_or(state.epoch_floor(), |known| known.last_epoch),
+        standing: &standing,
+        avoided: &[],
+        max_ranks: usize::MAX,
+    };
+    let placement = placement::plan(&mut cluster, &wish);
+    if let Some(refusal) = placement.refusal {
+        return Err(ClusterError::NotPlaceable(Box::new(refusal)));
+    }
+    let mut plans: Vec<Plan> = standing.iter().map(|plan| (*plan).clone()).chain(placement.plans).collect();
+    plans.sort_by_key(|plan| plan.replica.index);
+    let refused_devices = placement::why_not(&cluster, &wish, &plans);
+    let changes = known.is_none_or(|known| known.is_deleted || known.service != *service);
+    let ranks = service.spec.layout.tensor.saturating_mul(service.spec.layout.pipeline);
+    let mut notes = Vec::new();
+    if ranks > EXECUTABLE_RANKS {
+        notes.push(format!(
+            "workers of this version run replicas of {EXECUTABLE_RANKS} rank: applied, this service would stay pending; \
+             set layout.tensor=1 and layout.pipeline=1 to run it today"
+        ));
+    }
+    Ok(PlannedService { service: service.clone(), changes, plans, refused_devices, notes })
+}
+
+/// Whether a rank of a plan is on a node that is being emptied.
+fn is_on_draining(state: &ClusterState, plan: &Plan) -> bool {
+    plan.ranks.iter().any(|rank| state.nodes().get(&rank.node).is_some_and(|node| node.draining))
+}
+
+/// The highest epoch and the plans that stand of a service's present generation.
+fn present(service: &ServiceRecord) -> (Epoch, Vec<&Plan>) {
+    let present = service.replicas.iter().filter(|replica| runs(replica) && replica.generation == service.generation);
+    (service.last_epoch, present.map(|replica| &replica.plan).collect())
+}

@@ -1,0 +1,508 @@
+use forge_shared::cluster::node::NodePhase;
+use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport, ReplicaStatus};
+use forge_shared::plan::Refusal;
+use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
+use proptest::prelude::*;
+
+use super::*;
+use crate::state::test_support::*;
+use forge_shared::cluster::command::{Command, CommandError};
+use forge_shared::ids::{Incarnation, ReplicaId};
+
+const LEASE_MS: u64 = 3_000;
+
+/// A leader with its tables, and workers that do what they are told.
+struct Leader {
+    world: World,
+    leases: LeaseTable,
+    controller: Controller,
+    now_ms: u64,
+    /// Processes that send heartbeats.
+    alive: Vec<(String, u64)>,
+    /// Nodes on which every replica fails.
+    broken: Vec<String>,
+    /// Replicas that were ever told to drain.
+    drained: Vec<Plan>,
+    weights_mib: u64,
+}
+
+impl Leader {
+    fn new(world: World) -> Self {
+        let alive = world.state.nodes().values().map(|node| (node.spec.id.0.clone(), node.spec.incarnation.0)).collect();
+        Leader {
+            world,
+            leases: LeaseTable::new(LEASE_MS),
+            controller: Controller::new(ControllerOptions::default()),
+            now_ms: 0,
+            alive,
+            broken: Vec::new(),
+            drained: Vec::new(),
+            weights_mib: 100,
+        }
+    }
+
+    fn of(nodes: &[(&str, u64)]) -> Self {
+        let mut world = World::new();
+        nodes.iter().for_each(|(id, mib)| assert!(world.join(id, 1, &[*mib]).is_ok()));
+        Leader::new(world)
+    }
+
+    fn apply(&mut self, name: &str, spec: ModelServiceSpec) {
+        self.world.apply(name, spec).expect("a good wish");
+    }
+
+    /// One decision, carried out; says how much was asked for.
+    fn decide(&mut self) -> usize {
+        self.leases.follow(self.now_ms, &self.world.state);
+        for (id, incarnation) in &self.alive {
+            self.leases.renew(&NodeId(id.clone()), Incarnation(*incarnation), self.now_ms);
+        }
+        let intents = self.controller.decide(self.now_ms, &self.world.state, &self.leases);
+        let asked = intents.len();
+        for intent in intents {
+            match intent {
+                Intent::Propose(command) => {
+                    let is_commit = matches!(command, Command::CommitPlans { .. });
+                    match self.world.run(command.clone()) {
+                        // Facts that were recorded in the same round.
+                        Err(CommandError::Stale { .. }) if is_commit && asked > 1 => {}
+                        done => assert!(done.is_ok(), "{done:?}: {command:?}"),
+                    }
+                }
+                Intent::Inspect { node, service, .. } => {
+                    let name = ServiceName(service.metadata.name.clone());
+                    let answer = Some(Ok(Box::new(facts(self.weights_mib))));
+                    let settled = self.controller.inspected(self.now_ms, &self.world.state, (&node, &name), answer);
+                    self.world.run(settled.expect("an answer")).expect("facts");
+                }
+            }
+        }
+        asked
+    }
+
+    /// Workers load what they are assigned, and end what drains.
+    fn work(&mut self) {
+        for (node, incarnation) in self.alive.clone() {
+            let id = NodeId(node.clone());
+            for assignment in assignments(&self.world.state, &id) {
+                let phase = match (self.broken.contains(&node), assignment.drain_ms) {
+                    (_, Some(_)) => ReplicaPhase::Stopped,
+                    (true, None) => ReplicaPhase::Failed,
+                    (false, None) => ReplicaPhase::Ready,
+                };
+                if assignment.drain_ms.is_some() {
+                    self.drained.push(assignment.plan.clone());
+                }
+                let status = ReplicaStatus { phase, ..ReplicaStatus::placed() };
+                let report =
+                    ReplicaReport { replica: assignment.plan.replica, epoch: assignment.plan.epoch, status, found_memory_bytes: None };
+                let command = Command::ReportReplica { node: id.clone(), incarnation: Incarnation(incarnation), report };
+                self.world.run(command).expect("a report");
+            }
+        }
+    }
+
+    /// Until nothing is asked for any more, in `limit_ms` at most.
+    fn settle(&mut self, limit_ms: u64) {
+        let end_ms = self.now_ms + limit_ms;
+        let mut quiet = 0;
+        while quiet < 8 {
+            assert!(self.now_ms < end_ms, "not settled: {:#?}", self.world.state.services());
+            self.now_ms += 500;
+            self.world.now_ms += 500;
+            let before = self.world.state.revision();
+            self.decide();
+            self.work();
+            quiet = if self.world.state.revision() == before { quiet + 1 } else { 0 };
+        }
+    }
+
+    fn service(&self, name: &str) -> &ServiceRecord {
+        &self.world.state.services()[&ServiceName::from(name)]
+    }
+
+    /// Where the ready replicas of a service are, by index.
+    fn places(&self, name: &str) -> Vec<&str> {
+        let ready = self.service(name).replicas.iter().filter(|replica| replica.status.phase == ReplicaPhase::Ready);
+        ready.map(|replica| replica.plan.ranks[0].node.0.as_str()).collect()
+    }
+}
+
+fn spec(replicas: u32) -> ModelServiceSpec {
+    ModelServiceSpec { replicas, kv_memory: Some(ByteSize(200 * MIB)), ..Default::default() }
+}
+
+#[test]
+fn a_wish_becomes_ready_replicas_and_then_nothing_is_asked_for() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000), ("c", 1_000)]);
+    leader.apply("demo", spec(2));
+    leader.settle(20_000);
+    assert_eq!(leader.places("demo"), ["a", "b"]);
+    assert_eq!(leader.decide(), 0);
+    // A new leader finds nothing to do either.
+    leader.controller = Controller::default();
+    leader.leases = LeaseTable::new(LEASE_MS);
+    assert_eq!(leader.decide(), 0);
+}
+
+#[test]
+fn a_proposal_is_not_repeated_at_once() {
+    let mut leader = Leader::of(&[("a", 1_000)]);
+    leader.apply("demo", spec(1));
+    leader.decide();
+    let Leader { world, leases, controller, .. } = &mut leader;
+    assert_eq!(controller.decide(100, &world.state, leases).len(), 1);
+    assert_eq!(controller.decide(200, &world.state, leases).len(), 0);
+    assert_eq!(controller.decide(2_200, &world.state, leases).len(), 1);
+}
+
+#[test]
+fn a_lost_node_s_replicas_are_placed_elsewhere_at_once_and_those_that_stand_stay() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000), ("c", 1_000)]);
+    leader.apply("demo", spec(2));
+    leader.settle(20_000);
+    let standing = leader.service("demo").replicas[1].clone();
+    leader.alive.retain(|(id, _)| id != "a");
+    leader.settle(20_000);
+    assert_eq!(leader.places("demo"), ["c", "b"]);
+    assert_eq!(leader.service("demo").replicas[1], standing);
+    assert_eq!(leader.world.state.nodes()[&NodeId::from("a")].phase, NodePhase::Lost);
+}
+
+#[test]
+fn a_drained_node_s_replica_leaves_after_its_successor_is_ready() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
+    leader.apply("demo", spec(1));
+    leader.settle(20_000);
+    leader.world.run(Command::DrainNode { node: NodeId::from("a"), draining: true }).expect("drains");
+    leader.decide();
+    assert_eq!((leader.service("demo").leaving.len(), leader.service("demo").leaving[0].is_draining), (1, false));
+    leader.decide();
+    assert!(!leader.service("demo").leaving[0].is_draining, "the successor is not ready yet");
+    leader.settle(20_000);
+    assert_eq!(leader.places("demo"), ["b"]);
+    assert!(leader.service("demo").leaving.is_empty() && leader.drained.len() == 1);
+    // Where there is no other place it goes all the same, and the refusal says what is missing.
+    leader.world.run(Command::DrainNode { node: NodeId::from("b"), draining: true }).expect("drains");
+    leader.settle(60_000);
+    assert!(leader.places("demo").is_empty());
+    assert!(leader.service("demo").refusal.as_ref().is_some_and(|refusal| refusal.to_string().contains("drained")));
+}
+
+#[test]
+fn a_changed_wish_rolls_one_replica_at_a_time() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000), ("c", 1_000)]);
+    leader.apply("demo", spec(2));
+    leader.settle(20_000);
+    leader.apply("demo", ModelServiceSpec { max_batch_size: 8, ..spec(2) });
+    let mut fewest = 2;
+    for _ in 0..40 {
+        leader.now_ms += 500;
+        leader.decide();
+        leader.work();
+        let leaving = leader.service("demo").leaving.iter().filter(|leaving| !leaving.is_draining).count();
+        fewest = fewest.min(leader.places("demo").len() + leaving);
+    }
+    assert_eq!(fewest, 2, "there is room for a successor, so nobody misses a replica");
+    assert!(leader.service("demo").replicas.iter().all(|replica| replica.generation == 2 && replica.plan.max_batch_size == 8));
+    assert!(leader.service("demo").older.is_empty());
+}
+
+#[test]
+fn without_room_for_both_the_old_one_makes_room() {
+    let mut leader = Leader::of(&[("a", 500)]);
+    leader.apply("demo", spec(1));
+    leader.settle(20_000);
+    leader.apply("demo", ModelServiceSpec { max_batch_size: 8, ..spec(1) });
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["a"]);
+    assert_eq!(leader.service("demo").replicas[0].generation, 2);
+    assert_eq!(leader.drained.len(), 1, "its requests were finished");
+    // A change that fits nowhere leaves what serves.
+    leader.apply("demo", ModelServiceSpec { kv_memory: Some(ByteSize(5_000 * MIB)), ..spec(1) });
+    leader.settle(60_000);
+    assert_eq!((leader.places("demo"), leader.service("demo").replicas[0].generation), (vec!["a"], 2));
+    assert!(leader.service("demo").refusal.is_some());
+    let held = assignments(&leader.world.state, &NodeId::from("a"));
+    assert_eq!(held[0].service.spec.max_batch_size, 8, "it carries out the wish it was planned for");
+}
+
+#[test]
+fn scaling_down_and_deleting_end_replicas_gently() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
+    leader.apply("demo", spec(2));
+    leader.settle(20_000);
+    leader.world.run(Command::ScaleService { name: ServiceName::from("demo"), replicas: 1 }).expect("scales");
+    leader.settle(20_000);
+    assert_eq!((leader.places("demo"), leader.drained.len()), (vec!["a"], 1));
+    leader.world.run(Command::DeleteService { name: ServiceName::from("demo") }).expect("deletes");
+    leader.settle(20_000);
+    assert!(leader.world.state.services().is_empty());
+    assert_eq!(leader.drained.len(), 2);
+}
+
+#[test]
+fn a_worker_that_never_says_that_it_has_drained_is_not_waited_for() {
+    let mut leader = Leader::of(&[("a", 1_000)]);
+    leader.apply("demo", spec(1));
+    leader.settle(20_000);
+    leader.world.run(Command::DeleteService { name: ServiceName::from("demo") }).expect("deletes");
+    for _ in 0..80 {
+        leader.now_ms += 500;
+        leader.decide();
+    }
+    assert!(leader.world.state.services().is_empty());
+}
+
+#[test]
+fn a_replica_that_fails_is_tried_elsewhere_and_not_for_ever_on_one_node() {
+    let mut leader = Leader::of(&[("a", 2_000), ("b", 1_000)]);
+    leader.broken = vec!["a".into()];
+    leader.apply("demo", spec(1));
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["b"]);
+    let mut alone = Leader::of(&[("a", 2_000)]);
+    alone.broken = vec!["a".into()];
+    alone.apply("demo", spec(1));
+    for _ in 0..2_400 {
+        alone.now_ms += 500;
+        alone.decide();
+        alone.work();
+    }
+    assert!(alone.service("demo").last_epoch <= Epoch(4), "{:?}", alone.service("demo").last_epoch);
+    let refusal = alone.service("demo").refusal.as_ref().map(Refusal::to_string);
+    assert!(refusal.as_ref().is_some_and(|text| text.contains("failed")), "{refusal:?}");
+    // Its process begins anew: it is believed again.
+    alone.broken.clear();
+    alone.world.join("a", 2, &[2_000]).expect("anew");
+    alone.alive = vec![("a".into(), 2)];
+    alone.settle(400_000);
+    assert_eq!(alone.places("demo"), ["a"]);
+}
+
+#[test]
+fn a_node_with_less_memory_than_it_said_gets_no_more_than_was_found() {
+    let mut leader = Leader::of(&[("a", 2_000), ("b", 1_000)]);
+    leader.apply("demo", spec(1));
+    (0..3).for_each(|_| drop(leader.decide()));
+    let plan = leader.service("demo").replicas[0].plan.clone();
+    assert_eq!(plan.ranks[0].node, NodeId::from("a"));
+    let status = ReplicaStatus { phase: ReplicaPhase::Failed, ..ReplicaStatus::placed() };
+    let report = ReplicaReport { replica: plan.replica, epoch: plan.epoch, status, found_memory_bytes: Some(100 * MIB) };
+    leader.world.run(Command::ReportReplica { node: NodeId::from("a"), incarnation: Incarnation(1), report }).expect("reports");
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["b"]);
+}
+
+#[test]
+fn a_model_is_unusable_after_several_workers_said_so() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
+    leader.apply("demo", spec(1));
+    let (name, mut asked) = (ServiceName::from("demo"), Vec::new());
+    for _ in 0..2 {
+        leader.leases.follow(leader.now_ms, &leader.world.state);
+        let intents = leader.controller.decide(leader.now_ms, &leader.world.state, &leader.leases);
+        let [Intent::Inspect { node, .. }] = intents.as_slice() else { panic!("{intents:?}") };
+        asked.push(node.clone());
+        let answer = leader.controller.inspected(leader.now_ms, &leader.world.state, (node, &name), Some(Err("no such file".into())));
+        if let Some(command) = answer {
+            leader.world.run(command).expect("recorded");
+        }
+    }
+    assert_eq!(asked, [NodeId::from("a"), NodeId::from("b")]);
+    assert!(matches!(&leader.service("demo").facts, Facts::Failed { reason } if reason == "a: no such file; b: no such file"));
+    assert_eq!(leader.decide(), 0);
+}
+
+#[test]
+fn a_question_without_an_answer_is_asked_of_the_next() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
+    leader.apply("demo", spec(1));
+    let ask = |leader: &mut Leader, now_ms: u64| {
+        leader.leases.follow(now_ms, &leader.world.state);
+        ["a", "b"].iter().for_each(|id| drop(leader.leases.renew(&NodeId::from(*id), Incarnation(1), now_ms)));
+        leader.controller.decide(now_ms, &leader.world.state, &leader.leases)
+    };
+    assert!(matches!(ask(&mut leader, 0).as_slice(), [Intent::Inspect { node, .. }] if node.0 == "a"));
+    assert!(ask(&mut leader, 100_000).is_empty());
+    assert!(ask(&mut leader, 120_000).is_empty());
+    assert!(matches!(ask(&mut leader, 121_000).as_slice(), [Intent::Inspect { node, .. }] if node.0 == "b"));
+    let name = ServiceName::from("demo");
+    assert_eq!(leader.controller.inspected(121_100, &leader.world.state, (&NodeId::from("b"), &name), None), None);
+    assert!(matches!(ask(&mut leader, 130_000).as_slice(), [Intent::Inspect { node, .. }] if node.0 == "a"));
+}
+
+#[test]
+fn layouts_that_workers_cannot_run_stay_pending_with_the_reason_and_are_planned_when_asked() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
+    let wish = ModelServiceSpec { layout: Layout { tensor: 2, pipeline: 1 }, ..spec(1) };
+    leader.apply("demo", wish.clone());
+    leader.settle(20_000);
+    let refusal = leader.service("demo").refusal.as_ref().map(Refusal::to_string).unwrap_or_default();
+    assert!(refusal.contains("workers of this version run 1") && refusal.contains("layout.tensor=1"), "{refusal}");
+    let planned = plan_service(&leader.world.state, &service("other", wish), &facts(100)).expect("fits two nodes");
+    assert_eq!((planned.plans[0].ranks.len(), planned.notes.len()), (2, 1));
+}
+
+#[test]
+fn a_dry_run_keeps_what_stands_and_says_why_devices_were_left_out() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000), ("c", 100), ("d", 1_000)]);
+    leader.world.run(Command::CordonNode { node: NodeId::from("d"), cordoned: true }).expect("cordoned");
+    leader.apply("demo", spec(1));
+    leader.settle(20_000);
+    let standing = leader.service("demo").replicas[0].plan.clone();
+    let planned = plan_service(&leader.world.state, &service("demo", spec(2)), &facts(100)).expect("fits");
+    assert!(planned.changes);
+    assert_eq!(planned.plans[0], standing);
+    assert_eq!(planned.plans[1].ranks[0].node, NodeId::from("b"));
+    let said: Vec<&str> = planned.refused_devices.iter().map(|(device, _)| device.as_str()).collect();
+    assert_eq!(said, ["c/0", "d/0"]);
+    assert!(planned.refused_devices[0].1.contains("is free") && planned.refused_devices[1].1.contains("cordoned"));
+    let same = plan_service(&leader.world.state, &service("demo", spec(1)), &facts(100)).expect("stands");
+    assert!(!same.changes);
+    assert!(plan_service(&leader.world.state, &service("demo", spec(9)), &facts(400)).is_err());
+}
+
+#[test]
+fn a_gateway_that_is_long_lost_is_forgotten() {
+    let mut leader = Leader::of(&[("a", 1_000)]);
+    leader.world.run(Command::JoinNode { spec: Box::new(gateway("g", 1)) }).expect("joins");
+    leader.world.lose("g", 1).expect("lost");
+    leader.settle(10_000);
+    assert!(leader.world.state.nodes().contains_key(&NodeId::from("g")));
+    leader.now_ms += 3_600_000;
+    leader.settle(10_000);
+    assert!(!leader.world.state.nodes().contains_key(&NodeId::from("g")));
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Apply { service: usize, replicas: u32, batch: usize },
+    Scale { service: usize, replicas: u32 },
+    Delete { service: usize },
+    Kill { node: usize },
+    Restart { node: usize },
+    Cordon { node: usize, on: bool },
+    Drain { node: usize, on: bool },
+    Break { node: usize },
+    NewLeader,
+    Wait { steps: u64 },
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let (service, node) = (0usize..3, 0usize..4);
+    prop_oneof![
+        3 => (service.clone(), 1u32..4, 1usize..4).prop_map(|(service, replicas, batch)| Event::Apply { service, replicas, batch }),
+        1 => (service.clone(), 1u32..4).prop_map(|(service, replicas)| Event::Scale { service, replicas }),
+        1 => service.prop_map(|service| Event::Delete { service }),
+        2 => node.clone().prop_map(|node| Event::Kill { node }),
+        2 => node.clone().prop_map(|node| Event::Restart { node }),
+        1 => (node.clone(), any::<bool>()).prop_map(|(node, on)| Event::Cordon { node, on }),
+        1 => (node.clone(), any::<bool>()).prop_map(|(node, on)| Event::Drain { node, on }),
+        1 => node.prop_map(|node| Event::Break { node }),
+        1 => Just(Event::NewLeader),
+        4 => (1u64..12).prop_map(|steps| Event::Wait { steps }),
+    ]
+}
+
+fn node_name(number: usize) -> String {
+    format!("n{number}")
+}
+
+impl Leader {
+    fn happen(&mut self, event: Event, incarnations: &mut [u64]) {
+        let name = |service: usize| ServiceName(format!("s{service}"));
+        // Refusals of what does not exist are answers like others.
+        let _ = match event {
+            Event::Apply { service, replicas, batch } => {
+                self.world.apply(&name(service).0, ModelServiceSpec { max_batch_size: batch, ..spec(replicas) })
+            }
+            Event::Scale { service, replicas } => self.world.run(Command::ScaleService { name: name(service), replicas }),
+            Event::Delete { service } => self.world.run(Command::DeleteService { name: name(service) }),
+            Event::Cordon { node, on } => self.world.run(Command::CordonNode { node: NodeId(node_name(node)), cordoned: on }),
+            Event::Drain { node, on } => self.world.run(Command::DrainNode { node: NodeId(node_name(node)), draining: on }),
+            Event::Restart { node } => {
+                incarnations[node] += 1;
+                self.alive.retain(|(id, _)| *id != node_name(node));
+                self.broken.retain(|id| *id != node_name(node));
+                self.alive.push((node_name(node), incarnations[node]));
+                self.world.join(&node_name(node), incarnations[node], &[4_000])
+            }
+            Event::Kill { node } => {
+                self.alive.retain(|(id, _)| *id != node_name(node));
+                return;
+            }
+            Event::Break { node } => {
+                self.broken.push(node_name(node));
+                return;
+            }
+            Event::NewLeader => {
+                self.controller = Controller::default();
+                self.leases = LeaseTable::new(LEASE_MS);
+                return;
+            }
+            Event::Wait { steps } => {
+                for _ in 0..steps {
+                    self.now_ms += 500;
+                    self.world.now_ms += 500;
+                    self.decide();
+                    self.work();
+                }
+                return;
+            }
+        };
+    }
+
+    /// No device is given more than it has, and nothing runs where nothing may.
+    fn check(&self) {
+        let state = &self.world.state;
+        for node in state.nodes().values() {
+            for device in &node.spec.devices {
+                let ranks = state.standing_plans().flat_map(|plan| &plan.ranks);
+                let here = ranks.filter(|rank| rank.node == node.spec.id && rank.device == device.index);
+                assert!(here.map(|rank| rank.memory.total_bytes()).sum::<u64>() <= device.memory_bytes);
+            }
+        }
+        for service in state.services().values() {
+            let mut epochs: Vec<(ReplicaId, Epoch)> =
+                crate::state::standing(service).map(|replica| (replica.plan.replica.clone(), replica.plan.epoch)).collect();
+            epochs.sort();
+            assert!(epochs.windows(2).all(|pair| pair[0] != pair[1]));
+            let ready = |rank: &forge_shared::plan::RankPlan| state.nodes()[&rank.node].phase == NodePhase::Ready;
+            assert!(crate::state::standing(service).all(|replica| replica.plan.ranks.iter().all(ready)));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    /// Whatever happened: once faults stop and there is room, every wish is fulfilled, and then nothing is asked for.
+    #[test]
+    fn everything_converges_and_then_rests(events in proptest::collection::vec(event(), 1..40)) {
+        let mut leader = Leader::of(&[("n0", 4_000), ("n1", 4_000), ("n2", 4_000), ("n3", 4_000)]);
+        let mut incarnations = [1; 4];
+        for event in events {
+            leader.happen(event, &mut incarnations);
+            leader.check();
+        }
+        for node in 0..4 {
+            leader.happen(Event::Restart { node }, &mut incarnations);
+            leader.happen(Event::Drain { node, on: false }, &mut incarnations);
+        }
+        // The longest pause between two tries is five minutes.
+        leader.settle(3_600_000);
+        leader.now_ms += 1_000_000;
+        leader.settle(3_600_000);
+        leader.check();
+        for (name, service) in leader.world.state.services() {
+            prop_assert!(!service.is_deleted, "{} is still there", name);
+            prop_assert_eq!(service.replicas.len(), service.service.spec.replicas as usize);
+            prop_assert!(service.replicas.iter().all(|replica| replica.status.phase == ReplicaPhase::Ready && replica.generation == service.generation));
+            prop_assert!(service.leaving.is_empty() && service.refusal.is_none() && service.older.is_empty());
+        }
+        prop_assert_eq!(leader.decide(), 0);
+        // The state survives its snapshot.
+        let bytes = leader.world.state.encode();
+        prop_assert_eq!(ClusterState::decode(&bytes).map(|state| state.encode()), Ok(bytes));
+    }
+}
