@@ -13,6 +13,7 @@
 mod access;
 mod checks;
 mod clock;
+mod fuzz;
 mod idempotency;
 mod limits;
 mod nodes;
@@ -20,6 +21,7 @@ mod notices;
 mod plans;
 mod replies;
 mod reports;
+mod rules;
 mod services;
 mod snapshot;
 #[cfg(test)]
@@ -38,9 +40,10 @@ use forge_shared::ids::{Epoch, NodeId, ServiceName};
 use forge_shared::plan::Plan;
 use serde::{Deserialize, Serialize};
 
+pub use fuzz::{fuzz_envelopes, fuzz_snapshot};
 pub use limits::*;
+pub use rules::check_rules;
 pub use services::{changes_replicas, check_wish};
-pub use snapshot::fuzz_snapshot;
 
 use access::KeptToken;
 use clock::Clock;
