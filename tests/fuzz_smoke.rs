@@ -107,6 +107,21 @@ fn completion_requests() {
     smoke("completion_request", fuzzing::completion_request);
 }
 
+#[test]
+fn raft_messages() {
+    smoke("raft_messages", fuzzing::raft_messages);
+}
+
+#[test]
+fn raft_chunks() {
+    smoke("raft_chunks", fuzzing::raft_chunks);
+}
+
+#[test]
+fn raft_folders() {
+    smoke("raft_folder", fuzzing::raft_folder);
+}
+
 /// Seeds are what their names say: most are taken, and the ones named after a refusal are not.
 #[test]
 fn seeds_reach_behind_the_first_check() {

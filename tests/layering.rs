@@ -63,6 +63,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "forge-engine",
             "forge-eval",
             "forge-store",
+            "forge-coordinator",
             "forge-gateway",
         ],
     ),

@@ -109,6 +109,21 @@ pub fn completion_request(bytes: &[u8]) {
     }
 }
 
+/// Messages between coordinators: taken or refused, and a member that steps them must go on.
+pub fn raft_messages(bytes: &[u8]) {
+    forge_coordinator::raft::fuzz::messages(bytes);
+}
+
+/// A coordinator's snapshot, in chunks: taken or refused.
+pub fn raft_chunks(bytes: &[u8]) {
+    forge_coordinator::raft::fuzz::chunks(bytes);
+}
+
+/// A coordinator's data directory: what is read must be written on and read again.
+pub fn raft_folder(bytes: &[u8]) {
+    forge_coordinator::raft::fuzz::folder_bytes(bytes);
+}
+
 /// A sequence of numbers that looks random (splitmix64) and depends on its start alone.
 pub struct Numbers(pub u64);
 
