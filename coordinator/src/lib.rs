@@ -1,12 +1,34 @@
-//! The coordinator: what the cluster agrees on, and what its leader decides.
+//! The coordinator: what the cluster agrees on, what its leader decides, and everything that asks for it.
 //!
-//! [`state`] is what all coordinators know after the same log, [`placement`] where replicas go, [`control`] what the leader
-//! proposes and lends (leases, shares of budgets), [`raft`] how they agree. `forgectl serve` places with the same function.
+//! [`raft`] keeps a log alike on all members, [`state`] is what its entries make of the cluster, [`placement`] says where
+//! replicas go, [`control`] what the leader proposes and lends (leases, shares of budgets), [`watch`] tells of changes, and
+//! [`Coordinator`] puts them together: behind gRPC as a process ([`prepare`]), or in the process of `forgectl serve` as a
+//! group of one ([`Coordinator::embedded`]).
 //!
 //! Invariant: `state`, `placement` and `control` have no clock, socket, disk or thread; time is an argument.
 
+mod access;
+mod backup;
 pub mod control;
+mod coordinator;
+mod dry_run;
+mod error;
+mod in_process;
+mod leader;
+mod member_file;
+mod peers;
 pub mod placement;
 pub mod raft;
+mod replicated;
+mod run;
+mod server;
+mod session;
+mod sessions;
 pub mod state;
 pub mod watch;
+
+pub use backup::{BackupHeader, fuzz_backup, load_backup, read_backup, restore};
+pub use coordinator::{Coordinator, CoordinatorOptions};
+pub use error::CoordinatorError;
+pub use member_file::{MemberFile, fuzz_member_file};
+pub use run::{Prepared, RunOptions, prepare};

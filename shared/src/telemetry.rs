@@ -237,7 +237,7 @@ pub struct RoleLabel {
     pub role: String,
 }
 
-const FSYNC_S: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+const COMMAND_S: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
 /// Handles of a coordinator's metrics and the registry that serves them. Clones share everything.
 #[derive(Debug, Clone)]
@@ -253,8 +253,6 @@ pub struct CoordinatorMetrics {
     pub raft_commit_index: Gauge,
     /// Last entry applied here.
     pub raft_applied_index: Gauge,
-    /// Seconds that a group of writes took to be on disk.
-    pub raft_fsync_s: Histogram,
     /// Commands proposed here, by how they ended.
     pub commands: Family<CommandLabel, Counter>,
     /// Seconds from proposal to reply.
@@ -281,9 +279,8 @@ impl CoordinatorMetrics {
             raft_leader_id: Gauge::default(),
             raft_commit_index: Gauge::default(),
             raft_applied_index: Gauge::default(),
-            raft_fsync_s: Buckets(FSYNC_S).new_metric(),
             commands: Family::default(),
-            command_s: Buckets(FSYNC_S).new_metric(),
+            command_s: Buckets(COMMAND_S).new_metric(),
             sessions: Family::default(),
             watchers: Gauge::default(),
         };
@@ -294,7 +291,6 @@ impl CoordinatorMetrics {
         r.register("forge_raft_leader_id", "Whom this member follows, 0 if nobody", metrics.raft_leader_id.clone());
         r.register("forge_raft_commit_index", "Last entry known to be committed", metrics.raft_commit_index.clone());
         r.register("forge_raft_applied_index", "Last entry applied here", metrics.raft_applied_index.clone());
-        r.register("forge_raft_fsync_seconds", "Time a group of writes took to be on disk", metrics.raft_fsync_s.clone());
         r.register("forge_commands", "Commands proposed here, by how they ended", metrics.commands.clone());
         r.register("forge_command_duration_seconds", "From proposal to reply", metrics.command_s.clone());
         r.register("forge_sessions", "Sessions of nodes", metrics.sessions.clone());

@@ -9,6 +9,7 @@
 //!
 //! Invariant: what [`RaftHandle::propose`] answers with `Ok` is on the disks of a majority and survives any crash.
 
+mod begin;
 mod cache;
 pub mod convert;
 pub mod core;
@@ -24,6 +25,7 @@ mod options;
 pub mod transport;
 mod types;
 
+pub use begin::begin_from_snapshot;
 pub use cache::Persisted;
 pub use error::RaftError;
 pub use handle::RaftHandle;

@@ -108,6 +108,9 @@ pub struct PlannedService {
 pub struct GroupStatus {
     /// Of the cluster.
     pub cluster_id: String,
+    /// Of the raft group: the cluster's id, with a suffix where the group was restored from a backup.
+    #[serde(default)]
+    pub group_id: String,
     /// Who answers.
     pub member_id: u64,
     /// Whom it follows, itself if it leads; 0 if nobody.

@@ -1,0 +1,118 @@
+//! Everything that can go wrong in a coordinator, for callers in this process and for the wire.
+//!
+//! Invariant: [`CoordinatorError::Unknown`] is the only one after which a command may have been applied.
+
+use std::path::PathBuf;
+
+use forge_cluster::api::ClusterError;
+use forge_shared::cluster::command::CommandError;
+use forge_shared::plan::Refusal;
+
+use crate::raft::RaftError;
+use crate::state::StateError;
+
+/// Why a coordinator did not start, or did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    /// The log or the group.
+    #[error(transparent)]
+    Raft(RaftError),
+    /// A snapshot or backup that is no state of this version.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A file or folder.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A port that cannot be opened, credentials that cannot be used, a configuration that contradicts itself.
+    #[error("{reason}")]
+    Start {
+        /// Which, and what to do.
+        reason: String,
+    },
+    /// A backup that cannot be restored from.
+    #[error("backup: {reason}")]
+    Backup {
+        /// What is wrong with it, and what to do.
+        reason: String,
+    },
+    /// The command was refused; nothing changed.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// It fits nowhere.
+    #[error(transparent)]
+    NotPlaceable(Box<Refusal>),
+    /// Another coordinator leads, or none does. Nothing was proposed.
+    #[error("this coordinator does not lead{}", match .leader { Some(leader) => format!("; {leader} does"), None => String::from(", and it knows none that does") })]
+    NotLeader {
+        /// `host:port` of the leader, if known.
+        leader: Option<String>,
+    },
+    /// Bounds of work are reached; nothing was proposed.
+    #[error("{reason}")]
+    Busy {
+        /// Which bound, and when to try again.
+        reason: String,
+    },
+    /// Not done in time, and nothing was proposed.
+    #[error("not done within {waited_ms} ms: {reason}")]
+    Late {
+        /// Milliseconds.
+        waited_ms: u64,
+        /// What was being waited for.
+        reason: String,
+    },
+    /// It was proposed and its end is not known: ask again under the same request id.
+    #[error("the command's outcome is not known: {reason}")]
+    Unknown {
+        /// What was lost.
+        reason: String,
+    },
+    /// The caller shows no certificate.
+    #[error("no certificate: {reason}")]
+    Unauthenticated {
+        /// Which one it takes.
+        reason: String,
+    },
+    /// The caller may not.
+    #[error("not allowed: {reason}")]
+    Forbidden {
+        /// Which role it takes.
+        reason: String,
+    },
+    /// What came is no message of this version.
+    #[error("{field}: {reason}")]
+    Message {
+        /// Of the request.
+        field: &'static str,
+        /// What is wrong and what to send.
+        reason: String,
+    },
+}
+
+impl CoordinatorError {
+    /// A wrong field of a request.
+    pub(crate) fn message(field: &'static str, reason: impl ToString) -> Self {
+        CoordinatorError::Message { field, reason: reason.to_string() }
+    }
+}
+
+impl From<CoordinatorError> for ClusterError {
+    fn from(error: CoordinatorError) -> Self {
+        match error {
+            CoordinatorError::Command(error) => ClusterError::Command(error),
+            CoordinatorError::NotPlaceable(refusal) => ClusterError::NotPlaceable(refusal),
+            CoordinatorError::Unknown { reason } => ClusterError::Unknown { reason },
+            CoordinatorError::Late { waited_ms, reason } => ClusterError::Unavailable { waited_ms, reason },
+            error @ (CoordinatorError::Forbidden { .. } | CoordinatorError::Unauthenticated { .. }) => {
+                ClusterError::Forbidden { reason: error.to_string() }
+            }
+            error @ CoordinatorError::Message { .. } => ClusterError::Protocol { reason: error.to_string() },
+            error => ClusterError::Unavailable { waited_ms: 0, reason: error.to_string() },
+        }
+    }
+}

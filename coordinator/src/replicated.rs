@@ -1,0 +1,152 @@
+//! The state machine that raft drives: the cluster's state, and the watch hub that tells of its changes.
+//!
+//! Invariant: an entry is applied and published under one lock, so that a listing and the place in the history after it
+//! belong together. What raft hands over was proposed by a member of this group, and is still not believed: an entry that
+//! is no command answers an error on every member alike and changes nothing.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forge_shared::cluster::Revision;
+use forge_shared::cluster::command::{Applied, CommandError, Envelope};
+use forge_shared::cluster::event::Kind;
+use parking_lot::{RwLock, RwLockReadGuard};
+use tokio::sync::watch;
+
+use crate::raft::StateMachine;
+use crate::state::ClusterState;
+use crate::watch::{HistoryBounds, Hub, See, Source};
+
+/// Kinds in the order in which a listing gives them: members and nodes before what refers to them.
+const KINDS: [Kind; 6] = [Kind::Member, Kind::Node, Kind::Service, Kind::Key, Kind::Token, Kind::Notice];
+
+/// The applied state of this member, shared between raft's thread and everything that reads.
+#[derive(Debug)]
+pub(crate) struct Replicated {
+    state: RwLock<ClusterState>,
+    pub(crate) hub: Arc<Hub>,
+    /// The state's revision; changes wake the leader's loop.
+    changed: watch::Sender<Revision>,
+}
+
+impl Replicated {
+    pub(crate) fn new(state: ClusterState) -> Arc<Replicated> {
+        let revision = state.revision();
+        let hub = Hub::new(HistoryBounds::default(), revision);
+        Arc::new(Replicated { state: RwLock::new(state), hub, changed: watch::Sender::new(revision) })
+    }
+
+    /// The state now. Hold it briefly: applying waits.
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, ClusterState> {
+        self.state.read()
+    }
+
+    /// Follows the revision.
+    pub(crate) fn changes(&self) -> watch::Receiver<Revision> {
+        self.changed.subscribe()
+    }
+}
+
+impl Source for Replicated {
+    fn visit(&self, see: &mut See<'_>) {
+        let state = self.state.read();
+        see(state.revision(), &|| KINDS.into_iter().flat_map(|kind| state.objects(kind)).collect());
+    }
+}
+
+/// The end that raft holds.
+pub(crate) struct Machine(pub(crate) Arc<Replicated>);
+
+impl StateMachine for Machine {
+    fn apply(&mut self, index: u64, data: &[u8]) -> Vec<u8> {
+        let envelope: Envelope = match serde_json::from_slice(data) {
+            Ok(envelope) => envelope,
+            Err(error) => {
+                tracing::error!(index, %error, "an entry of the log is no command of this version");
+                return encode_reply(&Err(unreadable(&error)));
+            }
+        };
+        let span = tracing::info_span!("apply", index, command = command_name(&envelope), request_id = envelope.request_id);
+        forge_cluster::tracing::set_parent(&span, &envelope.traceparent);
+        let _entered = span.enter();
+        let mut state = self.0.state.write();
+        let (reply, changes) = state.apply(Revision(index), &envelope);
+        let revision = state.revision();
+        self.0.hub.publish(revision, changes);
+        drop(state);
+        self.0.changed.send_if_modified(|held| {
+            let is_new = *held != revision;
+            *held = revision;
+            is_new
+        });
+        if let Err(error) = &reply {
+            tracing::debug!(%error, "a command was refused");
+        }
+        encode_reply(&reply)
+    }
+
+    fn snapshot(&self) -> Vec<u8> {
+        self.0.state.read().encode()
+    }
+
+    fn restore(&mut self, _index: u64, data: &[u8]) -> Result<(), String> {
+        let restored = ClusterState::decode(data).map_err(|error| error.to_string())?;
+        let mut state = self.0.state.write();
+        let revision = restored.revision();
+        *state = restored;
+        self.0.hub.reset(revision);
+        drop(state);
+        self.0.changed.send_replace(revision);
+        Ok(())
+    }
+}
+
+/// An envelope as the log holds it.
+pub(crate) fn encode_envelope(envelope: &Envelope) -> Result<Bytes, CommandError> {
+    serde_json::to_vec(envelope).map(Bytes::from).map_err(|error| unreadable(&error))
+}
+
+/// What a proposal answered.
+pub(crate) fn decode_reply(reply: &[u8]) -> Result<Result<Applied, CommandError>, serde_json::Error> {
+    serde_json::from_slice(reply)
+}
+
+fn encode_reply(reply: &Result<Applied, CommandError>) -> Vec<u8> {
+    // Plain data with string keys: this cannot fail; an empty reply would be reported as unreadable to the proposer.
+    serde_json::to_vec(reply).unwrap_or_default()
+}
+
+fn unreadable(error: &serde_json::Error) -> CommandError {
+    CommandError::Invalid { field: "command".into(), reason: format!("it cannot be read by this version: {error}") }
+}
+
+/// The command's name in the log, for spans and metrics.
+pub(crate) fn command_name(envelope: &Envelope) -> &'static str {
+    name_of(&envelope.command)
+}
+
+/// As [`command_name`].
+pub(crate) fn name_of(command: &forge_shared::cluster::command::Command) -> &'static str {
+    use forge_shared::cluster::command::Command as C;
+    match command {
+        C::ApplyService { .. } => "applyService",
+        C::ScaleService { .. } => "scaleService",
+        C::DeleteService { .. } => "deleteService",
+        C::RecordFacts { .. } => "recordFacts",
+        C::CommitPlans { .. } => "commitPlans",
+        C::ReportReplica { .. } => "reportReplica",
+        C::JoinNode { .. } => "joinNode",
+        C::LoseNode { .. } => "loseNode",
+        C::CordonNode { .. } => "cordonNode",
+        C::DrainNode { .. } => "drainNode",
+        C::RemoveNode { .. } => "removeNode",
+        C::PutJoinToken { .. } => "putJoinToken",
+        C::UseJoinToken { .. } => "useJoinToken",
+        C::RemoveJoinToken { .. } => "removeJoinToken",
+        C::PutKey { .. } => "putKey",
+        C::RevokeKey { .. } => "revokeKey",
+        C::RecordIdempotency { .. } => "recordIdempotency",
+        C::PutMember { .. } => "putMember",
+        C::RemoveMember { .. } => "removeMember",
+    }
+}

@@ -1,0 +1,135 @@
+//! The `Admission` service: lets processes in that have a join token and no certificate yet.
+//!
+//! Invariants: a token is used up through the log, so that two coordinators cannot both take its last use; the same
+//! request again uses nothing up, as long as its token lets anybody in; who is let in gets the name and role that were asked for and
+//! that the token allows, never one that somebody living has.
+
+use std::time::Duration;
+
+use forge_cluster::tls::{Identity, NODE_LIFETIME, check_name, secret_matches};
+use forge_proto::node::admission_server::Admission;
+use forge_proto::node::{JoinReply, JoinRequest};
+use forge_shared::cluster::command::{Command, CommandError, MemberRecord};
+use forge_shared::cluster::node::{NodePhase, Role};
+use forge_shared::ids::NodeId;
+use sha2::{Digest, Sha256};
+use tonic::{Request, Response, Status};
+
+use super::Shared;
+use super::call::{refuse, timeout};
+use crate::coordinator::{Coordinator, Submission, wall_ms};
+use crate::error::CoordinatorError;
+use crate::raft::MemberChange;
+
+/// Longest id of a token.
+const MAX_TOKEN_ID: usize = 64;
+/// Secrets have 32 bytes.
+const MAX_SECRET_BYTES: usize = 64;
+
+pub(super) struct AdmissionService(pub(super) Shared);
+
+#[tonic::async_trait]
+impl Admission for AdmissionService {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
+        let _place = self.0.place()?;
+        let timeout = timeout(&request);
+        let reply = self.admit(request.into_inner(), timeout).await.map_err(refuse)?;
+        Ok(Response::new(reply))
+    }
+}
+
+impl AdmissionService {
+    async fn admit(&self, request: JoinRequest, timeout: Duration) -> Result<JoinReply, CoordinatorError> {
+        let coordinator = &self.0.coordinator;
+        let role: Role = request.role.parse().map_err(|reason| CoordinatorError::message("role", reason))?;
+        check_name("name", &request.name).map_err(|error| CoordinatorError::message("name", error))?;
+        let is_coordinator = role == Role::Coordinator;
+        if is_coordinator == request.address.is_empty() {
+            return Err(CoordinatorError::message("address", "coordinators give host:port where they will be reached, others nothing"));
+        }
+        coordinator.leading()?;
+        coordinator.0.raft.read_index(timeout).await.map_err(|error| coordinator.raft_error(error))?;
+
+        // The same request again, after its answer was lost, has this id again.
+        let digest = Sha256::new().chain_update(&request.signing_request_der).chain_update(&request.address).finalize();
+        let id = format!("join-{}-{role}-{}", request.name, hex::encode(&digest[..16]));
+        self.check_token(&request)?;
+        let identity =
+            Identity::new(self.0.ca.cluster_id(), role, &request.name).map_err(|error| CoordinatorError::message("name", error))?;
+        // Before the token is used up: a request that cannot be signed uses nothing.
+        let signed = self.0.ca.sign(&request.signing_request_der, &identity, NODE_LIFETIME, wall_ms() / 1000);
+        let certificate_pem = signed.map_err(|error| CoordinatorError::message("signing_request_der", error))?;
+        check_free(coordinator, role, &request.name, &request.address)?;
+
+        let command = Command::UseJoinToken { id: request.token_id.clone(), role, node: request.name.clone() };
+        let submission = Submission { request_id: id, traceparent: String::new(), command };
+        let applied = coordinator.submit(submission, timeout).await?;
+        let member_id = if is_coordinator {
+            // No member ever had this number: it is the place of this very use in the log.
+            self.add_member(MemberRecord { id: applied.revision.0, name: request.name, address: request.address }, timeout).await?
+        } else {
+            0
+        };
+        tracing::info!(%identity, "joined");
+        Ok(JoinReply {
+            cluster_id: self.0.ca.cluster_id().into(),
+            certificate_pem,
+            ca_certificate_pem: self.0.ca.certificate_pem().into(),
+            coordinators: self.0.addresses(),
+            ca_key_pem: if is_coordinator { self.0.ca.key_pem() } else { String::new() },
+            member_id,
+        })
+    }
+
+    /// One answer for every token that is not good, so that ids cannot be guessed.
+    fn check_token(&self, request: &JoinRequest) -> Result<(), CoordinatorError> {
+        let refused = || {
+            let reason = "it is unknown, used up, over or taken back: make one with `forgectl cluster join-token`".into();
+            CoordinatorError::Command(CommandError::Token { reason })
+        };
+        if request.token_id.len() > MAX_TOKEN_ID || request.token_secret.len() > MAX_SECRET_BYTES {
+            return Err(refused());
+        }
+        let state = self.0.coordinator.0.replicated.read();
+        let token = state.token(&request.token_id).ok_or_else(refused)?;
+        if secret_matches(token, &request.token_secret) { Ok(()) } else { Err(refused()) }
+    }
+
+    /// Makes it a learner; the leader lets it vote once it has caught up.
+    async fn add_member(&self, member: MemberRecord, timeout: Duration) -> Result<u64, CoordinatorError> {
+        let coordinator = &self.0.coordinator;
+        let id = member.id;
+        let submission = coordinator.own(format!("add-member-{id}"), Command::PutMember { member });
+        coordinator.submit(submission, timeout).await?;
+        if coordinator.raft_status().members.iter().any(|member| member.id == id) {
+            return Ok(id);
+        }
+        let added = coordinator.0.raft.change_members(MemberChange::AddLearner(id), timeout).await;
+        added.map_err(|error| coordinator.raft_error(error))?;
+        Ok(id)
+    }
+}
+
+/// Whether nobody living has this name.
+fn check_free(coordinator: &Coordinator, role: Role, name: &str, address: &str) -> Result<(), CoordinatorError> {
+    let state = coordinator.0.replicated.read();
+    let conflict = |kind: &str, reason: &str| {
+        Err(CoordinatorError::Command(CommandError::Conflict { kind: kind.into(), name: name.into(), reason: reason.into() }))
+    };
+    match role {
+        Role::Admin => Ok(()),
+        Role::Coordinator => match state.members().values().find(|member| member.name == name) {
+            // The same one again, after its answer was lost.
+            Some(member) if member.address == address => Ok(()),
+            Some(_) => conflict("member", "choose another name, or `forgectl cluster members remove` it first"),
+            None => Ok(()),
+        },
+        Role::Worker | Role::Gateway => match state.nodes().get(&NodeId::from(name)) {
+            Some(record) if record.spec.role != role => conflict("node", "another role has this name: choose another"),
+            Some(record) if record.phase == NodePhase::Ready => {
+                conflict("node", "it is connected: choose another name, or stop it and `forgectl delete node` it first")
+            }
+            Some(_) | None => Ok(()),
+        },
+    }
+}

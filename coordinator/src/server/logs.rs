@@ -1,0 +1,111 @@
+//! Log lines of replicas and nodes, through the workers' engine services.
+//!
+//! Invariant: operators reach workers through a coordinator alone; a worker that is away takes its own lines with it and
+//! no others.
+
+use forge_cluster::tls::{ChannelOptions, PeerName, channel};
+use forge_proto::cluster::{LogLine, LogsRequest};
+use forge_proto::engine::EngineLogsRequest;
+use forge_proto::engine::engine_client::EngineClient;
+use forge_shared::cluster::command::CommandError;
+use forge_shared::cluster::node::Role;
+use forge_shared::ids::{NodeId, ServiceName};
+use futures::StreamExt;
+use tonic::Status;
+
+use super::Shared;
+use super::call::refuse;
+use super::cluster::Answers;
+use crate::error::CoordinatorError;
+
+/// Lines to begin with, at most.
+const MAX_TAIL: u32 = 10_000;
+/// Replicas whose lines are merged.
+const MAX_SOURCES: usize = 256;
+
+/// Where lines come from.
+struct Source {
+    node: NodeId,
+    address: String,
+    /// `service/index`, or empty for all of the worker.
+    replica: String,
+}
+
+/// Begins to follow what the request names.
+pub(super) async fn follow(shared: &Shared, request: LogsRequest) -> Result<Answers<LogLine>, Status> {
+    let sources = sources(shared, &request).map_err(refuse)?;
+    let mut streams = Vec::new();
+    let mut failed = None;
+    for source in sources {
+        match open(shared, &source, &request).await {
+            Ok(stream) => streams.push(stream),
+            Err(error) => {
+                tracing::warn!(node = %source.node, %error, "a worker gives no log lines");
+                failed = Some(error);
+            }
+        }
+    }
+    match (streams.is_empty(), failed) {
+        (true, Some(error)) => Err(error),
+        _ => Ok(futures::stream::select_all(streams).boxed()),
+    }
+}
+
+async fn open(shared: &Shared, source: &Source, request: &LogsRequest) -> Result<Answers<LogLine>, Status> {
+    let peer = PeerName::One(Role::Worker, source.node.0.clone());
+    let unusable = |error: forge_cluster::tls::TlsError| refuse(CoordinatorError::Start { reason: error.to_string() });
+    let channel = channel(&source.address, &peer, &shared.credentials, ChannelOptions::default()).map_err(unusable)?;
+    let asked = EngineLogsRequest { replica: source.replica.clone(), follow: request.follow, tail: request.tail.min(MAX_TAIL) };
+    let lines = EngineClient::new(channel).logs(asked).await.map_err(|status| away(source, &status))?.into_inner();
+    let node = source.node.0.clone();
+    let lines = lines.map(move |line| {
+        let line = line?;
+        let source = if line.replica.is_empty() { node.clone() } else { line.replica };
+        Ok(LogLine { source, at_ms: line.at_ms, level: line.level, text: line.text })
+    });
+    Ok(lines.boxed())
+}
+
+fn away(source: &Source, status: &Status) -> Status {
+    refuse(CoordinatorError::Busy {
+        reason: format!("the worker {} at {} gives no lines: {}", source.node, source.address, status.message()),
+    })
+}
+
+fn sources(shared: &Shared, request: &LogsRequest) -> Result<Vec<Source>, CoordinatorError> {
+    let state = shared.coordinator.0.replicated.read();
+    let missing = |kind: &str, name: &str| {
+        CoordinatorError::Command(CommandError::NotFound { kind: kind.into(), name: name.chars().take(80).collect(), nearest: None })
+    };
+    if request.is_node {
+        let record = state.nodes().get(&NodeId::from(request.target.as_str())).ok_or_else(|| missing("node", &request.target))?;
+        if record.spec.role != Role::Worker {
+            return Err(CoordinatorError::message(
+                "target",
+                format!("{} is a {}: only workers keep lines for others", request.target, record.spec.role),
+            ));
+        }
+        let spec = &record.spec;
+        return Ok(vec![Source { node: spec.id.clone(), address: spec.address.clone(), replica: String::new() }]);
+    }
+    let (name, index) = match request.target.split_once('/') {
+        None => (request.target.as_str(), None),
+        Some((name, index)) => {
+            let index: u32 = index.parse().map_err(|_| CoordinatorError::message("target", "write SERVICE or SERVICE/INDEX"))?;
+            (name, Some(index))
+        }
+    };
+    let service = state.services().get(&ServiceName::from(name)).ok_or_else(|| missing("service", name))?;
+    let wished = service.replicas.iter().filter(|replica| index.is_none_or(|index| replica.plan.replica.index == index));
+    let sources: Vec<Source> = wished
+        .filter_map(|replica| {
+            let node = &state.nodes().get(&replica.plan.ranks.first()?.node)?.spec;
+            Some(Source { node: node.id.clone(), address: node.address.clone(), replica: replica.plan.replica.to_string() })
+        })
+        .take(MAX_SOURCES)
+        .collect();
+    if sources.is_empty() {
+        return Err(missing("placed replica", &request.target));
+    }
+    Ok(sources)
+}

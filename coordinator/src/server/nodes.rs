@@ -1,0 +1,142 @@
+//! The `Nodes` service: sessions of workers and gateways, and new certificates for who has one.
+//!
+//! Invariant: a node speaks for itself alone: name and role are those of its certificate.
+
+use std::time::Duration;
+
+use forge_cluster::api::Session;
+use forge_cluster::tls::{Identity, NODE_LIFETIME, Peer};
+use forge_proto::node::nodes_server::Nodes;
+use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp};
+use forge_shared::cluster::node::{NodeSpec, Role};
+use forge_shared::cluster::session::NodeUp;
+use forge_shared::ids::NodeId;
+use futures::StreamExt;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Shared;
+use super::call::{json, refuse, timeout, to_json, unknown_caller};
+use super::cluster::Answers;
+use crate::coordinator::wall_ms;
+use crate::error::CoordinatorError;
+
+/// For the first message of a session, and for joining.
+const BEGIN_WITHIN: Duration = Duration::from_secs(5);
+/// A node that reads nothing for this long has no session.
+const READ_WITHIN: Duration = Duration::from_secs(10);
+/// Messages on their way to the connection.
+const DEPTH: usize = 16;
+
+pub(super) struct NodesService(pub(super) Shared);
+
+#[tonic::async_trait]
+impl Nodes for NodesService {
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
+        let caller = Peer::of(&request).map_err(unknown_caller)?;
+        let _place = self.0.place()?;
+        self.0.coordinator.0.raft.read_index(timeout(&request)).await.map_err(|error| refuse(self.0.coordinator.raft_error(error)))?;
+        still_belongs(&self.0, &caller).map_err(refuse)?;
+        let signing_request = request.into_inner().signing_request_der;
+        let wrong = |error: forge_cluster::tls::TlsError| refuse(CoordinatorError::message("signing_request_der", error));
+        let certificate_pem = self.0.ca.sign(&signing_request, &caller, NODE_LIFETIME, wall_ms() / 1000).map_err(wrong)?;
+        tracing::info!(%caller, "a certificate was renewed");
+        Ok(Response::new(RenewReply {
+            certificate_pem,
+            ca_certificate_pem: self.0.ca.certificate_pem().into(),
+            coordinators: self.0.addresses(),
+        }))
+    }
+
+    type SessionStream = Answers<SessionDown>;
+
+    async fn session(&self, request: Request<Streaming<SessionUp>>) -> Result<Response<Self::SessionStream>, Status> {
+        let caller = self.0.caller(&request, &[Role::Worker, Role::Gateway])?;
+        // Before the hello is read, so that a node at the wrong coordinator learns it at once.
+        self.0.coordinator.leading().map_err(refuse)?;
+        let mut received = request.into_inner();
+        let late = |_| refuse(CoordinatorError::message("hello", format!("it did not come within {} s", BEGIN_WITHIN.as_secs())));
+        let first = tokio::time::timeout(BEGIN_WITHIN, received.message()).await.map_err(late)??;
+        let hello = hello_of(first, &caller)?;
+        let place = self.0.place()?;
+        let session = self.0.coordinator.open_session(hello, BEGIN_WITHIN).await.map_err(refuse)?;
+        drop(place);
+        let (answers, sent) = mpsc::channel(DEPTH);
+        self.0.coordinator.0.tasks.spawn(carry(session, received, answers));
+        Ok(Response::new(ReceiverStream::new(sent).boxed()))
+    }
+}
+
+impl Shared {
+    /// `host:port` of all coordinators.
+    pub(super) fn addresses(&self) -> Vec<String> {
+        self.coordinator.0.replicated.read().members().values().map(|member| member.address.clone()).collect()
+    }
+}
+
+/// Whether a caller with a good certificate was not removed meanwhile.
+fn still_belongs(shared: &Shared, caller: &Identity) -> Result<(), CoordinatorError> {
+    let state = shared.coordinator.0.replicated.read();
+    let is_known = match caller.role {
+        Role::Admin => true,
+        Role::Coordinator => state.members().values().any(|member| member.name == caller.name),
+        Role::Worker | Role::Gateway => {
+            state.nodes().get(&NodeId::from(caller.name.as_str())).is_some_and(|record| record.spec.role == caller.role)
+        }
+    };
+    if is_known {
+        return Ok(());
+    }
+    Err(CoordinatorError::Forbidden { reason: format!("{caller} is not known any more: let it join anew with a join token") })
+}
+
+fn hello_of(first: Option<SessionUp>, caller: &Identity) -> Result<NodeSpec, Status> {
+    let wrong = |reason: String| refuse(CoordinatorError::Message { field: "hello", reason });
+    let Some(first) = first else { return Err(wrong("the stream ended before it".into())) };
+    let NodeUp::Hello { spec } = json("message_json", &first.message_json)? else {
+        return Err(wrong("a session begins with it".into()));
+    };
+    if spec.id.0 != caller.name || spec.role != caller.role {
+        let reason = format!("the certificate is of {caller}; it cannot speak for the {} {}", spec.role, spec.id);
+        return Err(refuse(CoordinatorError::Forbidden { reason }));
+    }
+    Ok(*spec)
+}
+
+/// Carries messages both ways until one side ends. Dropping the session's ends ends it for the coordinator.
+async fn carry(mut session: Session, mut received: Streaming<SessionUp>, answers: mpsc::Sender<Result<SessionDown, Status>>) {
+    loop {
+        let answer = tokio::select! {
+            message = received.message() => match message {
+                Ok(Some(message)) => match json::<NodeUp>("message_json", &message.message_json) {
+                    // Its reader never waits long: it puts messages into places.
+                    Ok(message) => match session.up.send(message).await {
+                        Ok(()) => continue,
+                        Err(_) => None,
+                    },
+                    Err(status) => Some(Err(status)),
+                },
+                Ok(None) => return,
+                Err(status) => {
+                    tracing::debug!(%status, "a session's connection ended");
+                    return;
+                }
+            },
+            message = session.down.recv() => message.map(|message| to_json(&message).map(|message_json| SessionDown { message_json })),
+        };
+        let Some(answer) = answer else {
+            // The session ended; its last words come first.
+            while let Ok(message) = session.down.try_recv() {
+                let last = to_json(&message).map(|message_json| SessionDown { message_json });
+                let _ = tokio::time::timeout(READ_WITHIN, answers.send(last)).await;
+            }
+            return;
+        };
+        let is_end = answer.is_err();
+        let is_sent = matches!(tokio::time::timeout(READ_WITHIN, answers.send(answer)).await, Ok(Ok(())));
+        if is_end || !is_sent {
+            return;
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Three coordinators in one process, on loopback, with real certificates, and what is asked of them over the wire.
+
+mod access;
+mod backup;
+mod embedded;
+mod group;
+mod nodes;
+mod support;

@@ -1,0 +1,122 @@
+//! Workers: sessions, placement, loss, drain, fencing.
+
+use std::time::{Duration, Instant};
+
+use forge_cluster::api::{ClusterApi, ClusterError};
+use forge_shared::cluster::command::Command;
+use forge_shared::cluster::event::{Kind, Object};
+use forge_shared::cluster::node::{NodePhase, Role};
+use forge_shared::cluster::session::NodeDown;
+
+use crate::support::{Cluster, SOON, Worker, execute, ready_on, service, wait_ready, wish, worker_spec};
+
+fn join(cluster: &Cluster, name: &str, incarnation: u64) -> Worker {
+    Worker::start(cluster.client(Role::Worker, name), worker_spec(name, incarnation))
+}
+
+async fn phase(admin: &dyn ClusterApi, name: &str) -> Option<NodePhase> {
+    let listing = admin.read(Kind::Node, Some(name.into()), SOON).await.expect("it answers");
+    match listing.objects.into_iter().next() {
+        Some(Object::Node(record)) => Some(record.phase),
+        _ => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_workers_replica_is_placed_on_another() {
+    let cluster = Cluster::found().await;
+    let admin = cluster.admin();
+    let (a, _b) = (join(&cluster, "a", 1), join(&cluster, "b", 1));
+    while phase(&admin, "a").await.is_none() || phase(&admin, "b").await.is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let planned = admin.plan(wish("s", 2), SOON).await.expect("it fits");
+    assert_eq!(planned.plans.len(), 2);
+    execute(&admin, Command::ApplyService { service: Box::new(wish("s", 2)) }).await;
+    wait_ready(&admin, "s", &["a", "b"]).await;
+    assert_eq!(a.assignments.lock().len(), 1);
+    let before = service(&admin, "s").await.expect("it is there");
+
+    a.kill();
+    let begun = Instant::now();
+    wait_ready(&admin, "s", &["b", "b"]).await;
+    println!("replanned {} ms after the worker's death (lease 3 s)", begun.elapsed().as_millis());
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert_eq!(phase(&admin, "a").await, Some(NodePhase::Lost));
+    let after = service(&admin, "s").await.expect("it is there");
+    assert!(after.last_epoch > before.last_epoch, "a new plan has a new epoch");
+
+    // It comes again, and is drained of nothing: the placement stands.
+    let _a = join(&cluster, "a", 2);
+    while phase(&admin, "a").await != Some(NodePhase::Ready) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    execute(&admin, Command::DrainNode { node: "b".into(), draining: true }).await;
+    wait_ready(&admin, "s", &["a", "a"]).await;
+    execute(&admin, Command::DeleteService { name: "s".into() }).await;
+    let begun = Instant::now();
+    while service(&admin, "s").await.is_some() {
+        assert!(begun.elapsed() < SOON, "it is deleted");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_move_with_the_leadership_and_nobody_is_lost() {
+    let mut cluster = Cluster::of_three().await;
+    let admin = cluster.admin();
+    let worker = join(&cluster, "a", 1);
+    execute(&admin, Command::ApplyService { service: Box::new(wish("s", 1)) }).await;
+    wait_ready(&admin, "s", &["a"]).await;
+    let epoch = worker.assignments.lock()[0].plan.epoch;
+
+    let leader = cluster.leader().await;
+    cluster.members.remove(leader).kill().await;
+    cluster.leader().await;
+    // Longer than a lease: the new leader hears of the worker before it believes it lost.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(phase(&admin, "a").await, Some(NodePhase::Ready));
+    assert_eq!(ready_on(&admin, "s").await, ["a"]);
+    assert_eq!(worker.assignments.lock()[0].plan.epoch, epoch, "nothing was planned anew");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_workers_with_one_name_the_newer_process_stays() {
+    let cluster = Cluster::found().await;
+    let admin = cluster.admin();
+    let old = join(&cluster, "a", 1);
+    while phase(&admin, "a").await.is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let new = join(&cluster, "a", 2);
+    let begun = Instant::now();
+    while old.refused.lock().is_none() {
+        assert!(begun.elapsed() < SOON, "the old process is refused");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(new.refused.lock().is_none());
+
+    // An old process that comes late is told so in its first message.
+    let late = cluster.client(Role::Worker, "a");
+    let mut session = late.session(worker_spec("a", 1), SOON).await.expect("it is answered");
+    let first = tokio::time::timeout(SOON, session.down.recv()).await.expect("in time");
+    assert!(matches!(&first, Some(NodeDown::Refused { .. })), "{first:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_speaks_for_itself_alone() {
+    let cluster = Cluster::found().await;
+    let other = cluster.client(Role::Worker, "a").session(worker_spec("b", 1), Duration::from_secs(5)).await;
+    assert!(matches!(&other, Err(ClusterError::Forbidden { .. })), "{other:?}");
+    let gateway = cluster.client(Role::Gateway, "a").session(worker_spec("a", 1), Duration::from_secs(5)).await;
+    assert!(matches!(&gateway, Err(ClusterError::Forbidden { .. })), "{gateway:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_without_workers_says_so_in_time() {
+    let cluster = Cluster::found().await;
+    let begun = Instant::now();
+    let planned = cluster.admin().plan(wish("s", 1), Duration::from_secs(2)).await;
+    assert!(matches!(&planned, Err(ClusterError::Unavailable { .. })), "{planned:?}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+}
