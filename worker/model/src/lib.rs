@@ -32,7 +32,7 @@ pub use decoder::options::{DecoderOptions, Shard};
 pub use error::{ModelError, Result};
 pub use generation::GenerationDefaults;
 pub use gguf::GgufTokenizerData;
-pub use memory::{ModelMemory, Quantization, TypeCount};
+pub use memory::{ModelMemory, ModelParts, Quantization, TypeCount};
 pub use model::{Model, ModelSummary};
 pub use progress::LoadProgress;
 pub use session::Session;

@@ -38,6 +38,37 @@ impl ModelMemory {
     }
 }
 
+/// Bytes of a whole model's parts, as one rank without shards loads them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelParts {
+    /// The embedding table.
+    pub embedding_bytes: usize,
+    /// The output head; 0 where it is the embedding table.
+    pub head_bytes: usize,
+    /// Each layer.
+    pub layer_bytes: Vec<usize>,
+}
+
+/// Counts the parts of a model by the same walk that loads it. `layout` is that of the whole model.
+///
+/// # Errors
+/// None but the loader's own, which counting has none of.
+pub(crate) fn parts(architecture: &Architecture, refs: &DecoderRefs, layout: &Layout) -> Result<ModelParts> {
+    let count = |load: &dyn Fn(&mut Loader<'_, ByteCount>) -> Result<()>| {
+        let mut count = ByteCount::default();
+        load(&mut Loader { store: &mut count, architecture, layout })?;
+        Ok(count.mapped + count.gathered + count.converted)
+    };
+    Ok(ModelParts {
+        embedding_bytes: count(&|loader| loader.vocabulary(&refs.embedding).map(drop))?,
+        head_bytes: match &refs.head {
+            Some(head) => count(&|loader| loader.vocabulary(head).map(drop))?,
+            None => 0,
+        },
+        layer_bytes: refs.layers.iter().map(|layer| count(&|loader| loader.layer(layer).map(drop))).collect::<Result<_>>()?,
+    })
+}
+
 /// How much of the model is stored in which type.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Quantization {

@@ -15,7 +15,7 @@ use crate::decoder::options::{DecoderOptions, Shard};
 use crate::error::{ModelError, Result};
 use crate::generation::GenerationDefaults;
 use crate::gguf::GgufTokenizerData;
-use crate::memory::{self, ModelMemory, Quantization};
+use crate::memory::{self, ModelMemory, ModelParts, Quantization};
 use crate::weights::DecoderRefs;
 
 /// An opened and checked model. Cheap to hold and to clone: weights stay in the mapped file.
@@ -187,6 +187,14 @@ impl Model {
         }
         let own = layout(&options.shard)?;
         Ok(ModelMemory { largest_kv_block_bytes, ..memory::of(&self.architecture, &self.refs, &own, options)? })
+    }
+
+    /// Bytes of the embedding, the head and each layer, for whoever divides the model among ranks.
+    ///
+    /// # Errors
+    /// None that [`Self::memory`] has not.
+    pub fn parts(&self) -> Result<ModelParts> {
+        memory::parts(&self.architecture, &self.refs, &Layout::new(&self.architecture, &self.refs, &Shard::default())?)
     }
 
     /// Loads the weights and builds an unsharded decoder (`options.shard.tp_size` is 1).

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Result, StoreError};
 use crate::gguf_choice::is_split;
+use crate::progress::CancelFlag;
 use crate::resolved::{ContentDigest, ResolvedModel};
 use crate::verify::Stamp;
 
@@ -26,6 +27,44 @@ pub(crate) fn resolve(name: String, path: &Path) -> Result<ResolvedModel> {
     let (path, files) = if metadata.is_dir() { model_in_folder(path)? } else { (path.clone(), vec![path]) };
     let (digest, size_bytes) = sample(&files)?;
     Ok(ResolvedModel { name, path, digest: ContentDigest::Sampled(digest), size_bytes, manifest: None, _lease: None })
+}
+
+/// Digest of a local model's whole content, the same for a copy elsewhere: as [`crate::Manifest::digest`] over its files.
+/// Every byte is read.
+pub(crate) fn whole_digest(path: &Path, cancel: &CancelFlag) -> Result<Digest> {
+    let files = if path.is_dir() { model_in_folder(path.to_owned())?.1 } else { parts_beside(path)? };
+    let mut lines = Vec::with_capacity(files.len());
+    for path in files {
+        let io = |error| StoreError::Io { action: "read", path: path.clone(), error };
+        let mut file = File::open(&path).map_err(io)?;
+        let mut stop = |_| if cancel.is_cancelled() { Err(std::io::Error::other("cancelled")) } else { Ok(()) };
+        let read = Digest::of_reader(&mut file, &mut stop);
+        cancel.check()?;
+        let (digest, size_bytes) = read.map_err(io)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        lines.push((name.clone(), format!("{digest} {size_bytes} {name}\n")));
+    }
+    lines.sort();
+    Ok(Digest::of(lines.into_iter().map(|(_, line)| line).collect::<String>().as_bytes()))
+}
+
+/// A file, with the other parts of the same model where it is the first of several.
+fn parts_beside(path: &Path) -> Result<Vec<PathBuf>> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if !is_split(&name) {
+        return Ok(vec![path.to_owned()]);
+    }
+    let stem = &name[..name.len() - "-00001-of-00002.gguf".len()];
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut parts = Vec::new();
+    for entry in fs::read_dir(folder).map_err(StoreError::io("read", folder))? {
+        let entry = entry.map_err(StoreError::io("read", folder))?;
+        let other = entry.file_name().to_string_lossy().into_owned();
+        if is_split(&other) && other.starts_with(stem) && other.len() == name.len() {
+            parts.push(entry.path());
+        }
+    }
+    Ok(parts)
 }
 
 /// A folder in Hugging Face layout as it is; one with a single GGUF file and no config as that file.
@@ -109,6 +148,26 @@ mod tests {
 
     fn write(folder: &Path, name: &str, content: &[u8]) {
         fs::write(folder.join(name), content).unwrap();
+    }
+
+    #[test]
+    fn a_copy_has_the_same_whole_digest_and_another_sampled_one() {
+        let home = tempfile::tempdir().unwrap();
+        let resolved = ["a", "b"].map(|name| {
+            let folder = home.path().join(name);
+            fs::create_dir(&folder).unwrap();
+            write(&folder, "config.json", b"{}");
+            write(&folder, "model.safetensors", b"weights");
+            resolve(name.to_owned(), &folder).unwrap()
+        });
+        let whole = |model: &ResolvedModel| model.whole_digest(&CancelFlag::default()).unwrap();
+        assert_ne!(resolved[0].digest(), resolved[1].digest());
+        assert_eq!(whole(&resolved[0]), whole(&resolved[1]));
+        write(&home.path().join("b"), "model.safetensors", b"Weights");
+        assert_ne!(whole(&resolved[0]), whole(&resolved[1]));
+        let cancel = CancelFlag::default();
+        cancel.cancel();
+        assert!(matches!(resolved[0].whole_digest(&cancel), Err(StoreError::Cancelled)));
     }
 
     #[test]

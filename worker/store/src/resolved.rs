@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::digest::Digest;
+use crate::error::Result;
 use crate::manifest::Manifest;
+use crate::progress::CancelFlag;
 
 /// What identifies a model's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,6 +57,18 @@ impl ResolvedModel {
     /// What identifies the content.
     pub fn digest(&self) -> ContentDigest {
         self.digest
+    }
+
+    /// Digest of the whole content, the same on every machine that has these files: the manifest's, or for a local path
+    /// one for which every byte is read.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or a cancellation.
+    pub fn whole_digest(&self, cancel: &CancelFlag) -> Result<Digest> {
+        match self.digest {
+            ContentDigest::Full(digest) => Ok(digest),
+            ContentDigest::Sampled(_) => crate::local::whole_digest(&self.path, cancel),
+        }
     }
 
     /// Size of all files in bytes.

@@ -128,7 +128,7 @@ impl<S: Store> Loader<'_, S> {
         matrix.filter(|_| there).map(|matrix| self.whole(matrix)).transpose()
     }
 
-    fn vocabulary(&mut self, matrix: &MatrixRef) -> Result<Option<Weight<S>>> {
+    pub(crate) fn vocabulary(&mut self, matrix: &MatrixRef) -> Result<Option<Weight<S>>> {
         let rows = &self.layout.vocabulary;
         if rows.is_empty() { Ok(None) } else { self.rows(matrix, std::slice::from_ref(rows)).map(Some) }
     }
@@ -170,7 +170,7 @@ impl<S: Store> Loader<'_, S> {
         linear.bias.as_ref().map(|bias| self.store.table(&[bias])).transpose()
     }
 
-    fn layer(&mut self, layer: &LayerRefs) -> Result<Layer<S::Slots>> {
+    pub(crate) fn layer(&mut self, layer: &LayerRefs) -> Result<Layer<S::Slots>> {
         Ok(Layer {
             attention_norm: self.norm_where(true, layer.attention_norm.as_ref())?,
             attention: self.attention(&layer.attention)?,
