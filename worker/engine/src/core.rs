@@ -48,6 +48,7 @@ pub struct EngineCore {
     retry: RetryEstimate,
     meter: Meter,
     listeners: Listeners,
+    generated_tokens: u64,
 }
 
 impl EngineCore {
@@ -73,6 +74,7 @@ impl EngineCore {
             retry: RetryEstimate::default(),
             meter: Meter::new(metrics, model_name),
             listeners: Listeners::default(),
+            generated_tokens: 0,
             info,
             options,
             tokenizer,
@@ -178,6 +180,11 @@ impl EngineCore {
         self.listeners.any_behind()
     }
 
+    /// Tokens drawn so far.
+    pub fn generated_tokens(&self) -> u64 {
+        self.generated_tokens
+    }
+
     /// Whether no request is left, events that wait for room in their channels included.
     pub fn is_idle(&self) -> bool {
         self.requests.is_empty() && self.leaving.is_empty()
@@ -235,7 +242,10 @@ impl EngineCore {
         let Some(active) = self.requests.get_mut(&arrival) else { return };
         let next = match (used.purpose, draw) {
             (LogitsPurpose::Score { position }, _) => active.score(self.samplers.scoring(), row, position),
-            (LogitsPurpose::Sample, Some(sampled)) => sampled.and_then(|sampled| active.accept(sampled, used.id)),
+            (LogitsPurpose::Sample, Some(sampled)) => {
+                self.generated_tokens += 1;
+                sampled.and_then(|sampled| active.accept(sampled, used.id))
+            }
             // There was no request to draw for.
             (LogitsPurpose::Sample, None) => return,
         };

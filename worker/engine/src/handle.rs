@@ -22,16 +22,24 @@ pub(crate) struct Shared {
     model_ns: AtomicU64,
     other_ns: AtomicU64,
     rounds: AtomicU64,
+    generated_tokens: AtomicU64,
 }
 
 impl Shared {
     pub(crate) fn new(kv_blocks_total: usize) -> Self {
         let status = EngineStatus { ready: true, kv_blocks_total, ..EngineStatus::default() };
-        Shared { status: Mutex::new(status), model_ns: AtomicU64::new(0), other_ns: AtomicU64::new(0), rounds: AtomicU64::new(0) }
+        Shared {
+            status: Mutex::new(status),
+            model_ns: AtomicU64::new(0),
+            other_ns: AtomicU64::new(0),
+            rounds: AtomicU64::new(0),
+            generated_tokens: AtomicU64::new(0),
+        }
     }
 
     pub(crate) fn observe(&self, core: &EngineCore) {
         self.rounds.fetch_add(1, Ordering::Relaxed);
+        self.generated_tokens.store(core.generated_tokens(), Ordering::Relaxed);
         let scheduler = core.scheduler();
         let mut status = self.status.lock();
         status.running = scheduler.running();
@@ -131,6 +139,11 @@ impl EngineHandle {
         // still wants to know asks again.
         let _ = self.commands.try_send(Command::Listen { updates });
         receiver
+    }
+
+    /// Tokens drawn since the engine began.
+    pub fn generated_tokens(&self) -> u64 {
+        self.shared.generated_tokens.load(Ordering::Relaxed)
     }
 
     /// Where the time went so far.
