@@ -75,7 +75,7 @@ const NEVER_IN_GATEWAY: &[&str] = &["forge-kernels", "forge-net", "forge-model",
 /// Outside crates that only some may use, and why.
 const RESERVED: &[(&str, &[&str], &str)] = &[
     ("candle-core", &[], "it is the oracle of tests, never the engine"),
-    ("axum", &["forge-gateway", "forgectl", "forge-worker"], "HTTP is the gateway's and the probes' matter"),
+    ("axum", &["forge-gateway", "forgectl"], "HTTP is the gateway's matter"),
     ("ureq", &["forge-store"], "only the store fetches"),
     ("reqwest", &["forgectl"], "it loads servers in `bench serve`, and fetches nothing"),
     ("tokenizers", &["forge-text"], "one place turns text into ids"),

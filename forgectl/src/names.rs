@@ -5,7 +5,7 @@
 
 use forge_shared::spec::ModelService;
 use forge_store::{ModelSource, ResolvedModel};
-use forge_worker::local::ServedNames;
+use forge_worker::models::ServedNames;
 
 use crate::context::Context;
 use crate::failure::Result;

@@ -15,8 +15,9 @@ use forge_shared::spec::ModelService;
 use forge_shared::telemetry::Metrics;
 use forge_store::ResolvedModel;
 use forge_worker::WorkerError;
-use forge_worker::local::{LocalCluster, LocalOptions, Served, ServedNames};
+use forge_worker::local::{LocalCluster, LocalOptions, Served};
 use forge_worker::machine;
+use forge_worker::models::ServedNames;
 use forge_worker::prepare::PreparedModel;
 use ractor::ActorCell;
 
@@ -61,7 +62,6 @@ impl Replica {
         metrics: Metrics,
         supervisor: Option<ActorCell>,
     ) -> Result<Self> {
-        let spec = &service.spec;
         let prepared = prepare(service, &model).await?;
         let summary = prepared.model.summary();
         let facts = Facts {
@@ -71,14 +71,7 @@ impl Replica {
         };
         let plan = place(service, &prepared)?;
         let progress = prepared.progress.clone();
-        let options = LocalOptions {
-            model: prepared,
-            plan: plan.clone(),
-            names,
-            max_waiting: spec.max_waiting,
-            prefix_cache: spec.prefix_cache,
-            metrics,
-        };
+        let options = LocalOptions { model: prepared, service: service.clone(), plan: plan.clone(), names, metrics };
         let cluster = LocalCluster::start(options, supervisor).await.map_err(failed)?;
         Ok(Replica { cluster, plan, facts, progress, _model: model })
     }

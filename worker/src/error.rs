@@ -14,6 +14,33 @@ pub enum WorkerError {
     /// The device refused.
     #[error(transparent)]
     Kernel(#[from] forge_kernels::KernelError),
+    /// The model cannot be brought here.
+    #[error(transparent)]
+    Store(#[from] forge_store::StoreError),
+    /// Other weights than those that were planned for.
+    #[error(
+        "{model} has the digest {found}, and {expected} was planned for: bring the same files to every worker, or apply the service again"
+    )]
+    Digest {
+        /// By what name it was asked for.
+        model: String,
+        /// Of the assignment.
+        expected: String,
+        /// What is here.
+        found: String,
+    },
+    /// The device has less memory than the plan takes.
+    #[error("device {device} has {free_bytes} bytes free, and the replica takes {needed_bytes}")]
+    Memory {
+        /// Number within the node.
+        device: u32,
+        /// Bytes of the replica.
+        needed_bytes: u64,
+        /// Bytes that are free.
+        free_bytes: u64,
+        /// Bytes Forge can use of the device in all, where that is fewer than was said.
+        found_bytes: Option<u64>,
+    },
     /// The engine could not start.
     #[error(transparent)]
     Engine(#[from] forge_engine::EngineError),
@@ -46,6 +73,18 @@ pub enum WorkerError {
         /// What did not match.
         source: Box<forge_model::ModelError>,
     },
+    /// The cluster does not have this node.
+    #[error("the cluster refuses this node: {reason}")]
+    Cluster {
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The engine service cannot be served.
+    #[error("the engine service: {reason}")]
+    Service {
+        /// What is wrong.
+        reason: String,
+    },
     /// The engine ended by itself.
     #[error("the engine died: {reason}")]
     EngineDied {
@@ -74,5 +113,13 @@ impl WorkerError {
     /// Whether the same replica may run when it is started again: a death may be passing, a bad file is not.
     pub fn restartable(&self) -> bool {
         matches!(self, WorkerError::EngineDied { .. } | WorkerError::Actor { .. })
+    }
+
+    /// What the device really has, where it is less than the node had said.
+    pub fn found_memory_bytes(&self) -> Option<u64> {
+        match self {
+            WorkerError::Memory { found_bytes, .. } => *found_bytes,
+            _ => None,
+        }
     }
 }

@@ -1,79 +1,196 @@
-//! `ModelLauncher`: loads a checkpoint for a plan and starts its engine. The production [`Launch`].
+//! `ModelLauncher`: provides a model for an assignment, loads it within its reservation and starts its engine. The
+//! production [`Launch`].
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use forge_engine::{EngineExit, EngineOptions, EngineSetup, EngineThread};
+use forge_engine::{EngineExit, EngineHandle, EngineOptions, EngineSetup, EngineThread};
 use forge_kernels::{CpuBackend, CpuOptions};
 use forge_model::StepModel;
+use forge_shared::cluster::service::ReplicaPhase;
+use forge_shared::cluster::session::Assignment;
+use forge_shared::ids::NodeId;
 use forge_shared::link::ModelCard;
-use forge_shared::plan::Plan;
+use forge_shared::plan::{Plan, RankPlan};
 use forge_shared::telemetry::{Metrics, model_label};
+use tokio::sync::oneshot;
 
 use crate::WorkerError;
-use crate::actors::{Launch, Launched};
+use crate::actors::{Launch, LaunchWatch, Launched};
+use crate::ledger::{Ledger, LedgerDevice};
+use crate::models::{ProvideModel, ProvidedModel, ServedNames};
 use crate::prepare::{DecoderSizes, PreparedModel};
+use crate::threads;
+use crate::time::now_s;
+
+/// How often a load is looked at.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(20);
 
 /// See the module documentation.
-pub(crate) struct ModelLauncher {
-    pub(crate) model: PreparedModel,
-    /// The numerics id is filled in when the model is loaded.
-    pub(crate) card: ModelCard,
-    pub(crate) max_waiting: usize,
-    pub(crate) prefix_cache: bool,
-    pub(crate) metrics: Metrics,
+pub struct ModelLauncher {
+    /// This node: a plan's rank must be on it.
+    pub node: NodeId,
+    /// Where models come from.
+    pub models: Arc<dyn ProvideModel>,
+    /// What this node's devices have.
+    pub ledger: Arc<Ledger>,
+    /// Where everything is counted.
+    pub metrics: Metrics,
 }
 
 impl Launch for ModelLauncher {
-    fn launch(&self, plan: &Plan) -> Result<Launched, WorkerError> {
+    fn launch(&self, assignment: &Assignment, watch: &LaunchWatch) -> Result<Launched, WorkerError> {
+        let plan = &assignment.plan;
+        let rank = self.only_rank(plan)?;
+        let ProvidedModel { model, names, lease } = self.models.provide(assignment, watch)?;
+        if watch.cancel.is_cancelled() {
+            return Err(forge_store::StoreError::Cancelled.into());
+        }
+        (watch.progress)(ReplicaPhase::Loading, 0);
         let started = Instant::now();
+        let sizes = sizes(plan);
+        let needed_bytes = model.needed_bytes(sizes)?;
+        if needed_bytes > rank.memory.total_bytes() {
+            return Err(WorkerError::Memory {
+                device: rank.device,
+                needed_bytes,
+                free_bytes: rank.memory.total_bytes(),
+                found_bytes: None,
+            });
+        }
+        let mut reservation = self.ledger.reserve(rank.device, rank.memory.total_bytes())?;
+        let card = card(&model, plan, names)?;
+        let load = LoadRun { model: model.clone(), card: card.clone(), assignment: assignment.clone(), metrics: self.metrics.clone() };
+        let (handle, exit) = load.on_own_thread(rank, reservation.device(), watch)?;
+        reservation.loaded();
+        let load_s = started.elapsed().as_secs_f64();
+        self.metrics.model_load_s.get_or_create(&model_label(&card.name)).set(load_s);
+        tracing::info!(replica = %plan.replica, epoch = plan.epoch.0, model = card.name, load_s, threads = rank.threads, "model loaded");
+        let (engine, prefixes, counted) = (handle.clone(), handle.clone(), handle.clone());
+        Ok(Launched {
+            engine: Arc::new(handle),
+            ended: Box::pin(async move {
+                let end = match exit.await {
+                    Ok(EngineExit::Stopped) => None,
+                    Ok(EngineExit::Died { reason }) => Some(reason),
+                    Err(_) => Some("its thread ended without a word".into()),
+                };
+                // Both are held exactly as long as the engine's memory is.
+                drop((reservation, lease));
+                end
+            }),
+            stop: Box::new(move |timeout| engine.drain(timeout)),
+            text: Some(model.text),
+            prefixes: Box::new(move || prefixes.prefixes()),
+            generated_tokens: Box::new(move || counted.generated_tokens()),
+        })
+    }
+}
+
+impl ModelLauncher {
+    fn only_rank<'a>(&self, plan: &'a Plan) -> Result<&'a RankPlan, WorkerError> {
         let [rank] = plan.ranks.as_slice() else {
-            let reason = format!("this process can hold one rank, and the plan has {}", plan.ranks.len());
+            let reason = format!("a worker of this release holds one rank, and the plan has {}", plan.ranks.len());
             return Err(WorkerError::Setting { field: "spec.layout", reason });
         };
-        let backend = Arc::new(CpuBackend::new(CpuOptions { threads: rank.threads, ..CpuOptions::default() })?);
-        let options = self.model.decoder_options(DecoderSizes {
-            max_model_len: plan.max_model_len,
-            block_size: plan.block_size,
-            kv_blocks: plan.kv_blocks,
-            kv_cache_dtype: plan.kv_cache_dtype,
-            max_step_tokens: plan.max_step_tokens,
-            max_batch_size: plan.max_batch_size,
-            epoch: plan.epoch,
+        if rank.node != self.node {
+            let reason = format!("the plan's rank is on {}, and this is {}", rank.node, self.node);
+            return Err(WorkerError::Setting { field: "plan.ranks.node", reason });
+        }
+        Ok(rank)
+    }
+}
+
+fn sizes(plan: &Plan) -> DecoderSizes {
+    DecoderSizes {
+        max_model_len: plan.max_model_len,
+        block_size: plan.block_size,
+        kv_blocks: plan.kv_blocks,
+        kv_cache_dtype: plan.kv_cache_dtype,
+        max_step_tokens: plan.max_step_tokens,
+        max_batch_size: plan.max_batch_size,
+        epoch: plan.epoch,
+    }
+}
+
+/// What a loading thread takes with it.
+struct LoadRun {
+    model: PreparedModel,
+    card: ModelCard,
+    assignment: Assignment,
+    metrics: Metrics,
+}
+
+impl LoadRun {
+    /// Loads on a thread of its own, whose cores and priority the kernels' and the engine's threads inherit.
+    fn on_own_thread(
+        self,
+        rank: &RankPlan,
+        device: &LedgerDevice,
+        watch: &LaunchWatch,
+    ) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
+        let threads = match device.cores.len() {
+            0 => rank.threads,
+            cores => rank.threads.min(cores),
+        };
+        let (cores, niceness, progress) = (device.cores.clone(), device.niceness, self.model.progress.clone());
+        let died = |reason: String| WorkerError::EngineDied { reason: format!("while loading: {reason}") };
+        let thread = std::thread::Builder::new().name("forge-load".into()).spawn(move || {
+            threads::settle(&cores, niceness);
+            self.load(threads)
         });
-        let decoder: Box<dyn StepModel> = Box::new(self.model.model.decoder(backend, &options)?);
+        let thread = thread.map_err(|error| died(error.to_string()))?;
+        while !thread.is_finished() {
+            std::thread::sleep(PROGRESS_INTERVAL);
+            let (done, total) = progress.bytes();
+            let percent = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or(0);
+            (watch.progress)(ReplicaPhase::Loading, u8::try_from(percent).unwrap_or(100));
+        }
+        match thread.join() {
+            Ok(loaded) => loaded,
+            Err(_) => Err(died("its thread panicked".into())),
+        }
+    }
+
+    fn load(self, threads: usize) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
+        let LoadRun { model, card, assignment, metrics } = self;
+        let (plan, spec) = (&assignment.plan, &assignment.service.spec);
+        let backend = Arc::new(CpuBackend::new(CpuOptions { threads, ..CpuOptions::default() })?);
+        let options = model.decoder_options(sizes(plan));
+        let decoder: Box<dyn StepModel> = Box::new(model.model.decoder(backend, &options)?);
         #[cfg(debug_assertions)]
         let decoder = crate::fault::inject(decoder)?;
-        let card = Arc::new(ModelCard { numerics_id: decoder.info().numerics_id.clone(), ..self.card.clone() });
+        let card = Arc::new(ModelCard { numerics_id: decoder.info().numerics_id.clone(), ..card });
         let setup = EngineSetup {
             model: decoder,
-            tokenizer: self.model.text.tokenizer().clone(),
+            tokenizer: model.text.tokenizer().clone(),
             card,
             options: EngineOptions {
                 max_batch_size: plan.max_batch_size,
                 max_chunk_rows: plan.max_step_tokens,
-                prefix_caching: self.prefix_cache,
-                max_waiting: self.max_waiting,
+                prefix_caching: spec.prefix_cache,
+                max_waiting: spec.max_waiting,
                 epoch: plan.epoch,
                 ..EngineOptions::default()
             },
-            metrics: self.metrics.clone(),
+            metrics,
         };
-        let (handle, exit) = EngineThread::spawn(setup)?;
-        let load_s = started.elapsed().as_secs_f64();
-        self.metrics.model_load_s.get_or_create(&model_label(&self.card.name)).set(load_s);
-        tracing::info!(model = self.card.name, load_s, threads = rank.threads, "model loaded");
-        let engine = handle.clone();
-        Ok(Launched {
-            engine: Arc::new(handle),
-            ended: Box::pin(async move {
-                match exit.await {
-                    Ok(EngineExit::Stopped) => None,
-                    Ok(EngineExit::Died { reason }) => Some(reason),
-                    Err(_) => Some("its thread ended without a word".into()),
-                }
-            }),
-            stop: Box::new(move |timeout| engine.drain(timeout)),
-        })
+        Ok(EngineThread::spawn(setup)?)
     }
+}
+
+/// What gateways are told of a model before it is loaded: all but the numerics id.
+pub(crate) fn card(model: &PreparedModel, plan: &Plan, names: ServedNames) -> Result<ModelCard, WorkerError> {
+    let name =
+        names.listed.first().cloned().ok_or(WorkerError::Setting { field: "spec.modelName", reason: "give the model a name".into() })?;
+    Ok(ModelCard {
+        name,
+        names: names.listed,
+        unlisted_names: names.unlisted,
+        max_model_len: plan.max_model_len,
+        vocab_size: model.model.architecture().vocab_size,
+        numerics_id: String::new(),
+        created_s: now_s(),
+        default_sampling: model.default_sampling(),
+    })
 }

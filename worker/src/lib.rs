@@ -8,10 +8,20 @@ pub mod agent;
 mod error;
 #[cfg(debug_assertions)]
 mod fault;
-mod launcher;
+pub mod inspect;
+pub mod launcher;
+pub mod ledger;
 pub mod link;
 pub mod local;
+pub mod logs;
 pub mod machine;
+pub mod models;
 pub mod prepare;
+pub mod probe;
+pub mod process;
+pub mod service;
+pub mod session;
+pub mod threads;
+mod time;
 
 pub use error::WorkerError;

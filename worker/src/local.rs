@@ -1,15 +1,18 @@
 //! `LocalCluster`: a node with one replica inside this process, for `forgectl serve` and `forgectl run`.
 //!
-//! It is the same node actor, agent and link that a cluster's worker runs; only the plan comes from a function
-//! call and the link is a channel.
+//! It is the same node actor, agent, launcher and board that a cluster's worker runs; only the assignment comes from a
+//! function call, the model is open already, and the link is a channel.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use forge_shared::cluster::Revision;
+use forge_shared::cluster::service::{ReplicaPhase, ReplicaStatus};
+use forge_shared::cluster::session::Assignment;
 use forge_shared::ids::{Incarnation, NodeId};
-use forge_shared::link::{EngineLink, ModelCard};
+use forge_shared::link::EngineLink;
 use forge_shared::plan::Plan;
+use forge_shared::spec::ModelService;
 use forge_shared::telemetry::Metrics;
 use forge_text::{ChatTemplate, Tokenizer};
 use ractor::{Actor, ActorCell, ActorRef, rpc::CallResult};
@@ -18,10 +21,14 @@ use tokio::task::JoinHandle;
 
 use crate::WorkerError;
 use crate::actors::{NodeActor, NodeArguments, NodeEvent, NodeMessage};
-use crate::agent::RestartLimits;
-use crate::launcher::ModelLauncher;
-use crate::link::ReplicaLink;
+use crate::agent::{RestartLimits, RunId};
+use crate::launcher::{ModelLauncher, card};
+use crate::ledger::{Ledger, LedgerDevice};
+use crate::link::{ReplicaBoard, ReplicaLink};
+use crate::machine;
+use crate::models::{OpenModel, ServedNames};
 use crate::prepare::PreparedModel;
+use crate::time::now_s;
 
 /// An assignment is answered by the core at once; a longer silence is a defect.
 const ASSIGN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,25 +48,14 @@ pub struct Served {
 pub struct LocalOptions {
     /// The opened model.
     pub model: PreparedModel,
+    /// The wish.
+    pub service: ModelService,
     /// The coordinator's decision.
     pub plan: Plan,
     /// Names it answers to.
     pub names: ServedNames,
-    /// Requests waiting before overload.
-    pub max_waiting: usize,
-    /// Reuse of equal prompt prefixes.
-    pub prefix_cache: bool,
     /// Where everything is counted.
     pub metrics: Metrics,
-}
-
-/// What clients may call a model.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ServedNames {
-    /// Shown to clients; the first one leads.
-    pub listed: Vec<String>,
-    /// Accepted and not shown: paths of this machine.
-    pub unlisted: Vec<String>,
 }
 
 /// A running node with one replica. See the module documentation.
@@ -78,22 +74,30 @@ impl LocalCluster {
     /// # Errors
     /// The node did not start or refused the plan.
     pub async fn start(options: LocalOptions, supervisor: Option<ActorCell>) -> Result<Self, WorkerError> {
-        let LocalOptions { model, plan, names, max_waiting, prefix_cache, metrics } = options;
-        let card = card(&model, &plan, names)?;
-        let link = Arc::new(ReplicaLink::new(card.clone()));
-        let served = Served {
-            link: link.clone(),
-            tokenizer: model.text.tokenizer().clone(),
-            chat_template: model.text.chat_template().ok().cloned(),
-        };
+        let LocalOptions { model, service, plan, names, metrics } = options;
+        // Offered before it is assigned, so that a gateway can be built on it while the model loads.
+        let link = Arc::new(ReplicaLink::new(card(&model, &plan, names.clone())?, plan.block_size));
+        let board = Arc::new(ReplicaBoard::default());
+        board.put(RunId::of(&plan), link.clone());
+        let served = Served { link, tokenizer: model.text.tokenizer().clone(), chat_template: model.text.chat_template().ok().cloned() };
         let (event_sender, events) = mpsc::unbounded_channel();
+        let node = plan.ranks.first().map_or_else(|| NodeId::from("local"), |rank| rank.node.clone());
+        // Placement has just looked at the machine; whoever asks for more than is free by hand gets what was asked for.
+        let memory_bytes = plan.ranks.iter().map(|rank| rank.memory.total_bytes()).sum::<u64>().max(machine::free_bytes());
+        let device = LedgerDevice { index: plan.ranks.first().map_or(0, |rank| rank.device), memory_bytes, cores: Vec::new(), niceness: 0 };
+        let launcher = ModelLauncher {
+            node: node.clone(),
+            models: Arc::new(OpenModel { model, names }),
+            ledger: Ledger::new(vec![device], Box::new(move || memory_bytes)),
+            metrics: metrics.clone(),
+        };
         let arguments = NodeArguments {
-            node: plan.ranks.first().map_or_else(|| NodeId::from("local"), |rank| rank.node.clone()),
+            node,
             incarnation: Incarnation(now_s()),
             limits: RestartLimits::default(),
-            metrics: metrics.clone(),
-            launcher: Arc::new(ModelLauncher { model, card, max_waiting, prefix_cache, metrics }),
-            links: HashMap::from([(plan.replica.to_string(), link)]),
+            launcher: Arc::new(launcher),
+            board,
+            metrics,
             events: event_sender,
         };
         let spawned = match supervisor {
@@ -103,11 +107,9 @@ impl LocalCluster {
         let actor_error = |reason: String| WorkerError::Actor { actor: "node", reason };
         let (node, joined) = spawned.map_err(|error| actor_error(error.to_string()))?;
         let cluster = LocalCluster { served, node, joined, events };
-        let answer = cluster
-            .node
-            .call(|reply| NodeMessage::Assign(Box::new(plan), reply), Some(ASSIGN_TIMEOUT))
-            .await
-            .map_err(|error| actor_error(error.to_string()))?;
+        let assignment = Assignment { plan, service: Box::new(service), weights_digest: String::new(), drain_ms: None };
+        let assign = |reply| NodeMessage::Assign { revision: Revision(1), assignments: vec![assignment], reply: Some(reply) };
+        let answer = cluster.node.call(assign, Some(ASSIGN_TIMEOUT)).await.map_err(|error| actor_error(error.to_string()))?;
         match answer {
             CallResult::Success(Ok(())) => Ok(cluster),
             CallResult::Success(Err(reason)) => Err(actor_error(reason)),
@@ -127,13 +129,14 @@ impl LocalCluster {
     /// It was given up: the reason says what is wrong with the model or the machine.
     pub async fn ready(&mut self) -> Result<(), WorkerError> {
         loop {
-            match self.events.recv().await {
-                Some(NodeEvent::Ready(_)) => return Ok(()),
-                Some(NodeEvent::Died(replica, reason)) => tracing::warn!(replica, reason, "replica died while starting"),
-                Some(NodeEvent::GaveUp(replica, reason)) => return Err(WorkerError::GivenUp { replica, reason }),
-                Some(NodeEvent::Drained) | None => {
-                    return Err(WorkerError::Actor { actor: "node", reason: "it ended before the replica was ready".into() });
+            let (replica, status) = self.report().await?;
+            match status.phase {
+                ReplicaPhase::Ready => return Ok(()),
+                ReplicaPhase::Failed => return Err(WorkerError::GivenUp { replica, reason: status.reason }),
+                ReplicaPhase::Loading if status.restarts > 0 => {
+                    tracing::warn!(replica, reason = status.reason, "replica died while starting");
                 }
+                _ => {}
             }
         }
     }
@@ -141,14 +144,24 @@ impl LocalCluster {
     /// Waits until the replica cannot come back; never returns while it runs or is being restarted.
     pub async fn failed(&mut self) -> WorkerError {
         loop {
-            match self.events.recv().await {
-                Some(NodeEvent::Ready(replica)) => tracing::info!(replica, "replica is ready again"),
-                Some(NodeEvent::Died(replica, reason)) => tracing::warn!(replica, reason, "replica died and will be restarted"),
-                Some(NodeEvent::GaveUp(replica, reason)) => return WorkerError::GivenUp { replica, reason },
-                Some(NodeEvent::Drained) | None => {
-                    return WorkerError::Actor { actor: "node", reason: "it ended".into() };
-                }
+            match self.report().await {
+                Ok((replica, status)) => match status.phase {
+                    ReplicaPhase::Ready => tracing::info!(replica, "replica is ready again"),
+                    ReplicaPhase::Failed => return WorkerError::GivenUp { replica, reason: status.reason },
+                    ReplicaPhase::Loading if !status.reason.is_empty() => {
+                        tracing::warn!(replica, reason = status.reason, "replica died and will be restarted");
+                    }
+                    _ => {}
+                },
+                Err(error) => return error,
             }
+        }
+    }
+
+    async fn report(&mut self) -> Result<(String, ReplicaStatus), WorkerError> {
+        match self.events.recv().await {
+            Some(NodeEvent::Report(report)) => Ok((report.replica.to_string(), report.status)),
+            Some(NodeEvent::Drained) | None => Err(WorkerError::Actor { actor: "node", reason: "it ended".into() }),
         }
     }
 
@@ -172,24 +185,4 @@ impl LocalCluster {
             tracing::warn!("the node's actor did not end in time");
         }
     }
-}
-
-fn card(model: &PreparedModel, plan: &Plan, names: ServedNames) -> Result<ModelCard, WorkerError> {
-    let name =
-        names.listed.first().cloned().ok_or(WorkerError::Setting { field: "spec.modelName", reason: "give the model a name".into() })?;
-    Ok(ModelCard {
-        name,
-        names: names.listed,
-        unlisted_names: names.unlisted,
-        max_model_len: plan.max_model_len,
-        vocab_size: model.model.architecture().vocab_size,
-        numerics_id: String::new(),
-        created_s: now_s(),
-        default_sampling: model.default_sampling(),
-    })
-}
-
-fn now_s() -> u64 {
-    // A clock before 1970 is a misconfiguration that only makes `created` wrong.
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use forge_kernels::KvDType;
 use forge_model::arch::families::{FAMILIES, named};
-use forge_model::{DecoderOptions, GenerationDefaults, LoadMode, LoadProgress, Model, ModelError, Overrides, Shard};
+use forge_model::{Checkpoint, DecoderOptions, GenerationDefaults, LoadMode, LoadProgress, Model, ModelError, Overrides, Shard};
 use forge_shared::config;
 use forge_shared::ids::Epoch;
 use forge_shared::link::DefaultSampling;
@@ -46,7 +46,7 @@ impl PreparedModel {
             }
             None => text,
         };
-        let facts = model_facts(&model, spec)?;
+        let facts = ModelFacts { weights_digest: digest.to_owned(), ..model_facts(&model, spec)? };
         Ok(PreparedModel {
             facts,
             model,
@@ -61,6 +61,15 @@ impl PreparedModel {
     pub fn decoder_options(&self, sizes: DecoderSizes) -> DecoderOptions {
         let progress = self.progress.clone();
         DecoderOptions { weights_digest: self.digest.clone(), scan_values: self.check_weights, progress, ..sizes.options() }
+    }
+
+    /// Bytes a rank that holds everything takes: weights, keys and values, workspace.
+    ///
+    /// # Errors
+    /// Sizes this model cannot have.
+    pub fn needed_bytes(&self, sizes: DecoderSizes) -> Result<u64, WorkerError> {
+        let memory = self.model.memory(&sizes.options())?;
+        Ok((memory.fixed_bytes() as u64).saturating_add((memory.kv_block_bytes as u64).saturating_mul(sizes.kv_blocks as u64)))
     }
 
     /// Sampling defaults of the checkpoint, as the gateway wants them.
@@ -116,7 +125,15 @@ fn blame(error: ModelError, path: &Path, overrides: &Overrides) -> WorkerError {
     WorkerError::Family { given, remedy, source: Box::new(error) }
 }
 
-/// Numbers for placement, under a specification's settings.
+/// Whether the first `bytes` bytes of a GGUF file hold its whole header: it can be read, and no weight begins before
+/// their end.
+pub fn header_is_whole(path: &Path, bytes: u64) -> bool {
+    let Ok(checkpoint) = Checkpoint::open(path, LoadMode::Mmap) else { return false };
+    let first_weight = checkpoint.tensors().values().map(|tensor| tensor.bytes.start as u64).min();
+    first_weight.is_some_and(|start| start <= bytes)
+}
+
+/// Numbers for placement, under a specification's settings; the weights' digest is the caller's to know.
 ///
 /// # Errors
 /// Settings this model cannot have.
@@ -141,7 +158,22 @@ pub fn model_facts(model: &Model, spec: &ModelServiceSpec) -> Result<ModelFacts,
         kv_slot_bytes: (memory.kv_block_bytes as u64).div_ceil(spec.block_size as u64),
         workspace_bytes: (memory.workspace_bytes + memory.rope_bytes) as u64,
         weights_digest: String::new(),
-        shape: ModelShape::default(),
+        shape: model_shape(model)?,
+    })
+}
+
+/// What of a model can be divided among ranks.
+fn model_shape(model: &Model) -> Result<ModelShape, WorkerError> {
+    let (architecture, parts) = (model.architecture(), model.parts()?);
+    Ok(ModelShape {
+        heads: architecture.attention.heads,
+        kv_heads: architecture.attention.kv_heads,
+        experts: architecture.experts.as_ref().map_or(0, |experts| experts.count),
+        hidden_size: architecture.hidden_size,
+        vocab_size: architecture.vocab_size,
+        embedding_bytes: parts.embedding_bytes as u64,
+        head_bytes: parts.head_bytes as u64,
+        layer_bytes: parts.layer_bytes.into_iter().map(|bytes| bytes as u64).collect(),
     })
 }
 

@@ -4,15 +4,13 @@
 
 mod positions;
 
-use std::path::Path;
-
-use forge_model::{Checkpoint, Format, LoadMode, Model};
+use forge_model::{Format, Model};
 use forge_shared::config;
 use forge_shared::plan::ModelFacts;
 use forge_shared::spec::{ModelService, ModelServiceSpec};
 use forge_store::{CatalogueEntry, HubSource, ModelSource, Preview, PullOptions, ResolvedModel, Silent};
 use forge_worker::WorkerError;
-use forge_worker::prepare::{PreparedModel, model_facts, open_model};
+use forge_worker::prepare::{PreparedModel, header_is_whole, model_facts, open_model};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
@@ -220,13 +218,6 @@ fn of_preview(preview: &Preview, hub: &HubSource, spec: &ModelServiceSpec) -> Re
         name,
         ..shown
     })
-}
-
-/// Whether the first bytes of a GGUF file hold its whole header: it can be read, and no weight begins before their end.
-fn header_is_whole(path: &Path, bytes: u64) -> bool {
-    let Ok(checkpoint) = Checkpoint::open(path, LoadMode::Mmap) else { return false };
-    let first_weight = checkpoint.tensors().values().map(|tensor| tensor.bytes.start as u64).min();
-    first_weight.is_some_and(|start| start <= bytes)
 }
 
 fn layout(model: &Model, format: Format) -> Layout {

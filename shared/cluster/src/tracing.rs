@@ -22,7 +22,7 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::filter::{EnvFilter, FilterFn};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::registry::{LookupSpan, Registry};
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// W3C's name of the header and metadata key.
@@ -138,6 +138,14 @@ impl Telemetry {
 /// # Errors
 /// [`TelemetryError`].
 pub fn start(options: &TelemetryOptions) -> Result<Telemetry, TelemetryError> {
+    start_with(options, Box::new(tracing_subscriber::layer::Identity::new()))
+}
+
+/// As [`start`], with a layer of the process's own, which sees every event.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_with(options: &TelemetryOptions, own: Box<dyn Layer<Registry> + Send + Sync>) -> Result<Telemetry, TelemetryError> {
     let filter = EnvFilter::try_new(&options.log_filter)
         .map_err(|error| TelemetryError::Filter { filter: options.log_filter.clone(), reason: error.to_string() })?;
     let telemetry = Telemetry::new(options)?;
@@ -147,6 +155,7 @@ pub fn start(options: &TelemetryOptions) -> Result<Telemetry, TelemetryError> {
         LogFormat::Json => lines.json().boxed(),
     };
     tracing_subscriber::registry()
+        .with(own)
         .with(telemetry.layer())
         .with(lines.with_filter(filter))
         .try_init()

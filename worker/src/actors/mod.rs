@@ -13,4 +13,4 @@ mod replica;
 mod tests;
 
 pub use node::{NodeActor, NodeArguments, NodeEvent, NodeMessage};
-pub use replica::{Launch, Launched, ReplicaActor, ReplicaArguments, ReplicaMessage, StopEngine};
+pub use replica::{CountTokens, Launch, LaunchWatch, Launched, ListenPrefixes, ReplicaActor, ReplicaArguments, ReplicaMessage, StopEngine};

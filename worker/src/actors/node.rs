@@ -1,49 +1,67 @@
-//! `NodeActor`: this node. It feeds the [`Agent`] core with orders, supervision events and time, and carries
+//! `NodeActor`: this node. It feeds the [`Agent`] core with assignments, supervision events and time, and carries
 //! out its actions.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forge_shared::ids::{Epoch, Incarnation, NodeId};
+use forge_shared::cluster::Revision;
+use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport};
+use forge_shared::cluster::session::Assignment;
+use forge_shared::ids::{Incarnation, NodeId};
 use forge_shared::link::EngineLink;
-use forge_shared::plan::Plan;
 use forge_shared::telemetry::{Metrics, model_label};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use tokio::sync::mpsc;
 
 use crate::WorkerError;
 use crate::actors::replica::{Launch, ReplicaActor, ReplicaArguments, ReplicaMessage};
-use crate::agent::{Agent, AgentAction, AgentInput, ReplicaKey, RestartLimits};
-use crate::link::ReplicaLink;
+use crate::agent::{Agent, AgentAction, AgentInput, Death, RestartLimits, RunId};
+use crate::link::ReplicaBoard;
 
 /// Messages of the node's actor.
 pub enum NodeMessage {
-    /// A plan for this node; the reply says whether it was taken.
-    Assign(Box<Plan>, RpcReplyPort<Result<(), String>>),
-    /// A replica can answer.
-    ReplicaReady {
-        /// Which.
-        replica: ReplicaKey,
-        /// Its epoch.
-        epoch: Epoch,
+    /// Everything this node is to run; the reply says what was refused of it.
+    Assign {
+        /// The state it comes from.
+        revision: Revision,
+        /// What is not in it ends.
+        assignments: Vec<Assignment>,
+        /// Answered when the core has taken it.
+        reply: Option<RpcReplyPort<Result<(), String>>>,
     },
-    /// Stop all replicas, letting each finish within this time.
+    /// A run pulls or loads.
+    Progress {
+        /// Which.
+        run: RunId,
+        /// What it does.
+        phase: ReplicaPhase,
+        /// Share done, 0 to 100.
+        percent: u8,
+    },
+    /// A run can answer.
+    Ready {
+        /// Which.
+        run: RunId,
+        /// Of its engine.
+        numerics_id: String,
+    },
+    /// A session with the leader began: say again where every run stands.
+    Connected,
+    /// The cluster has given this node up: stop everything.
+    Expired,
+    /// Stop all replicas, letting each finish within this time, and take no more.
     Drain(Duration),
     /// Time the core asked for has come.
     Tick,
 }
 
-/// What the node tells whoever placed its replicas.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What the node tells its owner.
+#[derive(Debug, Clone, PartialEq)]
 pub enum NodeEvent {
-    /// A replica can answer, for the first time or again.
-    Ready(ReplicaKey),
-    /// A replica died and will be started again.
-    Died(ReplicaKey, String),
-    /// A replica will not come back under its plan.
-    GaveUp(ReplicaKey, String),
-    /// All replicas are stopped.
+    /// Where a run stands now.
+    Report(Box<ReplicaReport>),
+    /// All replicas are stopped after `Drain`.
     Drained,
 }
 
@@ -57,8 +75,8 @@ pub struct NodeArguments {
     pub limits: RestartLimits,
     /// How replicas are started.
     pub launcher: Arc<dyn Launch>,
-    /// Where each replica's engine is offered.
-    pub links: HashMap<ReplicaKey, Arc<ReplicaLink>>,
+    /// Where each run's engine is offered.
+    pub board: Arc<ReplicaBoard>,
     /// Where restarts are counted.
     pub metrics: Metrics,
     /// Receives events; few per replica, read by the process's owner.
@@ -73,16 +91,14 @@ pub struct NodeState {
     agent: Agent,
     started: Instant,
     launcher: Arc<dyn Launch>,
-    links: HashMap<ReplicaKey, Arc<ReplicaLink>>,
+    board: Arc<ReplicaBoard>,
     metrics: Metrics,
     children: HashMap<ActorId, Child>,
     events: mpsc::UnboundedSender<NodeEvent>,
-    drain_timeout: Duration,
 }
 
 struct Child {
-    replica: ReplicaKey,
-    epoch: Epoch,
+    run: RunId,
     actor: ActorRef<ReplicaMessage>,
 }
 
@@ -107,33 +123,26 @@ impl Actor for NodeActor {
             agent: Agent::new(arguments.node, arguments.incarnation, arguments.limits),
             started: Instant::now(),
             launcher: arguments.launcher,
-            links: arguments.links,
+            board: arguments.board,
             metrics: arguments.metrics,
             children: HashMap::new(),
             events: arguments.events,
-            drain_timeout: Duration::ZERO,
         })
     }
 
     async fn handle(&self, myself: ActorRef<NodeMessage>, message: NodeMessage, state: &mut NodeState) -> Result<(), ActorProcessingErr> {
-        match message {
-            NodeMessage::Assign(plan, reply) => {
-                let refused = feed(&myself, state, AgentInput::Assign(*plan)).await?;
-                if !reply.is_closed() {
-                    reply.send(refused.map_or(Ok(()), Err))?;
-                }
-            }
-            NodeMessage::ReplicaReady { replica, epoch } => {
-                feed(&myself, state, AgentInput::Ready { replica: replica.clone(), epoch }).await?;
-                state.tell(NodeEvent::Ready(replica));
-            }
-            NodeMessage::Drain(timeout) => {
-                state.drain_timeout = timeout;
-                feed(&myself, state, AgentInput::Drain).await?;
-            }
-            NodeMessage::Tick => {
-                feed(&myself, state, AgentInput::Tick).await?;
-            }
+        let (input, reply) = match message {
+            NodeMessage::Assign { revision, assignments, reply } => (AgentInput::Assignments { revision, assignments }, reply),
+            NodeMessage::Progress { run, phase, percent } => (AgentInput::Progress { run, phase, percent }, None),
+            NodeMessage::Ready { run, numerics_id } => (AgentInput::Ready { run, numerics_id }, None),
+            NodeMessage::Connected => (AgentInput::Connected, None),
+            NodeMessage::Expired => (AgentInput::Expired, None),
+            NodeMessage::Drain(timeout) => (AgentInput::Drain { timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX) }, None),
+            NodeMessage::Tick => (AgentInput::Tick, None),
+        };
+        let refused = feed(&myself, state, input).await?;
+        if let Some(reply) = reply.filter(|reply| !reply.is_closed()) {
+            reply.send(refused.map_or(Ok(()), Err))?;
         }
         Ok(())
     }
@@ -149,48 +158,57 @@ impl Actor for NodeActor {
             SupervisionEvent::ActorFailed(cell, error) => (cell, Some(error)),
             _ => return Ok(()),
         };
-        let Some(child) = state.children.remove(&cell.get_id()) else { return Ok(()) };
-        let Child { replica, epoch, .. } = child;
+        let Some(Child { run, .. }) = state.children.remove(&cell.get_id()) else { return Ok(()) };
         let input = match failure {
-            None => AgentInput::Stopped { replica, epoch },
-            Some(error) => {
-                // A panic carries no WorkerError; it is a death like any other.
-                let restartable = error.downcast_ref::<WorkerError>().is_none_or(WorkerError::restartable);
-                let reason = error.to_string();
-                tracing::error!(%replica, epoch = epoch.0, restartable, reason, "replica died");
-                if let Some(link) = state.links.get(&replica) {
-                    link.detach("the engine died and is being restarted");
-                }
-                state.tell(NodeEvent::Died(replica.clone(), reason.clone()));
-                AgentInput::Died { replica, epoch, reason, restartable }
-            }
+            None => AgentInput::Stopped { run },
+            Some(error) => AgentInput::Died { death: death(&run, &error, &state.board), run },
         };
         feed(&myself, state, input).await?;
         Ok(())
     }
 }
 
+fn death(run: &RunId, error: &ActorProcessingErr, board: &ReplicaBoard) -> Death {
+    // A panic carries no WorkerError; it is a death like any other.
+    let known = error.downcast_ref::<WorkerError>();
+    let restartable = known.is_none_or(WorkerError::restartable);
+    let reason = error.to_string();
+    tracing::error!(replica = run.replica, epoch = run.epoch.0, restartable, reason, "replica died");
+    if let Some(link) = board.get(run) {
+        match restartable {
+            true => link.detach("the engine died and is being restarted"),
+            false => link.detach(&format!("the replica was given up: {reason}")),
+        }
+    }
+    let found_memory_bytes = known.and_then(WorkerError::found_memory_bytes);
+    Death { reason, restartable, found_memory_bytes }
+}
+
 /// Feeds the core and carries out what it says. Returns the reason if the input was refused.
 async fn feed(myself: &ActorRef<NodeMessage>, state: &mut NodeState, input: AgentInput) -> Result<Option<String>, ActorProcessingErr> {
-    let restarting = matches!(input, AgentInput::Tick);
     let mut refused = None;
     for action in state.agent.handle(state.now_ms(), input) {
         match action {
-            AgentAction::Start(plan) => start(myself, state, plan, restarting).await?,
-            AgentAction::Stop { replica, epoch } => {
-                let timeout = state.drain_timeout;
-                let children = state.children.values().filter(|child| child.replica == replica && child.epoch == epoch);
-                for child in children {
-                    child.actor.cast(ReplicaMessage::Stop(timeout))?;
+            AgentAction::Start { assignment, is_restart } => start(myself, state, *assignment, is_restart).await?,
+            AgentAction::Stop { run, timeout_ms } => {
+                for child in state.children.values().filter(|child| child.run == run) {
+                    // One that has just ended by itself is reported as a supervision event.
+                    let _ = child.actor.cast(ReplicaMessage::Stop(Duration::from_millis(timeout_ms)));
                 }
             }
-            AgentAction::GiveUp { replica, reason, .. } => {
-                if let Some(link) = state.links.get(&replica) {
-                    link.detach(&format!("the replica was given up: {reason}"));
+            AgentAction::Forget(run) => state.board.remove(&run),
+            AgentAction::Report(report) => {
+                if report.status.phase == ReplicaPhase::Failed
+                    && let Some(link) = state.board.get(&RunId { replica: report.replica.to_string(), epoch: report.epoch })
+                {
+                    link.detach(&format!("the replica was given up: {}", report.status.reason));
                 }
-                state.tell(NodeEvent::GaveUp(replica, reason));
+                state.tell(NodeEvent::Report(report));
             }
-            AgentAction::Refused { reason } => refused = Some(reason),
+            AgentAction::Refused { reason } => {
+                tracing::warn!(reason, "an assignment was refused");
+                refused = Some(reason);
+            }
             AgentAction::Drained => state.tell(NodeEvent::Drained),
         }
     }
@@ -201,18 +219,20 @@ async fn feed(myself: &ActorRef<NodeMessage>, state: &mut NodeState, input: Agen
     Ok(refused)
 }
 
-async fn start(myself: &ActorRef<NodeMessage>, state: &mut NodeState, plan: Plan, restarting: bool) -> Result<(), ActorProcessingErr> {
-    let replica = plan.replica.to_string();
-    let epoch = plan.epoch;
-    let Some(link) = state.links.get(&replica).cloned() else {
-        return Err(WorkerError::Actor { actor: "replica", reason: format!("no link was made for {replica}") }.into());
-    };
-    if restarting {
+async fn start(
+    myself: &ActorRef<NodeMessage>,
+    state: &mut NodeState,
+    assignment: Assignment,
+    is_restart: bool,
+) -> Result<(), ActorProcessingErr> {
+    let run = RunId::of(&assignment.plan);
+    let link = state.board.open(&run, &assignment);
+    if is_restart {
         link.count_restart();
         state.metrics.engine_restarts.get_or_create(&model_label(&link.card().name)).inc();
     }
-    let arguments = ReplicaArguments { plan, launcher: state.launcher.clone(), link, node: myself.clone() };
+    let arguments = ReplicaArguments { assignment, launcher: state.launcher.clone(), link, node: myself.clone() };
     let (actor, _) = Actor::spawn_linked(None, ReplicaActor, arguments, myself.get_cell()).await?;
-    state.children.insert(actor.get_id(), Child { replica, epoch, actor });
+    state.children.insert(actor.get_id(), Child { run, actor });
     Ok(())
 }

@@ -1,23 +1,35 @@
-//! `ReplicaActor`: one replica of a model service on this node.
+//! `ReplicaActor`: one run of a replica on this node.
 //!
 //! It launches the replica off the async threads, puts its engine into the [`ReplicaLink`], and ends with an
 //! error when the engine dies: restarting is its supervisor's decision, not its own.
+//!
+//! Invariant: it answers `Stop` while it pulls and loads too; what a launch brings after that is stopped unused.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use forge_shared::ids::Epoch;
-use forge_shared::link::EngineLink;
-use forge_shared::plan::Plan;
+use forge_shared::cluster::service::ReplicaPhase;
+use forge_shared::cluster::session::Assignment;
+use forge_shared::link::{EngineLink, PrefixUpdate};
+use forge_store::CancelFlag;
+use forge_text::ModelText;
 use futures::future::BoxFuture;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::mpsc;
 
 use crate::WorkerError;
 use crate::actors::node::NodeMessage;
+use crate::agent::RunId;
 use crate::link::ReplicaLink;
 
 /// Tells an engine to finish what runs within the time given and to end. Returns at once.
-pub type StopEngine = Box<dyn FnOnce(Duration) + Send>;
+pub type StopEngine = Box<dyn Fn(Duration) + Send>;
+
+/// Begins to listen to an engine's prefix cache.
+pub type ListenPrefixes = Box<dyn Fn() -> mpsc::Receiver<PrefixUpdate> + Send + Sync>;
+
+/// Tells how many tokens an engine has generated.
+pub type CountTokens = Box<dyn Fn() -> u64 + Send + Sync>;
 
 /// How long after its own deadline an engine may take to end before its actor stops waiting.
 const STOP_MARGIN: Duration = Duration::from_secs(3);
@@ -28,23 +40,37 @@ pub struct Launched {
     pub engine: Arc<dyn EngineLink>,
     /// Resolves when the engine has ended: with the reason, if it died.
     pub ended: BoxFuture<'static, Option<String>>,
-    /// Stops it.
+    /// Stops it; again with a shorter time shortens it.
     pub stop: StopEngine,
+    /// Tokenizer and templates.
+    pub text: Option<ModelText>,
+    /// Its prefix cache.
+    pub prefixes: ListenPrefixes,
+    /// Tokens generated since it began.
+    pub generated_tokens: CountTokens,
 }
 
-/// Loads and starts a replica for a plan. The production launcher loads a checkpoint; tests script deaths.
+/// What a launch tells while it runs, and how it is stopped.
+pub struct LaunchWatch {
+    /// Told of a phase (pulling or loading) and its percent.
+    pub progress: Box<dyn Fn(ReplicaPhase, u8) + Send + Sync>,
+    /// Raised when the replica is not wanted any more.
+    pub cancel: CancelFlag,
+}
+
+/// Loads and starts a replica for an assignment. The production launcher loads a checkpoint; tests script deaths.
 pub trait Launch: Send + Sync + 'static {
     /// Blocking; called off the async threads.
     ///
     /// # Errors
     /// What keeps the replica from running.
-    fn launch(&self, plan: &Plan) -> Result<Launched, WorkerError>;
+    fn launch(&self, assignment: &Assignment, watch: &LaunchWatch) -> Result<Launched, WorkerError>;
 }
 
 /// Messages of a replica's actor.
 pub enum ReplicaMessage {
-    /// Sent to itself at start.
-    Launch,
+    /// The launch has ended.
+    Launched(Box<Result<Launched, WorkerError>>),
     /// The engine has ended; with the reason, if it died.
     EngineEnded(Option<String>),
     /// Finish running requests within this time, then end.
@@ -55,13 +81,13 @@ pub enum ReplicaMessage {
 
 /// What a replica's actor starts with.
 pub struct ReplicaArguments {
-    /// The plan to carry out.
-    pub plan: Plan,
+    /// What to carry out.
+    pub assignment: Assignment,
     /// How.
     pub launcher: Arc<dyn Launch>,
     /// Where its engine is offered.
     pub link: Arc<ReplicaLink>,
-    /// Who is told when it is ready.
+    /// Who is told how it goes.
     pub node: ActorRef<NodeMessage>,
 }
 
@@ -70,15 +96,12 @@ pub struct ReplicaActor;
 
 /// State of a replica's actor.
 pub struct ReplicaState {
-    arguments: ReplicaArguments,
+    link: Arc<ReplicaLink>,
+    node: ActorRef<NodeMessage>,
+    run: RunId,
+    cancel: CancelFlag,
     stop: Option<StopEngine>,
     stopping: bool,
-}
-
-impl ReplicaState {
-    fn epoch(&self) -> Epoch {
-        self.arguments.plan.epoch
-    }
 }
 
 impl Actor for ReplicaActor {
@@ -87,8 +110,17 @@ impl Actor for ReplicaActor {
     type Arguments = ReplicaArguments;
 
     async fn pre_start(&self, myself: ActorRef<ReplicaMessage>, arguments: ReplicaArguments) -> Result<ReplicaState, ActorProcessingErr> {
-        myself.cast(ReplicaMessage::Launch)?;
-        Ok(ReplicaState { arguments, stop: None, stopping: false })
+        let ReplicaArguments { assignment, launcher, link, node } = arguments;
+        let run = RunId::of(&assignment.plan);
+        let cancel = CancelFlag::default();
+        let watch = LaunchWatch { progress: progress(run.clone(), node.clone()), cancel: cancel.clone() };
+        tokio::spawn(async move {
+            let launch = tokio::task::spawn_blocking(move || launcher.launch(&assignment, &watch)).await;
+            let launched = launch.unwrap_or_else(|failure| Err(WorkerError::EngineDied { reason: format!("while loading: {failure}") }));
+            // An actor that has given up waiting needs no engine: dropping it ends it.
+            let _ = myself.cast(ReplicaMessage::Launched(Box::new(launched)));
+        });
+        Ok(ReplicaState { link, node, run, cancel, stop: None, stopping: false })
     }
 
     async fn handle(
@@ -98,25 +130,28 @@ impl Actor for ReplicaActor {
         state: &mut ReplicaState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            ReplicaMessage::Launch => launch(&myself, state).await.map_err(ActorProcessingErr::from),
-            ReplicaMessage::EngineEnded(_) | ReplicaMessage::Abandon if state.stopping => {
+            ReplicaMessage::Launched(_) | ReplicaMessage::EngineEnded(_) | ReplicaMessage::Abandon if state.stopping => {
                 myself.stop(Some("stopped".into()));
                 Ok(())
             }
+            ReplicaMessage::Launched(launched) => begin(&myself, state, (*launched)?).map_err(ActorProcessingErr::from),
             ReplicaMessage::EngineEnded(reason) => {
                 let reason = reason.unwrap_or_else(|| "it ended by itself".into());
                 Err(WorkerError::EngineDied { reason }.into())
             }
             ReplicaMessage::Stop(timeout) => {
-                state.arguments.link.detach("the replica is stopping");
+                state.link.detach("the replica is stopping");
                 state.stopping = true;
-                match state.stop.take() {
+                state.cancel.cancel();
+                let wait = match &state.stop {
                     Some(stop) => {
                         stop(timeout);
-                        myself.send_after(timeout + STOP_MARGIN, || ReplicaMessage::Abandon);
+                        timeout
                     }
-                    None => myself.stop(Some("stopped".into())),
-                }
+                    // The launch ends soon after it was cancelled, or after the model is loaded.
+                    None => Duration::ZERO,
+                };
+                myself.send_after(wait + STOP_MARGIN, || ReplicaMessage::Abandon);
                 Ok(())
             }
             ReplicaMessage::Abandon => Ok(()),
@@ -124,25 +159,36 @@ impl Actor for ReplicaActor {
     }
 
     async fn post_stop(&self, _myself: ActorRef<ReplicaMessage>, state: &mut ReplicaState) -> Result<(), ActorProcessingErr> {
-        state.arguments.link.detach("the replica is not running");
+        state.cancel.cancel();
+        state.link.detach("the replica is not running");
         Ok(())
     }
 }
 
-async fn launch(myself: &ActorRef<ReplicaMessage>, state: &mut ReplicaState) -> Result<(), WorkerError> {
-    let launcher = state.arguments.launcher.clone();
-    let plan = state.arguments.plan.clone();
-    let launched = tokio::task::spawn_blocking(move || launcher.launch(&plan))
-        .await
-        .map_err(|failure| WorkerError::EngineDied { reason: format!("while loading: {failure}") })??;
-    state.stop = Some(launched.stop);
-    state.arguments.link.attach(launched.engine);
+/// Tells the node how a launch goes, every percent once.
+fn progress(run: RunId, node: ActorRef<NodeMessage>) -> Box<dyn Fn(ReplicaPhase, u8) + Send + Sync> {
+    let last = parking_lot::Mutex::new(None);
+    Box::new(move |phase, percent| {
+        let percent = percent.min(100);
+        if last.lock().replace((phase, percent)) == Some((phase, percent)) {
+            return;
+        }
+        // A node that is gone stops the launch by other means.
+        let _ = node.cast(NodeMessage::Progress { run: run.clone(), phase, percent });
+    })
+}
+
+fn begin(myself: &ActorRef<ReplicaMessage>, state: &mut ReplicaState, launched: Launched) -> Result<(), WorkerError> {
+    let Launched { engine, ended, stop, text, prefixes, generated_tokens } = launched;
+    let numerics_id = engine.card().numerics_id.clone();
+    state.stop = Some(stop);
+    state.link.attach(engine, text, prefixes, generated_tokens);
     let replica = myself.clone();
     tokio::spawn(async move {
-        let reason = launched.ended.await;
+        let reason = ended.await;
         // A replica that is already gone needs no word of its engine's end.
         let _ = replica.cast(ReplicaMessage::EngineEnded(reason));
     });
-    let ready = NodeMessage::ReplicaReady { replica: state.arguments.plan.replica.to_string(), epoch: state.epoch() };
-    state.arguments.node.cast(ready).map_err(|error| WorkerError::Actor { actor: "node", reason: error.to_string() })
+    let ready = NodeMessage::Ready { run: state.run.clone(), numerics_id };
+    state.node.cast(ready).map_err(|error| WorkerError::Actor { actor: "node", reason: error.to_string() })
 }

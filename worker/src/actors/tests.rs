@@ -1,15 +1,17 @@
 //! The actors with a scripted launcher: deaths, restarts, giving up, draining.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use forge_shared::cluster::Revision;
+use forge_shared::cluster::service::{ReplicaPhase, ReplicaStatus};
+use forge_shared::cluster::session::Assignment;
 use forge_shared::generate::{AdmitError, GenerateRequest};
 use forge_shared::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
 use forge_shared::link::{EngineLink, EngineStatus, EventStream, ModelCard};
 use forge_shared::plan::Plan;
-use forge_shared::spec::KvCacheDtype;
+use forge_shared::spec::{KvCacheDtype, ModelService, ModelServiceSpec};
 use forge_shared::telemetry::Metrics;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
@@ -18,8 +20,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::*;
 use crate::WorkerError;
-use crate::agent::RestartLimits;
-use crate::link::ReplicaLink;
+use crate::agent::{RestartLimits, RunId};
+use crate::link::ReplicaBoard;
 
 /// What a launch does.
 #[derive(Clone, Copy, PartialEq)]
@@ -28,6 +30,7 @@ enum Script {
     DieAtOnce,
     PanicWhileLoading,
     BadFile,
+    LoadForEver,
 }
 
 struct ScriptedLauncher {
@@ -52,7 +55,8 @@ impl EngineLink for ScriptedEngine {
 }
 
 impl Launch for ScriptedLauncher {
-    fn launch(&self, _plan: &Plan) -> Result<Launched, WorkerError> {
+    fn launch(&self, _assignment: &Assignment, watch: &LaunchWatch) -> Result<Launched, WorkerError> {
+        (watch.progress)(ReplicaPhase::Loading, 0);
         let launch = self.launches.fetch_add(1, Ordering::SeqCst);
         let (end, ended) = oneshot::channel::<Option<String>>();
         match self.script[launch.min(self.script.len() - 1)] {
@@ -60,6 +64,12 @@ impl Launch for ScriptedLauncher {
             Script::PanicWhileLoading => panic!("scripted panic"),
             Script::DieAtOnce => end.send(Some("scripted death".into())).expect("the receiver is here"),
             Script::Live => self.alive.lock().push(end),
+            Script::LoadForEver => {
+                while !watch.cancel.is_cancelled() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                return Err(forge_store::StoreError::Cancelled.into());
+            }
         }
         let alive = self.alive.clone();
         Ok(Launched {
@@ -70,6 +80,9 @@ impl Launch for ScriptedLauncher {
                     let _ = end.send(None);
                 }
             }),
+            text: None,
+            prefixes: Box::new(|| mpsc::channel(1).1),
+            generated_tokens: Box::new(|| 0),
         })
     }
 }
@@ -105,14 +118,14 @@ fn plan(epoch: u64) -> Plan {
 struct World {
     node: ActorRef<NodeMessage>,
     events: mpsc::UnboundedReceiver<NodeEvent>,
-    link: Arc<ReplicaLink>,
+    board: Arc<ReplicaBoard>,
     launcher: Arc<ScriptedLauncher>,
     metrics: Metrics,
 }
 
 impl World {
     async fn new(script: Vec<Script>) -> World {
-        let link = Arc::new(ReplicaLink::new(ModelCard { numerics_id: String::new(), ..card() }));
+        let board = Arc::new(ReplicaBoard::default());
         let launcher = Arc::new(ScriptedLauncher { script, launches: AtomicUsize::new(0), alive: Arc::default() });
         let (sender, events) = mpsc::unbounded_channel();
         let metrics = Metrics::new();
@@ -122,38 +135,62 @@ impl World {
             limits: RestartLimits { deaths_max: 2, window_ms: 60_000, backoff_ms: 1 },
             launcher: launcher.clone(),
             metrics: metrics.clone(),
-            links: HashMap::from([("m/0".to_owned(), link.clone())]),
+            board: board.clone(),
             events: sender,
         };
         let (node, _) = Actor::spawn(None, NodeActor, arguments).await.expect("an actor starts");
-        World { node, events, link, launcher, metrics }
+        World { node, events, board, launcher, metrics }
     }
 
-    async fn assign(&self, epoch: u64) -> Result<(), String> {
-        call!(self.node, |reply| NodeMessage::Assign(Box::new(plan(epoch)), reply)).expect("the node answers")
+    /// Assigns epochs of the one replica; the revision is the newest epoch.
+    async fn assign(&self, epochs: &[u64]) -> Result<(), String> {
+        let assignments = epochs.iter().map(|&epoch| assignment(epoch)).collect();
+        let revision = Revision(epochs.iter().copied().max().unwrap_or(100));
+        call!(self.node, |reply| NodeMessage::Assign { revision, assignments, reply: Some(reply) }).expect("the node answers")
     }
 
-    async fn event(&mut self) -> NodeEvent {
-        let event = tokio::time::timeout(Duration::from_secs(10), self.events.recv()).await.expect("an event in time");
-        event.expect("the node lives")
+    fn status(&self, epoch: u64) -> Option<EngineStatus> {
+        self.board.get(&RunId { replica: "m/0".into(), epoch: Epoch(epoch) }).map(|link| link.status())
     }
+
+    /// Waits for a phase of an epoch.
+    async fn phase(&mut self, epoch: u64, phase: ReplicaPhase) -> ReplicaStatus {
+        let wanted = async {
+            loop {
+                match self.events.recv().await.expect("the node lives") {
+                    NodeEvent::Report(report) if report.epoch == Epoch(epoch) && report.status.phase == phase => return report.status,
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), wanted).await.expect("in time")
+    }
+
+    async fn drained(&mut self) {
+        let drained = async { while self.events.recv().await.expect("the node lives") != NodeEvent::Drained {} };
+        tokio::time::timeout(Duration::from_secs(10), drained).await.expect("in time");
+    }
+}
+
+fn assignment(epoch: u64) -> Assignment {
+    let service = ModelService::new("m", ModelServiceSpec { model: "m".into(), ..Default::default() });
+    Assignment { plan: plan(epoch), service: Box::new(service), weights_digest: String::new(), drain_ms: None }
 }
 
 #[tokio::test]
 async fn a_dying_engine_is_restarted_behind_the_same_link() {
     let mut world = World::new(vec![Script::Live]).await;
-    assert!(!world.link.status().ready);
-    world.assign(1).await.expect("taken");
-    assert_eq!(world.event().await, NodeEvent::Ready("m/0".into()));
-    assert!(world.link.status().ready);
-    assert_eq!(world.link.card().numerics_id, "scripted");
+    world.assign(&[1]).await.expect("taken");
+    assert_eq!(world.phase(1, ReplicaPhase::Ready).await.numerics_id, "scripted");
+    let link = world.board.get(&RunId { replica: "m/0".into(), epoch: Epoch(1) }).expect("it is on the board");
+    assert!(link.status().ready);
     let end = world.launcher.alive.lock().pop().expect("one engine lives");
     end.send(Some("killed".into())).expect("watched");
-    assert!(matches!(world.event().await, NodeEvent::Died(_, reason) if reason.contains("killed")));
+    assert!(world.phase(1, ReplicaPhase::Loading).await.reason.contains("killed"));
     // A request that the dead engine had just admitted still needs to know which numerics it was promised.
-    assert_eq!(world.link.card().numerics_id, "scripted");
-    assert_eq!(world.event().await, NodeEvent::Ready("m/0".into()));
-    let status = world.link.status();
+    assert_eq!(link.card().numerics_id, "scripted");
+    assert_eq!(world.phase(1, ReplicaPhase::Ready).await.restarts, 1);
+    let status = link.status();
     assert!(status.ready && status.restarts == 1, "{status:?}");
     assert!(world.metrics.encode().contains("forge_engine_restarts_total{model_name=\"m\"} 1"));
 }
@@ -161,46 +198,50 @@ async fn a_dying_engine_is_restarted_behind_the_same_link() {
 #[tokio::test]
 async fn deaths_and_panics_are_given_up_after_a_few_tries() {
     let mut world = World::new(vec![Script::PanicWhileLoading, Script::DieAtOnce]).await;
-    world.assign(1).await.expect("taken");
-    loop {
-        match world.event().await {
-            NodeEvent::GaveUp(replica, _) => break assert_eq!(replica, "m/0"),
-            NodeEvent::Drained => panic!("nobody drained"),
-            NodeEvent::Died(..) | NodeEvent::Ready(_) => {}
-        }
-    }
+    world.assign(&[1]).await.expect("taken");
+    world.phase(1, ReplicaPhase::Failed).await;
     assert_eq!(world.launcher.launches.load(Ordering::SeqCst), 3);
-    let status = world.link.status();
+    let status = world.status(1).expect("it is kept until the coordinators take it away");
     assert!(!status.ready && status.reason.contains("given up"), "{status:?}");
 }
 
 #[tokio::test]
 async fn a_model_that_does_not_load_is_given_up_at_once() {
     let mut world = World::new(vec![Script::BadFile]).await;
-    world.assign(1).await.expect("taken");
-    assert!(matches!(world.event().await, NodeEvent::Died(..)));
-    assert!(matches!(world.event().await, NodeEvent::GaveUp(_, reason) if reason.contains("bad file")));
+    world.assign(&[1]).await.expect("taken");
+    assert!(world.phase(1, ReplicaPhase::Failed).await.reason.contains("bad file"));
     assert_eq!(world.launcher.launches.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]
 async fn draining_stops_the_engine_and_refuses_new_plans() {
     let mut world = World::new(vec![Script::Live]).await;
-    world.assign(1).await.expect("taken");
-    assert_eq!(world.event().await, NodeEvent::Ready("m/0".into()));
+    world.assign(&[1]).await.expect("taken");
+    world.phase(1, ReplicaPhase::Ready).await;
     world.node.cast(NodeMessage::Drain(Duration::from_secs(1))).expect("the node lives");
-    assert_eq!(world.event().await, NodeEvent::Drained);
-    assert!(!world.link.status().ready);
-    assert!(world.assign(2).await.is_err_and(|reason| reason.contains("draining")));
+    world.drained().await;
+    assert_eq!(world.status(1), None);
+    assert!(world.assign(&[2]).await.is_err_and(|reason| reason.contains("draining")));
 }
 
 #[tokio::test]
-async fn a_newer_plan_replaces_the_older() {
+async fn a_newer_epoch_comes_beside_the_older_until_that_is_taken_away() {
     let mut world = World::new(vec![Script::Live]).await;
-    world.assign(1).await.expect("taken");
-    assert_eq!(world.event().await, NodeEvent::Ready("m/0".into()));
-    world.assign(3).await.expect("newer");
-    assert_eq!(world.event().await, NodeEvent::Ready("m/0".into()));
-    assert!(world.assign(2).await.is_err_and(|reason| reason.contains("epoch")));
+    world.assign(&[1]).await.expect("taken");
+    world.phase(1, ReplicaPhase::Ready).await;
+    world.assign(&[1, 3]).await.expect("newer");
+    world.phase(3, ReplicaPhase::Ready).await;
+    assert!(world.status(1).is_some_and(|status| status.ready));
+    assert!(world.assign(&[2]).await.is_err_and(|reason| reason.contains("revision 2")));
     assert_eq!(world.launcher.launches.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_launch_under_way_is_cancelled_when_the_plan_is_taken_away() {
+    let mut world = World::new(vec![Script::LoadForEver]).await;
+    world.assign(&[1]).await.expect("taken");
+    world.phase(1, ReplicaPhase::Loading).await;
+    world.assign(&[]).await.expect("taken");
+    world.phase(1, ReplicaPhase::Stopped).await;
+    assert_eq!(world.status(1), None);
 }

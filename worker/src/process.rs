@@ -1,0 +1,256 @@
+//! A worker's process: its parts put together, kept up, and taken down in order.
+//!
+//! ```text
+//! session thread ── assignments ──> NodeActor ── starts ──> replicas, engines
+//!       ^───────────── reports ────────┘  └─ board ──> engine service (mTLS) ──> gateways
+//! ```
+//!
+//! Invariant: it ends in bounded time after it was asked to: replicas drain, the coordinators hear a good-bye, ports close.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forge_cluster::api::{ClusterApi, ClusterError};
+use forge_cluster::client::{RemoteCluster, keep_renewed};
+use forge_cluster::config::DeclaredDevice;
+use forge_cluster::incarnation;
+use forge_cluster::probes::{self, Probes};
+use forge_cluster::tls::SharedCredentials;
+use forge_shared::cluster::node::{NodeLoad, NodeSpec, Role};
+use forge_shared::cluster::session::NodeUp;
+use forge_shared::ids::NodeId;
+use forge_shared::telemetry::Metrics;
+use forge_store::ForgeHome;
+use ractor::{Actor, ActorRef};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use crate::WorkerError;
+use crate::actors::{NodeActor, NodeArguments, NodeEvent, NodeMessage};
+use crate::agent::RestartLimits;
+use crate::inspect::inspect;
+use crate::launcher::ModelLauncher;
+use crate::ledger::{Ledger, LedgerDevice};
+use crate::link::ReplicaBoard;
+use crate::logs::LogRing;
+use crate::machine;
+use crate::models::StoredModels;
+use crate::probe::{self, NodeDevices, ProbeWish};
+use crate::service::{self, EngineService};
+use crate::session::{Session, SessionOptions, SessionState};
+use crate::time::now_ms;
+
+/// For the good-bye, and for each of the parts that end after the replicas.
+const END_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What a worker runs with.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// Its name, as in its certificate.
+    pub name: String,
+    /// Where it keeps its incarnation and measured speeds.
+    pub data_dir: PathBuf,
+    /// Where its certificate lies.
+    pub credentials_dir: PathBuf,
+    /// Where models lie.
+    pub home: ForgeHome,
+    /// Serve only what is in the store.
+    pub is_offline: bool,
+    /// Where the engine service listens.
+    pub listen: SocketAddr,
+    /// `host:port` by which gateways reach it; the bound address where absent.
+    pub advertise: Option<String>,
+    /// Where metrics and probes are.
+    pub metrics_listen: SocketAddr,
+    /// `host:port` of all coordinators.
+    pub coordinators: Vec<String>,
+    /// Its identity.
+    pub credentials: SharedCredentials,
+    /// Shares of this machine; the whole machine where empty.
+    pub devices: Vec<DeclaredDevice>,
+    /// Bytes left to the system where devices are found.
+    pub reserve_bytes: u64,
+    /// For requests under way when it is asked to end.
+    pub drain_timeout: Duration,
+}
+
+/// A running worker's node: its actor and its replicas, without the ties to the outside.
+pub struct WorkerNode {
+    /// The node's actor.
+    pub actor: ActorRef<NodeMessage>,
+    /// Ends with the actor.
+    pub joined: JoinHandle<()>,
+    /// What it tells.
+    pub events: mpsc::UnboundedReceiver<NodeEvent>,
+    /// Its replicas.
+    pub board: Arc<ReplicaBoard>,
+}
+
+impl WorkerNode {
+    /// Starts a node that serves models of a store on these devices.
+    ///
+    /// # Errors
+    /// The actor system does not start it.
+    pub async fn start(
+        spec: &NodeSpec,
+        devices: Vec<LedgerDevice>,
+        models: Arc<StoredModels>,
+        metrics: Metrics,
+    ) -> Result<Self, WorkerError> {
+        let board = Arc::new(ReplicaBoard::default());
+        let (event_sender, events) = mpsc::unbounded_channel();
+        let launcher = ModelLauncher {
+            node: spec.id.clone(),
+            models,
+            ledger: Ledger::new(devices, Box::new(machine::free_bytes)),
+            metrics: metrics.clone(),
+        };
+        let arguments = NodeArguments {
+            node: spec.id.clone(),
+            incarnation: spec.incarnation,
+            limits: RestartLimits::default(),
+            launcher: Arc::new(launcher),
+            board: board.clone(),
+            metrics,
+            events: event_sender,
+        };
+        let spawned = Actor::spawn(None, NodeActor, arguments).await;
+        let (actor, joined) = spawned.map_err(|error| WorkerError::Actor { actor: "node", reason: error.to_string() })?;
+        Ok(WorkerNode { actor, joined, events, board })
+    }
+
+    /// What it is doing.
+    pub fn load(board: &ReplicaBoard) -> NodeLoad {
+        NodeLoad { resident_bytes: machine::resident_bytes(), replicas: board.loads(), requests_in_progress: 0 }
+    }
+}
+
+/// Runs a worker until `shutdown`, then drains it.
+///
+/// # Errors
+/// What keeps it from starting, and its refusal by the cluster.
+pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Future<Output = ()>) -> Result<(), WorkerError> {
+    let cannot = |reason: String| WorkerError::Service { reason };
+    let cannot_start = |reason: String| WorkerError::Setting { field: "dataDir", reason };
+    let metrics_port = probes::bind(options.metrics_listen).await.map_err(cannot)?;
+    let listener = TcpListener::bind(options.listen).await.map_err(|error| cannot(format!("{}: {error}", options.listen)))?;
+    let local = |listener: &TcpListener| listener.local_addr().map_err(|error| cannot(error.to_string()));
+    let (address, metrics_address) = (local(&listener)?, local(&metrics_port)?);
+    let NodeDevices { infos, ledger } = {
+        let options = options.clone();
+        let wish = move || {
+            let wish = ProbeWish { declared: &options.devices, reserve_bytes: options.reserve_bytes, cache: Some(&options.data_dir) };
+            probe::devices(&NodeId::from(options.name.as_str()), &wish)
+        };
+        let probing = tokio::task::spawn_blocking(wish);
+        probing.await.map_err(|error| cannot(format!("looking for devices: {error}")))?
+    };
+    let spec = NodeSpec {
+        id: NodeId::from(options.name.as_str()),
+        role: Role::Worker,
+        incarnation: incarnation::next(&options.data_dir, now_ms()).map_err(|error| cannot_start(error.to_string()))?,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        address: options.advertise.clone().unwrap_or_else(|| address.to_string()),
+        metrics_address: metrics_address.to_string(),
+        devices: infos,
+    };
+    let metrics = Metrics::new();
+    let models = Arc::new(StoredModels::new(options.home.clone(), options.is_offline));
+    let WorkerNode { actor, joined, mut events, board } = WorkerNode::start(&spec, ledger, models.clone(), metrics.clone()).await?;
+    tracing::info!(name = options.name, %address, %metrics_address, incarnation = spec.incarnation.0, devices = spec.devices.len(), "the worker starts");
+    let session = Session::start(SessionOptions {
+        spec,
+        connect: connect(&options),
+        node: actor.clone(),
+        load: {
+            let board = board.clone();
+            Arc::new(move || WorkerNode::load(&board))
+        },
+        inspect: Arc::new(move |service| inspect(&models, service)),
+    });
+    let mut session = session?;
+    let renewal = RemoteCluster::new(&options.coordinators, &options.credentials).map_err(|error| cannot(error.to_string()))?;
+    let renewal = tokio::spawn(keep_renewed(renewal, options.credentials_dir.clone()));
+    let state = session.state();
+    let readiness = Probes {
+        metrics: Arc::new(move || metrics.encode()),
+        readiness: Arc::new(move || match *state.borrow() {
+            SessionState::Welcome => Ok(()),
+            SessionState::Connecting => Err("no session with a leader yet".to_owned()),
+            SessionState::Expired => Err("the cluster has given this node up".to_owned()),
+        }),
+    };
+    let (close_probes, probes_closed) = oneshot::channel::<()>();
+    let (close_service, service_closed) = oneshot::channel::<()>();
+    let closed = |closed: oneshot::Receiver<()>| async move {
+        // A sender that is gone means the same as one that sent.
+        let _ = closed.await;
+    };
+    let probing = tokio::spawn(probes::serve(metrics_port, readiness, closed(probes_closed)));
+    let (credentials, engine) = (options.credentials.clone(), EngineService::new(board, logs));
+    let mut serving = tokio::spawn(async move { service::serve(listener, &credentials, engine, closed(service_closed)).await });
+
+    let reports = session.reports();
+    let mut shutdown = std::pin::pin!(shutdown);
+    let result = loop {
+        tokio::select! {
+            () = &mut shutdown => break Ok(()),
+            error = session.refused() => break Err(error),
+            ended = &mut serving => break Err(match ended {
+                Ok(Err(error)) => error,
+                Ok(Ok(())) => cannot("it ended by itself".into()),
+                Err(death) => cannot(death.to_string()),
+            }),
+            event = events.recv() => match event {
+                // A session that has ended is seen above.
+                Some(NodeEvent::Report(report)) => drop(reports.send(NodeUp::Replica { report })),
+                Some(NodeEvent::Drained) => {}
+                None => break Err(WorkerError::Actor { actor: "node", reason: "it ended by itself".into() }),
+            },
+        }
+    };
+    tracing::info!(drain_s = options.drain_timeout.as_secs(), "the worker ends: requests under way are finished");
+    if actor.cast(NodeMessage::Drain(options.drain_timeout)).is_ok() {
+        let drained = async {
+            while let Some(event) = events.recv().await {
+                match event {
+                    NodeEvent::Report(report) => drop(reports.send(NodeUp::Replica { report })),
+                    NodeEvent::Drained => break,
+                }
+            }
+        };
+        if tokio::time::timeout(options.drain_timeout + END_TIMEOUT, drained).await.is_err() {
+            tracing::warn!("the replicas did not end in time");
+        }
+    }
+    session.goodbye(END_TIMEOUT).await;
+    renewal.abort();
+    drop((close_service, close_probes));
+    let rest = async {
+        // How they end does not matter any more.
+        let _ = tokio::join!(
+            async {
+                if !serving.is_finished() {
+                    let _ = (&mut serving).await;
+                }
+            },
+            probing
+        );
+    };
+    let _ = tokio::time::timeout(END_TIMEOUT, rest).await;
+    actor.stop(None);
+    let _ = tokio::time::timeout(END_TIMEOUT, joined).await;
+    result
+}
+
+fn connect(options: &WorkerOptions) -> Box<dyn FnOnce() -> Result<Arc<dyn ClusterApi>, ClusterError> + Send> {
+    let (coordinators, credentials) = (options.coordinators.clone(), options.credentials.clone());
+    Box::new(move || {
+        let cluster = RemoteCluster::new(&coordinators, &credentials);
+        let cluster = cluster.map_err(|error| ClusterError::Forbidden { reason: error.to_string() })?;
+        Ok(Arc::new(cluster) as Arc<dyn ClusterApi>)
+    })
+}

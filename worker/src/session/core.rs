@@ -1,0 +1,380 @@
+//! `SessionCore`: when to connect, when to send a heartbeat, how long the lease holds, and when a node that nobody
+//! hears must stop. A core without I/O: time is an argument.
+//!
+//! Invariants (property-tested below): the lease is counted from when an acknowledged heartbeat was *sent*, so it ends
+//! here no later than at the leader; a node is expired only after its lease ran out and a group that has a leader
+//! answered; a node that nobody answers goes on; it never gives up connecting, but when it is refused.
+
+use std::collections::VecDeque;
+
+/// Heartbeats whose answer is still awaited, at most.
+const SENT_MAX: usize = 64;
+/// Pause before the second try to connect; doubles with every further one, milliseconds.
+const BACKOFF_MS: u64 = 100;
+/// Longest pause between two tries, milliseconds.
+const BACKOFF_MAX_MS: u64 = 2_000;
+/// Pause between two questions whether the group lives, milliseconds.
+const ASK_EVERY_MS: u64 = 500;
+/// Bounds of what a leader may say, milliseconds: a lease of hours would keep a lost node alive.
+const LEASE_MS: std::ops::RangeInclusive<u64> = 100..=600_000;
+const HEARTBEAT_MS: std::ops::RangeInclusive<u64> = 20..=60_000;
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SessionInput {
+    /// The last `Connect` brought a connection, or none.
+    Connected(bool),
+    /// The leader took this node in.
+    Welcome {
+        /// Length of a lease.
+        lease_ms: u64,
+        /// How often to send a heartbeat.
+        heartbeat_ms: u64,
+    },
+    /// The leader heard a heartbeat.
+    Ack {
+        /// Which.
+        number: u64,
+        /// Length of the lease from when it was sent.
+        lease_ms: u64,
+    },
+    /// This node must not go on.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// The connection ended.
+    Closed,
+    /// What the coordinators said when they were asked whether the group lives.
+    Group {
+        /// One that knows a leader answered.
+        is_alive: bool,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SessionAction {
+    /// Connect and say hello; answered by `Connected`.
+    Connect,
+    /// Let the connection go.
+    Disconnect,
+    /// Send a heartbeat of this number.
+    Heartbeat(u64),
+    /// Ask the coordinators for their status; answered by `Group`.
+    AskGroup,
+    /// The cluster lives without this node: stop serving.
+    Expire,
+    /// Give up.
+    End {
+        /// Why.
+        reason: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    /// Tried again at this time.
+    Waiting {
+        at_ms: u64,
+    },
+    Connecting,
+    /// Connected; the welcome has not come.
+    Greeting,
+    Welcome,
+    Ended,
+}
+
+/// See the module documentation.
+#[derive(Debug)]
+pub struct SessionCore {
+    link: Link,
+    attempts: u32,
+    heartbeat_ms: u64,
+    lease_ms: u64,
+    /// When the connection's hello was sent.
+    hello_ms: u64,
+    next_heartbeat_ms: u64,
+    number: u64,
+    sent: VecDeque<(u64, u64)>,
+    /// End of the lease, if there was one since the last expiry.
+    lease_until_ms: Option<u64>,
+    asking: bool,
+    next_ask_ms: u64,
+    /// Spreads nodes that begin together, below 1000.
+    jitter: u64,
+}
+
+impl SessionCore {
+    /// A core that connects at its first tick. `jitter` differs from node to node.
+    pub fn new(jitter: u64) -> Self {
+        SessionCore {
+            link: Link::Waiting { at_ms: 0 },
+            attempts: 0,
+            heartbeat_ms: 500,
+            lease_ms: 3_000,
+            hello_ms: 0,
+            next_heartbeat_ms: 0,
+            number: 0,
+            sent: VecDeque::new(),
+            lease_until_ms: None,
+            asking: false,
+            next_ask_ms: 0,
+            jitter: jitter % 1000,
+        }
+    }
+
+    /// Whether a session holds now.
+    pub fn is_welcome(&self) -> bool {
+        self.link == Link::Welcome
+    }
+
+    /// Milliseconds of the lease that are left; `None` where there is none.
+    pub fn lease_left_ms(&self, now_ms: u64) -> Option<u64> {
+        self.lease_until_ms.map(|until| until.saturating_sub(now_ms))
+    }
+
+    /// When `Tick` is next due, milliseconds.
+    pub fn next_tick_ms(&self) -> u64 {
+        let link = match self.link {
+            Link::Waiting { at_ms } => at_ms,
+            Link::Welcome => self.next_heartbeat_ms.min(self.lease_until_ms.unwrap_or(u64::MAX)),
+            Link::Connecting | Link::Ended => u64::MAX,
+            Link::Greeting => self.hello_ms.saturating_add(self.lease_ms),
+        };
+        match self.lease_until_ms {
+            Some(until) if self.link != Link::Welcome && !self.asking => link.min(until.max(self.next_ask_ms)),
+            _ => link,
+        }
+    }
+
+    /// Takes an input and says what to do, in order. `now_ms` must not go backwards.
+    pub fn handle(&mut self, now_ms: u64, input: SessionInput) -> Vec<SessionAction> {
+        if self.link == Link::Ended {
+            return Vec::new();
+        }
+        let mut actions = Vec::new();
+        match input {
+            SessionInput::Connected(true) if self.link == Link::Connecting => self.link = Link::Greeting,
+            SessionInput::Connected(false) if self.link == Link::Connecting => self.wait(now_ms),
+            SessionInput::Connected(_) => {}
+            SessionInput::Welcome { lease_ms, heartbeat_ms } if self.link == Link::Greeting => {
+                self.link = Link::Welcome;
+                self.attempts = 0;
+                self.lease_ms = lease_ms.clamp(*LEASE_MS.start(), *LEASE_MS.end());
+                self.heartbeat_ms = heartbeat_ms.clamp(*HEARTBEAT_MS.start(), *HEARTBEAT_MS.end());
+                self.extend(self.hello_ms, self.lease_ms);
+                self.next_heartbeat_ms = now_ms;
+            }
+            SessionInput::Ack { number, lease_ms } if self.link == Link::Welcome => {
+                if let Some(position) = self.sent.iter().position(|(sent, _)| *sent == number) {
+                    let (_, sent_ms) = self.sent[position];
+                    self.sent.drain(..=position);
+                    self.extend(sent_ms, lease_ms.clamp(*LEASE_MS.start(), *LEASE_MS.end()));
+                }
+            }
+            SessionInput::Welcome { .. } | SessionInput::Ack { .. } => {}
+            SessionInput::Refused { reason } => {
+                self.link = Link::Ended;
+                return vec![SessionAction::Disconnect, SessionAction::End { reason }];
+            }
+            SessionInput::Closed => {
+                if matches!(self.link, Link::Greeting | Link::Welcome) {
+                    self.wait(now_ms);
+                }
+            }
+            SessionInput::Group { is_alive } => {
+                self.asking = false;
+                let lost = self.lease_until_ms.is_some_and(|until| until <= now_ms);
+                if is_alive && lost && self.link != Link::Welcome {
+                    self.lease_until_ms = None;
+                    actions.push(SessionAction::Expire);
+                }
+            }
+            SessionInput::Tick => {}
+        }
+        self.advance(now_ms, &mut actions);
+        actions
+    }
+
+    fn advance(&mut self, now_ms: u64, actions: &mut Vec<SessionAction>) {
+        let silent = match self.link {
+            // A connection over which nothing is heard for a lease's time is none.
+            Link::Welcome => self.lease_until_ms.is_none_or(|until| until <= now_ms),
+            Link::Greeting => self.hello_ms.saturating_add(self.lease_ms) <= now_ms,
+            _ => false,
+        };
+        if silent {
+            actions.push(SessionAction::Disconnect);
+            self.wait(now_ms);
+        }
+        if self.link == Link::Welcome && self.next_heartbeat_ms <= now_ms {
+            self.number += 1;
+            if self.sent.len() == SENT_MAX {
+                self.sent.pop_front();
+            }
+            self.sent.push_back((self.number, now_ms));
+            self.next_heartbeat_ms = now_ms.saturating_add(self.heartbeat_ms);
+            actions.push(SessionAction::Heartbeat(self.number));
+        }
+        if matches!(self.link, Link::Waiting { at_ms } if at_ms <= now_ms) {
+            self.link = Link::Connecting;
+            self.hello_ms = now_ms;
+            self.sent.clear();
+            actions.push(SessionAction::Connect);
+        }
+        let lost = self.link != Link::Welcome && self.lease_until_ms.is_some_and(|until| until <= now_ms);
+        if lost && !self.asking && self.next_ask_ms <= now_ms {
+            self.asking = true;
+            self.next_ask_ms = now_ms.saturating_add(ASK_EVERY_MS);
+            actions.push(SessionAction::AskGroup);
+        }
+    }
+
+    fn wait(&mut self, now_ms: u64) {
+        let pause_ms = (BACKOFF_MS << self.attempts.min(8)).min(BACKOFF_MAX_MS);
+        self.attempts = self.attempts.saturating_add(1);
+        // Up to a quarter less, so that nodes that lost one leader do not come to the next at once.
+        self.link = Link::Waiting { at_ms: now_ms.saturating_add(pause_ms - pause_ms * self.jitter / 4000) };
+    }
+
+    fn extend(&mut self, from_ms: u64, lease_ms: u64) {
+        let until = from_ms.saturating_add(lease_ms);
+        self.lease_until_ms = Some(self.lease_until_ms.map_or(until, |old| old.max(until)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::SessionAction::{AskGroup, Connect, Disconnect, End, Expire, Heartbeat};
+    use super::*;
+
+    const WELCOME: SessionInput = SessionInput::Welcome { lease_ms: 3_000, heartbeat_ms: 500 };
+
+    fn welcome() -> SessionCore {
+        let mut core = SessionCore::new(0);
+        assert_eq!(core.handle(0, SessionInput::Tick), [Connect]);
+        assert_eq!(core.handle(5, SessionInput::Connected(true)), []);
+        assert_eq!(core.handle(10, WELCOME), [Heartbeat(1)]);
+        core
+    }
+
+    #[test]
+    fn the_lease_counts_from_when_the_heartbeat_was_sent() {
+        let mut core = welcome();
+        assert_eq!(core.lease_left_ms(10), Some(2_990));
+        assert_eq!(core.handle(510, SessionInput::Tick), [Heartbeat(2)]);
+        core.handle(900, SessionInput::Ack { number: 2, lease_ms: 3_000 });
+        assert_eq!(core.lease_left_ms(900), Some(2_610));
+        // An answer that comes late, or that was never asked for, gives nothing.
+        core.handle(901, SessionInput::Ack { number: 1, lease_ms: 60_000 });
+        core.handle(902, SessionInput::Ack { number: 77, lease_ms: 60_000 });
+        assert_eq!(core.lease_left_ms(900), Some(2_610));
+    }
+
+    #[test]
+    fn a_lost_leader_is_looked_for_with_growing_pauses() {
+        let mut core = welcome();
+        assert_eq!(core.handle(20, SessionInput::Closed), []);
+        assert_eq!(core.next_tick_ms(), 120);
+        assert_eq!(core.handle(120, SessionInput::Tick), [Connect]);
+        assert_eq!(core.handle(130, SessionInput::Connected(false)), []);
+        assert_eq!(core.next_tick_ms(), 330);
+    }
+
+    #[test]
+    fn a_silent_connection_is_let_go_and_a_living_group_ends_the_node() {
+        let mut core = welcome();
+        let mut actions = Vec::new();
+        for now_ms in (20..=3_000).step_by(10) {
+            actions = core.handle(now_ms, SessionInput::Tick);
+            if actions.contains(&Disconnect) {
+                break;
+            }
+        }
+        assert_eq!(actions, [Disconnect, AskGroup]);
+        assert_eq!(core.handle(3_050, SessionInput::Group { is_alive: false }), []);
+        // Nobody answers: it goes on, and asks again.
+        assert_eq!(core.handle(3_100, SessionInput::Tick), [Connect]);
+        assert_eq!(core.handle(3_500, SessionInput::Tick), [AskGroup]);
+        assert_eq!(core.handle(3_600, SessionInput::Group { is_alive: true }), [Expire]);
+        assert_eq!(core.handle(4_600, SessionInput::Tick), []);
+        // Taken in again, it has a lease again.
+        assert_eq!(core.handle(4_700, SessionInput::Connected(true)), []);
+        assert_eq!(core.handle(4_750, WELCOME), [Heartbeat(7)]);
+    }
+
+    #[test]
+    fn a_refused_node_ends() {
+        let mut core = welcome();
+        let end = End { reason: "a newer incarnation lives".into() };
+        assert_eq!(core.handle(20, SessionInput::Refused { reason: "a newer incarnation lives".into() }), [Disconnect, end]);
+        assert_eq!(core.handle(9_000, SessionInput::Tick), []);
+    }
+
+    #[derive(Debug, Clone)]
+    enum Move {
+        Wait(u64),
+        Connect(bool),
+        Welcome,
+        AckLast,
+        Close,
+        Group(bool),
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+        #[test]
+        fn leases_and_expiry_are_as_promised(moves in proptest::collection::vec(prop_oneof![
+            4 => (0u64..1500).prop_map(Move::Wait),
+            2 => any::<bool>().prop_map(Move::Connect),
+            2 => Just(Move::Welcome),
+            3 => Just(Move::AckLast),
+            1 => Just(Move::Close),
+            1 => any::<bool>().prop_map(Move::Group),
+        ], 1..80), jitter in 0u64..1000) {
+            let mut core = SessionCore::new(jitter);
+            let (mut now_ms, mut last, mut hello_ms) = (0, None, 0);
+            // What the leader would grant at most.
+            let mut granted_until = 0;
+            for step in moves {
+                let (input, alive) = match step {
+                    Move::Wait(ms) => { now_ms += ms; (SessionInput::Tick, false) }
+                    Move::Connect(is_connected) => (SessionInput::Connected(is_connected), false),
+                    Move::Welcome => {
+                        if core.link == Link::Greeting { granted_until = granted_until.max(hello_ms + 3_000); }
+                        (WELCOME, false)
+                    }
+                    Move::AckLast => match last {
+                        // What is said over a closed connection is not heard, and grants nothing here.
+                        Some((number, _)) if !core.is_welcome() => (SessionInput::Ack { number, lease_ms: 3_000 }, false),
+                        Some((number, sent_ms)) => {
+                            granted_until = granted_until.max(sent_ms + 3_000);
+                            (SessionInput::Ack { number, lease_ms: 3_000 }, false)
+                        }
+                        None => continue,
+                    },
+                    Move::Close => (SessionInput::Closed, false),
+                    Move::Group(is_alive) => (SessionInput::Group { is_alive }, is_alive),
+                };
+                let was_welcome = core.is_welcome();
+                for action in core.handle(now_ms, input) {
+                    match action {
+                        Heartbeat(number) => last = Some((number, now_ms)),
+                        Connect => { hello_ms = now_ms; last = None; }
+                        Expire => prop_assert!(alive && !was_welcome && granted_until <= now_ms),
+                        AskGroup => prop_assert!(granted_until <= now_ms),
+                        End { .. } => prop_assert!(false, "nobody refused it"),
+                        Disconnect => {}
+                    }
+                }
+                prop_assert!(core.lease_until_ms.is_none_or(|until| until <= granted_until));
+                prop_assert!(core.link == Link::Connecting || core.next_tick_ms() < u64::MAX, "it would sleep for ever");
+            }
+        }
+    }
+}
