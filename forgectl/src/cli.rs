@@ -2,6 +2,7 @@
 //!
 //! Flags that set a key of the specification are not written here: [`SpecFlags`] makes them from the table of keys.
 
+pub mod cluster;
 pub mod measure;
 
 use std::path::PathBuf;
@@ -9,6 +10,9 @@ use std::path::PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 
+use self::cluster::{
+    ApplyArgs, ClusterArgs, ContextArgs, DeleteArgs, DescribeArgs, GetArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs, TopArgs,
+};
 use self::measure::{BenchArgs, EvalArgs};
 use crate::logging::LogFormat;
 use crate::output::OutputFormat;
@@ -69,8 +73,32 @@ pub enum Command {
     /// List the models that can be pulled by a short name
     #[command(visible_alias = "catalog")]
     Catalogue(ListArgs),
-    /// Manage the API keys of this machine
+    /// Manage the API keys of this machine, or with --cluster those of a cluster
     Keys(KeysArgs),
+    /// Make a cluster, let processes join it, look after its coordinators
+    Cluster(ClusterArgs),
+    /// Manage the clusters this user knows
+    Context(ContextArgs),
+    /// Ask a cluster for a model service: made, changed, or left as it is
+    Apply(ApplyArgs),
+    /// List what a cluster has
+    Get(GetArgs),
+    /// Show one thing of a cluster, with its events
+    Describe(DescribeArgs),
+    /// Print log lines of a model, replica or node
+    Logs(LogsArgs),
+    /// Move a node's replicas away
+    Drain(NodeArgs),
+    /// Place no new replicas on a node
+    Cordon(NodeArgs),
+    /// Take a node for replicas again
+    Uncordon(NodeArgs),
+    /// Change how many replicas a model has
+    Scale(ScaleArgs),
+    /// Delete a model service; running requests finish
+    Delete(DeleteArgs),
+    /// Watch nodes, replicas, queues, tokens/s and KV use
+    Top(TopArgs),
     /// Print a script that completes commands in your shell
     Completions(CompletionsArgs),
     /// Print the version and what this build can use
@@ -213,6 +241,11 @@ pub struct RmArgs {
 /// `keys`.
 #[derive(Debug, Args)]
 pub struct KeysArgs {
+    /// Keys of a cluster rather than of this machine
+    #[arg(long, global = true)]
+    pub cluster: bool,
+    #[command(flatten)]
+    pub server: ServerArgs,
     /// What to do with keys.
     #[command(subcommand)]
     pub command: KeysCommand,

@@ -68,7 +68,11 @@ fn variables() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-fn read_document(path: &Path) -> Result<Document> {
+/// Reads a ModelService file; `-` is standard input.
+///
+/// # Errors
+/// A file that cannot be read, an unknown key, a value of the wrong type.
+pub fn read_document(path: &Path) -> Result<Document> {
     let origin = path.display().to_string();
     let failed = |error: std::io::Error| {
         Failure::of(&error)

@@ -10,6 +10,7 @@
 mod banner;
 mod chat;
 mod cli;
+mod cluster;
 mod commands;
 mod context;
 mod failure;
@@ -75,7 +76,20 @@ fn dispatch(cli: &Cli, program: &str) -> Result<()> {
         Command::Bench(args) => commands::bench::bench(args),
         Command::Rm(args) => commands::rm::rm(args),
         Command::Catalogue(args) => commands::catalogue::catalogue(args),
+        Command::Keys(args) if args.cluster => cluster::keys(&args.command, &args.server),
         Command::Keys(args) => commands::keys::keys(args),
+        Command::Cluster(args) => cluster::cluster(args),
+        Command::Context(args) => cluster::context(args),
+        Command::Apply(args) => cluster::apply(args),
+        Command::Get(args) => cluster::get(args),
+        Command::Describe(args) => cluster::describe(args),
+        Command::Logs(args) => cluster::logs(args),
+        Command::Drain(args) => cluster::drain(args),
+        Command::Cordon(args) => cluster::cordon(args, true),
+        Command::Uncordon(args) => cluster::cordon(args, false),
+        Command::Scale(args) => cluster::scale(args),
+        Command::Delete(args) => cluster::delete(args),
+        Command::Top(args) => cluster::top(args),
         Command::Completions(args) => commands::completions::completions(args, program),
         Command::Version(args) => commands::version::version(args),
     }

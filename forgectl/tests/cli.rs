@@ -71,7 +71,32 @@ impl Ran {
 #[test]
 fn every_command_has_help_under_both_names() {
     let home = Home::new();
-    let commands = ["serve", "run", "pull", "list", "show", "eval", "bench", "rm", "catalogue", "keys", "completions", "version"];
+    let commands = [
+        "serve",
+        "run",
+        "pull",
+        "list",
+        "show",
+        "eval",
+        "bench",
+        "rm",
+        "catalogue",
+        "keys",
+        "completions",
+        "version",
+        "cluster",
+        "context",
+        "apply",
+        "get",
+        "describe",
+        "logs",
+        "drain",
+        "cordon",
+        "uncordon",
+        "scale",
+        "delete",
+        "top",
+    ];
     let overview = home.run(&["--help"]).ok();
     for command in commands {
         assert!(overview.contains(&format!("\n  {command} ")), "{command} is not in the overview");
@@ -104,6 +129,12 @@ fn wrong_usage_exits_with_2_and_says_what_to_do() {
         (&["pull", "hf:a/b/c"], &["org/name"]),
         (&["list", "-o", "xml"], &["table", "yaml"]),
         (&["keys", "create", "ci", "--rpm", "0"], &["rpm", "at least 1"]),
+        (&["get", "nodes"], &["no cluster is known", "help:", "cluster init"]),
+        (&["get", "moons"], &["'moons'", "nodes, models, placements"]),
+        (&["apply"], &["-f FILE"]),
+        (&["context", "use", "absent"], &["no context \"absent\"", "context add"]),
+        (&["cluster", "join-token", "--role", "king"], &["no role"]),
+        (&["top", "--interval", "0"], &["--interval"]),
         (&["--log-level", "x=y=z", "list"], &["--log-level", "help:"]),
     ];
     for (arguments, expected) in cases {

@@ -24,8 +24,18 @@ pub use process::{ProcessConfig, ProcessLayers};
 pub const DEFAULT_SERVICE_NAME: &str = "default";
 
 /// Variables that are no key of a service and belong to other parts of Forge.
-const OTHER_VARIABLES: [&str; 8] =
-    ["FORGE_HOME", "FORGE_OFFLINE", "FORGE_HF_REVISION", "FORGE_LOG", "FORGE_LOG_FORMAT", "FORGE_CONFIG", "FORGE_CPU_PATH", "FORGE_FAULT"];
+const OTHER_VARIABLES: [&str; 10] = [
+    "FORGE_SERVER",
+    "FORGE_CONTEXT",
+    "FORGE_HOME",
+    "FORGE_OFFLINE",
+    "FORGE_HF_REVISION",
+    "FORGE_LOG",
+    "FORGE_LOG_FORMAT",
+    "FORGE_CONFIG",
+    "FORGE_CPU_PATH",
+    "FORGE_FAULT",
+];
 /// Beginnings of variables that switch behaviour of tests and of emergency overrides, or belong to processes of a cluster.
 const OTHER_PREFIXES: [&str; 4] = ["FORGE_TEST_", "FORGE_ALLOW_", "FORGE_COORDINATOR_", "FORGE_WORKER_"];
 

@@ -1,0 +1,64 @@
+//! From flags, variables and contexts to a connection.
+
+use std::future::Future;
+use std::time::Duration;
+
+use forge_cluster::client::RemoteCluster;
+use forge_cluster::tls::SharedCredentials;
+use uuid::Uuid;
+
+use super::contexts::ContextStore;
+use crate::cli::cluster::ServerArgs;
+use crate::failure::{Failure, Result};
+use crate::runtime;
+
+/// Longest wait for one answer: a new leader is there long before.
+pub const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The context that `forgectl serve` writes for the cluster it has in itself.
+const LOCAL: &str = "local";
+
+/// The cluster that is meant: `--context`, the current context, or the one of a `forgectl serve` on this machine;
+/// `--server` gives other addresses for the same certificate.
+///
+/// # Errors
+/// If no cluster is known, or its certificate cannot be used.
+pub fn connect(store: &ContextStore, args: &ServerArgs) -> Result<RemoteCluster> {
+    let name = match &args.context {
+        Some(name) => name.clone(),
+        None => match store.current()? {
+            Some(name) => name,
+            None if store.names()?.iter().any(|name| name == LOCAL) => LOCAL.to_owned(),
+            None => {
+                return Err(Failure::usage("no cluster is known here").help(
+                    "make one with `forgectl cluster init`, or remember one with \
+                     `forgectl context add NAME --server HOST:PORT --credentials DIR`",
+                ));
+            }
+        },
+    };
+    let known = store.get(&name)?;
+    let servers = if args.server.is_empty() { &known.servers } else { &args.server };
+    Ok(RemoteCluster::new(servers, &SharedCredentials::new(known.credentials))?)
+}
+
+/// Runs a command against the cluster that is meant. Ctrl-C ends it.
+///
+/// # Errors
+/// The command's own.
+pub fn with_cluster<T, F: Future<Output = Result<T>>>(args: &ServerArgs, work: impl FnOnce(RemoteCluster) -> F) -> Result<T> {
+    let store = ContextStore::open()?;
+    let runtime = runtime::start()?;
+    runtime.block_on(async {
+        let cluster = connect(&store, args)?;
+        tokio::select! {
+            done = work(cluster) => done,
+            () = runtime::interrupt() => Err(Failure::new("stopped")),
+        }
+    })
+}
+
+/// A request id for one command.
+pub fn request_id() -> String {
+    format!("forgectl-{}", Uuid::new_v4())
+}

@@ -1,0 +1,160 @@
+//! The coordinators themselves: status, membership, join tokens, backups.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use forge_cluster::api::{ClusterApi, GroupStatus};
+use forge_cluster::client::{MemberAction, RemoteCluster};
+use forge_cluster::tls::JoinTokenText;
+use forge_shared::cluster::command::Command;
+use forge_shared::cluster::node::Role;
+
+use super::connect::{TIMEOUT, request_id, with_cluster};
+use crate::cli::cluster::{JoinTokenArgs, MembersCommand, ServerArgs};
+use crate::failure::{Failure, Result};
+use crate::output::{OutputFormat, column, print_facts, print_list, print_text, wide};
+use crate::time::Utc;
+
+/// Longest life of a join token: a week.
+const MAX_TOKEN_MINUTES: u32 = 7 * 24 * 60;
+/// Longest wait for a member to catch up or a leader to follow.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// `forgectl cluster status`.
+///
+/// # Errors
+/// No coordinator answers.
+pub fn status(output: OutputFormat, server: &ServerArgs) -> Result<()> {
+    with_cluster(server, |cluster| async move { show_status(&cluster.status(TIMEOUT).await?, output) })
+}
+
+fn show_status(status: &GroupStatus, output: OutputFormat) -> Result<()> {
+    if matches!(output, OutputFormat::Json | OutputFormat::Yaml) {
+        return print_facts(output, status, &[]);
+    }
+    let name = |id: u64| status.members.iter().find(|member| member.id == id).map(|member| member.name.clone());
+    let leader =
+        name(status.leader_id).unwrap_or_else(|| if status.leader_id == 0 { "nobody".into() } else { status.leader_id.to_string() });
+    print_facts(
+        output,
+        status,
+        &[
+            ("CLUSTER", status.cluster_id.clone()),
+            ("LEADER", leader),
+            ("ANSWERED", name(status.member_id).unwrap_or_else(|| status.member_id.to_string())),
+            ("TERM", status.term.to_string()),
+            ("REVISION", status.revision.to_string()),
+            ("VERSION", status.version.clone()),
+        ],
+    )?;
+    print_text("\n")?;
+    let columns = [column("ID"), column("NAME"), column("ADDRESS"), column("ROLE"), column("STATE"), wide("LOG")];
+    print_list(output, &status.members, &columns, |member| {
+        let role = match (member.id == status.leader_id, member.is_voter) {
+            (true, _) => "leader",
+            (false, true) => "voter",
+            (false, false) => "learner",
+        };
+        // Only the leader hears of everybody.
+        let state = match (status.member_id == status.leader_id, member.is_reachable || member.id == status.member_id) {
+            (_, true) => "answers",
+            (true, false) => "silent",
+            (false, false) => "unknown",
+        };
+        vec![
+            member.id.to_string(),
+            member.name.clone(),
+            member.address.clone(),
+            role.into(),
+            state.into(),
+            member.matched_index.to_string(),
+        ]
+    })
+}
+
+/// `forgectl cluster members`.
+///
+/// # Errors
+/// A member that is not known, a change that the group refuses.
+pub fn change_members(command: &MembersCommand) -> Result<()> {
+    match command {
+        MembersCommand::Add { server } => {
+            join_token(&JoinTokenArgs { role: Role::Coordinator, minutes: 60, uses: 1, server: server.clone() })
+        }
+        MembersCommand::Remove { member, server } => with_cluster(server, |cluster| async move {
+            let (id, name) = find(&cluster, member).await?;
+            cluster.change_members(MemberAction::Remove(id), CHANGE_TIMEOUT).await?;
+            print_text(&format!("coordinator {name} is no longer a member; stop it, and do not start it on its folder again\n"))
+        }),
+        MembersCommand::TransferLeader { member, server } => with_cluster(server, |cluster| async move {
+            let (id, name) = find(&cluster, member).await?;
+            cluster.change_members(MemberAction::TransferLeadership(id), CHANGE_TIMEOUT).await?;
+            print_text(&format!("coordinator {name} leads\n"))
+        }),
+    }
+}
+
+async fn find(cluster: &RemoteCluster, wanted: &str) -> Result<(u64, String)> {
+    let status = cluster.status(TIMEOUT).await?;
+    let found = status.members.iter().find(|member| member.name == wanted || member.id.to_string() == wanted);
+    let known = || status.members.iter().map(|member| member.name.as_str()).collect::<Vec<_>>().join(", ");
+    found
+        .map(|member| (member.id, member.name.clone()))
+        .ok_or_else(|| Failure::usage(format!("no coordinator is called {wanted:?}")).help(format!("there are: {}", known())))
+}
+
+/// `forgectl cluster join-token`.
+///
+/// # Errors
+/// A role that does not join by token, no leader.
+pub fn join_token(args: &JoinTokenArgs) -> Result<()> {
+    if args.role == Role::Admin {
+        return Err(
+            Failure::usage("operators do not join by token").help("`forgectl cluster admin NAME --ca DIR --out DIR` makes a certificate")
+        );
+    }
+    if !(1..=MAX_TOKEN_MINUTES).contains(&args.minutes) || args.uses == 0 {
+        return Err(Failure::usage(format!("--minutes: 1 to {MAX_TOKEN_MINUTES}; --uses: at least 1")));
+    }
+    with_cluster(&args.server, |cluster| async move {
+        let members = cluster.status(TIMEOUT).await?.members;
+        let addresses: Vec<String> = members.into_iter().map(|member| member.address).filter(|address| !address.is_empty()).collect();
+        let token = JoinTokenText::generate(cluster.credentials().get().ca_digest(), addresses)?;
+        let expires_ms = (Utc::now().0 + u64::from(args.minutes) * 60) * 1000;
+        let command = Command::PutJoinToken { token: token.record(args.role, expires_ms, args.uses) };
+        cluster.execute(request_id(), command, TIMEOUT).await?;
+        eprintln!(
+            "Lets in {} {}(s) for {} minutes. Put it where only that process reads it (membership.tokenFile):",
+            args.uses, args.role, args.minutes
+        );
+        print_text(&format!("{}\n", token.to_text()))
+    })
+}
+
+/// `forgectl cluster backup`.
+///
+/// # Errors
+/// A file that is there already, a backup that broke off (nothing is left of it).
+pub fn backup(file: &Path, server: &ServerArgs) -> Result<()> {
+    let failed = |error: std::io::Error| Failure::of(&error).while_doing(&format!("cannot write {}", file.display()));
+    let mut out = std::fs::OpenOptions::new().write(true).create_new(true).open(file).map_err(failed)?;
+    let written = with_cluster(server, |cluster| async move {
+        let mut pieces = cluster.backup(TIMEOUT).await?;
+        let mut bytes = 0;
+        while let Some(piece) = pieces.recv().await {
+            let piece = piece?;
+            out.write_all(&piece).map_err(failed)?;
+            bytes += piece.len();
+        }
+        out.sync_all().map_err(failed)?;
+        Ok(bytes)
+    });
+    match written {
+        Ok(bytes) => print_text(&format!("wrote {bytes} bytes to {}\n", file.display())),
+        Err(failure) => {
+            let _ = std::fs::remove_file(file);
+            Err(failure)
+        }
+    }
+}

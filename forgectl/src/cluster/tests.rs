@@ -1,0 +1,110 @@
+//! Making a cluster and knowing it again, without a coordinator.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use forge_cluster::api::{ClusterApi, ClusterLoads};
+use forge_cluster::config::{CoordinatorConfig, load};
+use forge_cluster::tls::{ClusterCa, Credentials};
+use forge_shared::cluster::event::Object;
+use forge_shared::cluster::node::{DeviceInfo, DeviceKind, NodeLoad, NodePhase, NodeRecord, NodeSpec, ReplicaLoad, Role};
+use forge_shared::ids::{Incarnation, NodeId};
+
+use super::connect::connect;
+use super::contexts::ContextStore;
+use super::get::table;
+use super::init::init_with;
+use super::top::Rates;
+use crate::cli::cluster::{InitArgs, Listed, ServerArgs};
+
+fn init_args(dir: &Path) -> InitArgs {
+    InitArgs { dir: dir.to_owned(), cluster: "test".into(), name: "c1".into(), listen: "127.0.0.1:7000".into(), advertise: None }
+}
+
+fn spec(name: &str) -> NodeSpec {
+    NodeSpec {
+        id: NodeId::from(name),
+        role: Role::Worker,
+        incarnation: Incarnation(1),
+        version: "1".into(),
+        address: "h:1".into(),
+        metrics_address: "h:2".into(),
+        devices: vec![DeviceInfo {
+            index: 0,
+            kind: DeviceKind::Cpu,
+            name: "x".into(),
+            cores: 4,
+            numa_node: None,
+            instruction_sets: Vec::new(),
+            memory_bytes: 3 << 30,
+            read_bandwidth_bytes_per_s: 0,
+            matrix_flops: 0,
+            is_virtual: true,
+        }],
+    }
+}
+
+#[test]
+fn init_makes_what_a_coordinator_and_its_operator_need() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, contexts) = (folder.path().join("c1"), ContextStore::at(&folder.path().join("home")));
+    init_with(&init_args(&dir), &contexts).unwrap();
+
+    let config: CoordinatorConfig = load(Some(&dir.join("coordinator.yaml")), &[]).unwrap();
+    assert_eq!((config.name.as_str(), config.address()), ("c1", "127.0.0.1:7000"));
+    let credentials = Credentials::load(&config.membership.directory).unwrap();
+    assert_eq!(credentials.identity().uri(), "forge://test/coordinator/c1");
+    assert_eq!(ClusterCa::load(&config.membership.directory).unwrap().digest(), credentials.ca_digest());
+
+    assert_eq!(contexts.current().unwrap().as_deref(), Some("test"));
+    let known = contexts.get("test").unwrap();
+    assert_eq!(known.servers, ["127.0.0.1:7000"]);
+    assert_eq!(known.credentials.identity().role, Role::Admin);
+
+    let error = init_with(&init_args(&dir), &contexts).unwrap_err().to_string();
+    assert!(error.contains("is there already") && error.contains("help:"), "{error}");
+}
+
+#[tokio::test]
+async fn a_cluster_is_found_by_context_and_flags_and_missed_with_a_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let contexts = ContextStore::at(folder.path());
+    let error = connect(&contexts, &ServerArgs::default()).unwrap_err().to_string();
+    assert!(error.contains("no cluster is known") && error.contains("cluster init"), "{error}");
+    init_with(&init_args(&folder.path().join("c1")), &contexts).unwrap();
+    connect(&contexts, &ServerArgs::default()).unwrap();
+    let other = ServerArgs { context: Some("tset".into()), ..ServerArgs::default() };
+    let error = connect(&contexts, &other).unwrap_err().to_string();
+    assert!(error.contains("known: test"), "{error}");
+
+    // Nobody listens there: lost contact, exit code 4.
+    let nowhere = ServerArgs { server: vec!["127.0.0.1:1".into()], context: None };
+    let error = connect(&contexts, &nowhere).unwrap().status(Duration::from_millis(300)).await.unwrap_err();
+    let failure = crate::failure::Failure::from(error);
+    assert_eq!(format!("{:?}", failure.code()), format!("{:?}", std::process::ExitCode::from(4)));
+    assert!(failure.to_string().contains("127.0.0.1:1"), "{failure}");
+}
+
+#[test]
+fn nodes_are_rows() {
+    let node =
+        NodeRecord { spec: spec("w1"), phase: NodePhase::Ready, cordoned: true, draining: false, reason: String::new(), since_ms: 0 };
+    let (columns, rows) = table(Listed::Nodes, &[Object::Node(Box::new(node))]);
+    assert_eq!(columns.len(), rows[0].len());
+    assert_eq!(rows[0][..5], ["w1", "worker", "ready,cordoned", "1 cpu (4 cores)", "3.0 GiB"]);
+}
+
+#[test]
+fn rates_come_of_two_pictures_and_not_of_a_restart() {
+    let picture = |generated_tokens| {
+        let replica =
+            ReplicaLoad { replica: "m/0".into(), running: 1, waiting: 0, kv_blocks_used: 1, kv_blocks_total: 2, generated_tokens };
+        ClusterLoads { nodes: vec![(spec("w1"), NodeLoad { replicas: vec![replica], ..NodeLoad::default() }, 5)] }
+    };
+    let (mut rates, now) = (Rates::default(), Instant::now());
+    let key = ("w1".to_owned(), "m/0".to_owned());
+    assert!(rates.update(&picture(100), now).is_empty());
+    let rate = rates.update(&picture(150), now + Duration::from_secs(2))[&key];
+    assert!((rate - 25.0).abs() < 1e-9, "{rate}");
+    assert!(!rates.update(&picture(3), now + Duration::from_secs(3)).contains_key(&key));
+}

@@ -1,0 +1,86 @@
+//! One command, one change: nodes are cordoned and drained, services scaled and deleted; and log lines.
+
+use forge_cluster::api::ClusterApi;
+use forge_cluster::client::LogSource;
+use forge_shared::cluster::command::Command;
+use forge_shared::ids::{NodeId, ServiceName};
+
+use super::connect::{TIMEOUT, request_id, with_cluster};
+use crate::cli::cluster::{DeleteArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs};
+use crate::failure::Result;
+use crate::output::print_text;
+use crate::time::Utc;
+
+fn change(server: &ServerArgs, command: Command, done: &str, already: &str) -> Result<()> {
+    with_cluster(server, |cluster| async move {
+        let applied = cluster.execute(request_id(), command, TIMEOUT).await?;
+        print_text(&format!("{}\n", if applied.changed { done } else { already }))
+    })
+}
+
+/// `forgectl cordon` and `uncordon`. To uncordon is to end a drain too.
+///
+/// # Errors
+/// A node that is not known, no leader.
+pub fn cordon(args: &NodeArgs, is_cordoned: bool) -> Result<()> {
+    let (name, node) = (&args.node, NodeId(args.node.clone()));
+    if is_cordoned {
+        let command = Command::CordonNode { node, cordoned: true };
+        return change(&args.server, command, &format!("node {name} takes no new replicas"), &format!("node {name} was cordoned already"));
+    }
+    with_cluster(&args.server, |cluster| async move {
+        let undrained = cluster.execute(request_id(), Command::DrainNode { node: node.clone(), draining: false }, TIMEOUT).await?;
+        let uncordoned = cluster.execute(request_id(), Command::CordonNode { node, cordoned: false }, TIMEOUT).await?;
+        let changed = undrained.changed || uncordoned.changed;
+        print_text(&format!("node {name} {}\n", if changed { "takes replicas again" } else { "was not cordoned" }))
+    })
+}
+
+/// `forgectl drain`.
+///
+/// # Errors
+/// A node that is not known, no leader.
+pub fn drain(args: &NodeArgs) -> Result<()> {
+    let name = &args.node;
+    let command = Command::DrainNode { node: NodeId(name.clone()), draining: true };
+    let done = format!(
+        "node {name}: its replicas move away; `forgectl get placements -w` shows how far, `forgectl uncordon {name}` takes it back"
+    );
+    change(&args.server, command, &done, &format!("node {name} was draining already"))
+}
+
+/// `forgectl scale`.
+///
+/// # Errors
+/// A service that is not known, no leader.
+pub fn scale(args: &ScaleArgs) -> Result<()> {
+    let command = Command::ScaleService { name: ServiceName(args.name.clone()), replicas: args.replicas };
+    let done = format!("{}: {} replicas wanted", args.name, args.replicas);
+    change(&args.server, command, &done, &format!("{}: {} replicas were wanted already", args.name, args.replicas))
+}
+
+/// `forgectl delete`.
+///
+/// # Errors
+/// A service that is not known, no leader.
+pub fn delete(args: &DeleteArgs) -> Result<()> {
+    let command = Command::DeleteService { name: ServiceName(args.name.clone()) };
+    let done = format!("{} is deleted; its replicas finish what they are answering", args.name);
+    change(&args.server, command, &done, &format!("{} was being deleted already", args.name))
+}
+
+/// `forgectl logs`.
+///
+/// # Errors
+/// A target that is not known, lines that break off.
+pub fn logs(args: &LogsArgs) -> Result<()> {
+    let source = LogSource { target: args.target.clone(), is_node: args.node, is_following: args.follow, tail_lines: args.tail };
+    with_cluster(&args.server, |cluster| async move {
+        let mut lines = cluster.logs(source, TIMEOUT).await?;
+        while let Some(line) = lines.recv().await {
+            let line = line?;
+            print_text(&format!("{} {} {} {}\n", Utc(line.at_ms / 1000), line.source, line.level, line.text.trim_end()))?;
+        }
+        Ok(())
+    })
+}
