@@ -1,0 +1,90 @@
+//! The GPU examples under `cluster-configs/` are planned: their declared devices take a model of 70 billion parameters.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use forge_cluster::config::{WorkerConfig, load};
+use forge_coordinator::control::plan_service;
+use forge_coordinator::state::ClusterState;
+use forge_shared::cluster::Revision;
+use forge_shared::cluster::command::{Command, Envelope};
+use forge_shared::cluster::node::{NodeSpec, Role};
+use forge_shared::ids::{Incarnation, NodeId};
+use forge_shared::plan::{ModelFacts, ModelShape};
+use forge_shared::spec::{Layout, ModelService, ModelServiceSpec};
+
+const DEVICE_BYTES: u64 = 80 << 30;
+
+fn cluster(folder: &str, workers: usize) -> ClusterState {
+    let mut state = ClusterState::new("example");
+    for number in 1..=workers {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../cluster-configs/{folder}/worker-{number}.yaml"));
+        let config: WorkerConfig = load(Some(&file), &[]).unwrap();
+        let spec = NodeSpec {
+            id: NodeId(config.name.clone()),
+            role: Role::Worker,
+            incarnation: Incarnation(1),
+            version: "1".into(),
+            address: config.address().into(),
+            metrics_address: config.metrics_listen.clone(),
+            devices: config.declared(),
+        };
+        let command = Command::JoinNode { spec: Box::new(spec) };
+        let envelope = Envelope { request_id: format!("join-{number}"), proposed_ms: 1, traceparent: String::new(), command };
+        state.apply(Revision(number as u64), &envelope).0.unwrap();
+    }
+    state
+}
+
+/// As a model of 70 billion parameters in bf16: 80 layers, 64 heads, 8 of keys and values.
+fn facts() -> ModelFacts {
+    let (layer_bytes, table_bytes) = (1_711_000_000, 2_101_000_000);
+    ModelFacts {
+        layers: 80,
+        context_length: 8192,
+        weights_bytes: 80 * layer_bytes + 2 * table_bytes,
+        kv_slot_bytes: 80 * 2 * 8 * 128 * 2,
+        workspace_bytes: 1 << 30,
+        weights_digest: "d".repeat(64),
+        shape: ModelShape {
+            heads: 64,
+            kv_heads: 8,
+            experts: 0,
+            hidden_size: 8192,
+            vocab_size: 128_256,
+            embedding_bytes: table_bytes,
+            head_bytes: table_bytes,
+            layer_bytes: vec![layer_bytes; 80],
+        },
+    }
+}
+
+fn service(replicas: u32, layout: Layout) -> ModelService {
+    ModelService::new("big", ModelServiceSpec { model: "org/big".into(), replicas, layout, ..ModelServiceSpec::default() })
+}
+
+#[test]
+fn a_model_too_large_for_a_device_fills_the_declared_nodes() {
+    for (folder, workers) in [("2x8-gpu", 2usize), ("8x8-gpu", 8)] {
+        let state = cluster(folder, workers);
+        let service = service(workers as u32, Layout { tensor: 8, pipeline: 1 });
+        let planned = plan_service(&state, &service, &facts()).unwrap();
+        assert_eq!(planned.plans.len(), workers, "{folder}");
+        let mut taken = BTreeSet::new();
+        for plan in &planned.plans {
+            assert_eq!(plan.ranks.len(), 8);
+            for rank in &plan.ranks {
+                assert!(taken.insert((rank.node.0.clone(), rank.device)), "{folder}: a device was given twice");
+                assert!(rank.memory.total_bytes() <= DEVICE_BYTES, "{folder}: {} bytes on one device", rank.memory.total_bytes());
+                assert_eq!(rank.layers, 0..80);
+            }
+        }
+        assert_eq!(taken.len(), workers * 8);
+    }
+}
+
+#[test]
+fn one_device_alone_is_refused_with_numbers() {
+    let error = plan_service(&cluster("2x8-gpu", 2), &service(1, Layout { tensor: 1, pipeline: 1 }), &facts()).unwrap_err();
+    assert!(matches!(error, forge_cluster::api::ClusterError::NotPlaceable(_)), "{error:?}");
+}
