@@ -97,6 +97,16 @@ pub enum ModelError {
         /// Their names.
         names: Vec<String>,
     },
+    /// The family that the operator names is not this model's.
+    #[error("--arch {name} does not fit this model: {misfit}. By the names of its tensors it is like: {like}")]
+    OverriddenFamily {
+        /// The name given.
+        name: String,
+        /// What did not fit.
+        misfit: String,
+        /// The families that its tensors are like, and what does not match.
+        like: String,
+    },
     /// A tensor's shape is not the one the configuration gives.
     #[error("tensor {name} has shape {actual:?}, the configuration needs {expected:?}")]
     TensorShape {
@@ -108,8 +118,14 @@ pub enum ModelError {
         actual: Vec<usize>,
     },
     /// A weight is NaN or infinite.
-    #[error("tensor {tensor} holds a NaN or an infinity (element or block {index}): the file is damaged or training diverged")]
+    #[error(
+        "{}: tensor {tensor} holds a NaN or an infinity (element or block {index}): the file is damaged or training diverged; download it \
+         again, or take another checkpoint of this model",
+        path.display()
+    )]
     NonFinite {
+        /// The file or folder.
+        path: PathBuf,
         /// Tensor name.
         tensor: String,
         /// First element, or first block of a quantized type.
@@ -163,7 +179,7 @@ pub enum ModelError {
 pub type Result<T> = std::result::Result<T, ModelError>;
 
 /// The first few names, and how many more there are.
-fn list(names: &[String]) -> String {
+pub(crate) fn list(names: &[String]) -> String {
     const SHOWN: usize = 8;
     let mut text = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
     if names.len() > SHOWN {

@@ -7,12 +7,12 @@ use forge_kernels::Backend;
 use forge_net::Collective;
 use serde_json::Value;
 
-use crate::arch::{self, Architecture, Family, Overrides, detect, families};
+use crate::arch::{self, Architecture, Overrides, detect, families};
 use crate::checkpoint::{Checkpoint, Format, LoadMode, RawConfig};
 use crate::decoder::Decoder;
 use crate::decoder::layout::Layout;
 use crate::decoder::options::{DecoderOptions, Shard};
-use crate::error::{ModelError, Result};
+use crate::error::{ModelError, Result, list};
 use crate::generation::GenerationDefaults;
 use crate::gguf::GgufTokenizerData;
 use crate::memory::{self, ModelMemory, ModelParts, Quantization};
@@ -95,23 +95,10 @@ impl Model {
     /// # Errors
     /// As [`Model::open_with`].
     pub fn from_checkpoint_with(checkpoint: Checkpoint, overrides: &Overrides) -> Result<Model> {
-        let named = overrides.architecture.as_deref().map(families::named).transpose()?;
-        let found = |family: Result<&'static Family>| family.map_err(|error| with_nearest(error, &checkpoint));
-        let (architecture, generation) = match checkpoint.config() {
-            RawConfig::Gguf(metadata) => {
-                let family = named.map_or_else(|| found(families::of_gguf(metadata)), Ok)?;
-                let architecture = overrides.apply(crate::arch::gguf::from_gguf_as(family, metadata, checkpoint.tensors())?)?;
-                (architecture, GenerationDefaults::default())
-            }
-            RawConfig::HuggingFace { config, generation } => {
-                let family = named.map_or_else(|| found(families::by_model_type(config)), Ok)?;
-                let architecture = overrides.apply(crate::arch::hf::from_config_json_as(family, config)?)?;
-                let generation = GenerationDefaults::from_json(generation.as_ref())?;
-                (architecture, generation)
-            }
-        };
-        let family = families::by_name(architecture.family).expect("an architecture's family is a row of the table");
-        let refs = DecoderRefs::resolve(&architecture, family, &checkpoint)?;
+        let (architecture, refs, generation) = read(&checkpoint, overrides).map_err(|error| match &overrides.architecture {
+            Some(name) => with_override(error, name, &checkpoint),
+            None => with_nearest(error, &checkpoint),
+        })?;
         Ok(Model { checkpoint: Arc::new(checkpoint), architecture, refs: Arc::new(refs), generation })
     }
 
@@ -205,6 +192,35 @@ impl Model {
         let collective: Arc<dyn Collective<B>> = Arc::new(forge_net::Solo { epoch: options.epoch });
         Decoder::new(self, backend, options, collective)
     }
+}
+
+/// Reads a checkpoint's configuration, and finds all tensors of the architecture that it gives.
+fn read(checkpoint: &Checkpoint, overrides: &Overrides) -> Result<(Architecture, DecoderRefs, GenerationDefaults)> {
+    let named = overrides.architecture.as_deref().map(families::named).transpose()?;
+    let (family, architecture, generation) = match checkpoint.config() {
+        RawConfig::Gguf(metadata) => {
+            let family = named.map_or_else(|| families::of_gguf(metadata), Ok)?;
+            (family, arch::gguf::from_gguf_as(family, metadata, checkpoint.tensors())?, GenerationDefaults::default())
+        }
+        RawConfig::HuggingFace { config, generation } => {
+            let family = named.map_or_else(|| families::by_model_type(config), Ok)?;
+            (family, arch::hf::from_config_json_as(family, config)?, GenerationDefaults::from_json(generation.as_ref())?)
+        }
+    };
+    let architecture = overrides.apply(architecture)?;
+    let refs = DecoderRefs::resolve(&architecture, family, checkpoint)?;
+    Ok((architecture, refs, generation))
+}
+
+/// What does not fit the family that the operator names: not the file's fault.
+fn with_override(error: ModelError, name: &str, checkpoint: &Checkpoint) -> ModelError {
+    let misfit = match &error {
+        ModelError::MissingTensors { names } => format!("it lacks {}", list(names)),
+        ModelError::UnexpectedTensors { names } => format!("that family does not use {}", list(names)),
+        ModelError::TensorShape { .. } | ModelError::Config { .. } => error.to_string(),
+        _ => return error,
+    };
+    ModelError::OverriddenFamily { name: name.to_owned(), misfit, like: detect::nearest(checkpoint.tensors()) }
 }
 
 /// An unknown family with what its tensors are like, and how to have it read as that.

@@ -1,6 +1,7 @@
 //! Looks through weights for NaN and infinities while loading: every dense value, every scale of quantized blocks.
 //! One pass at memory speed over the shard's own bytes, shared by all cores.
 
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -9,11 +10,11 @@ use forge_kernels::{MatrixSource, holds_non_finite};
 use crate::error::{ModelError, Result};
 use crate::progress::LoadProgress;
 
-/// Looks through all matrices, and tells how many bytes it has seen.
+/// Looks through all matrices of the model at `path`, and tells how many bytes it has seen.
 ///
 /// # Errors
 /// [`ModelError::NonFinite`] for the first matrix in order that holds one.
-pub(crate) fn scan(matrices: &[MatrixSource], progress: &LoadProgress) -> Result<()> {
+pub(crate) fn scan(path: &Path, matrices: &[MatrixSource], progress: &LoadProgress) -> Result<()> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from).min(matrices.len());
     let next = AtomicUsize::new(0);
     let found: Mutex<Option<(usize, usize)>> = Mutex::new(None);
@@ -35,7 +36,7 @@ pub(crate) fn scan(matrices: &[MatrixSource], progress: &LoadProgress) -> Result
     });
     match found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         None => Ok(()),
-        Some((matrix, index)) => Err(ModelError::NonFinite { tensor: matrices[matrix].name.clone(), index }),
+        Some((matrix, index)) => Err(ModelError::NonFinite { path: path.to_owned(), tensor: matrices[matrix].name.clone(), index }),
     }
 }
 
@@ -84,7 +85,7 @@ mod tests {
         for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q4_1, DType::Q8_0] {
             let (rows, columns) = (3, 64);
             let bytes = dtype.row_bytes(columns).unwrap() * rows;
-            assert!(scan(&[matrix(dtype, rows, columns, vec![0; bytes])], &LoadProgress::default()).is_ok());
+            assert!(scan(Path::new("p"), &[matrix(dtype, rows, columns, vec![0; bytes])], &LoadProgress::default()).is_ok());
             let blocks = columns / dtype.block_elements();
             let bad = blocks + 1;
             for infinity in [false, true] {
@@ -95,8 +96,8 @@ mod tests {
                     DType::BF16 => damaged[at..at + 2].copy_from_slice(&[if infinity { 0x80 } else { 0xc0 }, 0xff]),
                     _ => damaged[at..at + 2].copy_from_slice(&[if infinity { 0 } else { 1 }, 0xfc]),
                 }
-                match scan(&[matrix(dtype, rows, columns, damaged)], &LoadProgress::default()) {
-                    Err(ModelError::NonFinite { tensor, index }) => assert_eq!((tensor.as_str(), index), ("m", bad), "{dtype}"),
+                match scan(Path::new("p"), &[matrix(dtype, rows, columns, damaged)], &LoadProgress::default()) {
+                    Err(ModelError::NonFinite { tensor, index, .. }) => assert_eq!((tensor.as_str(), index), ("m", bad), "{dtype}"),
                     other => panic!("{dtype}: {other:?}"),
                 }
             }

@@ -40,7 +40,8 @@ fn an_unknown_family_is_refused_with_the_nearest_rows_and_read_as_the_one_named(
 fn a_family_that_does_not_fit_is_refused_by_its_tensors() {
     let refused = |name: &str, family: &str| Model::open_with(rows(name), LoadMode::Mmap, &architecture(family)).unwrap_err().to_string();
     let missing = refused("yi", "qwen3");
-    assert!(missing.contains("model.layers.0.self_attn.q_norm.weight"), "{missing}");
+    assert!(missing.contains("--arch qwen3 does not fit this model: it lacks model.layers.0.self_attn.q_norm.weight"), "{missing}");
+    assert!(missing.contains("it is like: llama"), "{missing}");
     let left = refused("qwen3", "llama");
     assert!(left.contains("does not use") && left.contains("self_attn.k_norm.weight"), "{left}");
     let unknown = refused("yi", "abacus");

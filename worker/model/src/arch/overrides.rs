@@ -237,21 +237,22 @@ impl Overrides {
 
 impl RopeScalingOverride {
     fn apply(&self, architecture: &mut Architecture) -> Result<()> {
-        let refused = |reason: &str, remedy: &str| ModelError::Unsupported {
-            what: format!("rope scaling {self} for family {}: {reason}", architecture.family),
-            remedy: remedy.to_owned(),
+        let refused = |reason: &str| ModelError::Option {
+            option: "rope scaling",
+            value: self.to_string(),
+            reason: format!("family {} {reason}", architecture.family),
         };
         let PositionSpec::Rope(rope) = &architecture.position else {
-            return Err(refused("it has no rotary positions", "leave the rope scaling out"));
+            return Err(refused("has no rotary positions; leave the rope scaling out"));
         };
         if architecture.attention.latent.is_some() {
             return Err(refused(
-                "its factor on scores follows from the scaling it was trained with",
-                "leave the rope scaling out; the model's own is in its configuration",
+                "has a factor on scores that follows from the scaling it was trained with; leave the rope scaling out: the model's own is in \
+                 its configuration",
             ));
         }
         if rope.tables.iter().any(|table| !table.scaling.stored_divisors().is_empty()) {
-            return Err(refused("its file stores the divisors of its frequencies", "take the Hugging Face folder of this model"));
+            return Err(refused("has the divisors of its frequencies in this file; take the Hugging Face folder of this model"));
         }
         let windowed = |layer: usize| architecture.attention.windows.get(layer).copied().flatten().is_some();
         let full = |layer: &usize| !windowed(*layer);
@@ -264,9 +265,10 @@ impl RopeScalingOverride {
         let PositionSpec::Rope(rope) = &mut architecture.position else { return Ok(()) };
         for (index, table) in rope.tables.iter_mut().enumerate().filter(|(index, _)| stretched.contains(index)) {
             debug_assert!(index < rope.of_layer.len());
-            let (scaling, context) = self.resolve(&table.scaling, context_length).map_err(|reason| ModelError::Unsupported {
-                what: format!("rope scaling {self} for family {}", architecture.family),
-                remedy: reason.to_owned(),
+            let (scaling, context) = self.resolve(&table.scaling, context_length).map_err(|reason| ModelError::Option {
+                option: "rope scaling",
+                value: self.to_string(),
+                reason: reason.to_owned(),
             })?;
             table.scaling = scaling;
             longest = longest.max(context);
@@ -395,7 +397,7 @@ mod tests {
     fn models_without_rotary_positions_take_no_scaling() {
         let gpt2 = json!({ "model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 50 });
         let refused = scaled("type=linear,factor=2", from_config_json(&gpt2).unwrap()).unwrap_err().to_string();
-        assert!(refused.contains("type=linear,factor=2 for family gpt2") && refused.contains("rotary"), "{refused}");
+        assert!(refused.contains("type=linear,factor=2: family gpt2 has no rotary positions"), "{refused}");
     }
 
     #[test]

@@ -4,6 +4,8 @@
 
 use forge_kernels::NormKind;
 
+use super::families::row::{Keys, KvHeads};
+use super::families::{self, Family};
 use super::{Architecture, AttentionSpec, BlockOrder, NormSpec, PositionSpec, QkNormOver, QkNormSpec};
 use crate::error::{ModelError, Result};
 
@@ -18,9 +20,43 @@ const MOST_EXPERTS: usize = 4096;
 impl Architecture {
     /// Refuses sizes that cannot be computed with: zero, not divisible, or beyond any real model.
     pub(crate) fn validate(self, file: &str) -> Result<Self> {
-        let wrong = |key: &str, reason: String| ModelError::Config { file: file.to_owned(), key: key.to_owned(), reason };
+        let wrong = |key, reason| ModelError::Config { file: file.to_owned(), key: self.written(file, key).to_owned(), reason };
         self.check().map_err(|(key, reason)| wrong(key, reason))?;
         Ok(self)
+    }
+
+    /// What a file calls a size.
+    fn written<'k>(&self, file: &str, key: &'k str) -> &'k str {
+        const GGUF: [(&str, &str); 8] = [
+            ("hidden_size", "embedding_length"),
+            ("layers", "block_count"),
+            ("heads", "attention.head_count"),
+            ("kv_heads", "attention.head_count_kv"),
+            ("head_dim", "attention.key_length"),
+            ("value_dim", "attention.value_length"),
+            ("intermediate_size", "feed_forward_length"),
+            ("experts", "expert_count"),
+        ];
+        let first = |keys: Keys| keys.first().copied();
+        let name = match (file, families::by_name(self.family)) {
+            ("GGUF metadata", _) => GGUF.iter().find(|(size, _)| *size == key).map(|&(_, name)| name),
+            ("config.json", Some(Family { sizes, experts, .. })) => match key {
+                "hidden_size" => first(sizes.hidden_size.keys),
+                "layers" => first(sizes.layers.keys),
+                "vocab_size" => first(sizes.vocab_size.keys),
+                "context_length" => first(sizes.context_length.keys),
+                "heads" => first(sizes.heads.keys),
+                "kv_heads" => match &sizes.kv_heads {
+                    KvHeads::Key(size) | KvHeads::MultiQuery(size) => first(size.keys),
+                },
+                "head_dim" => first(sizes.head_dim.keys),
+                "intermediate_size" => first(sizes.intermediate_size.keys),
+                "experts" => experts.as_ref().and_then(|experts| first(experts.count.keys)),
+                _ => None,
+            },
+            _ => None,
+        };
+        name.unwrap_or(key)
     }
 
     fn check(&self) -> std::result::Result<(), Fault> {

@@ -107,7 +107,7 @@ fn finish(
     directory.packed = mxfp4::join(std::mem::take(&mut directory.packed), &mut directory.tensors)?;
     let sources: &[SharedBytes] = &directory.sources;
     let bytes = |entry: &super::TensorEntry| &(*sources[entry.source]).as_ref()[entry.bytes.clone()];
-    directory.scales = quantized::take_scales(&mut directory.tensors, bytes, fp8.unwrap_or_default())?;
+    directory.scales = quantized::take_scales(path, &mut directory.tensors, bytes, fp8.unwrap_or_default())?;
     Ok(Checkpoint::new(path, RawConfig::HuggingFace { config, generation }, directory))
 }
 

@@ -91,7 +91,7 @@ pub(super) fn describe(start: &[u8]) -> String {
 
 /// Formats without a mark at their start.
 fn by_structure(start: &[u8]) -> Option<(&'static str, &'static str)> {
-    const PICKLE: (&str, &str) = ("a Python pickle, which can run code when read,", EXPORT);
+    const PICKLE: (&str, &str) = ("a Python pickle (reading one with Python can run code)", EXPORT);
     match start {
         [0x80, 2..=5, ..] if start.windows(LEGACY_TORCH.len()).any(|window| window == LEGACY_TORCH) => Some((
             "a PyTorch file from before torch 1.6 (no zip archive, weights between pickles)",

@@ -4,6 +4,7 @@
 //! A scheme is told by `quantization_config`, and where that is missing by the names of tensors that only it has.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use forge_kernels::{BlockScales, DType, dequantize};
 use serde_json::Value;
@@ -115,13 +116,14 @@ pub(super) fn packed(name: &str) -> Option<ModelError> {
 /// # Errors
 /// Scales that are missing, not finite, or do not fit their matrix; by name.
 pub(super) fn take_scales<'a>(
+    path: &Path,
     tensors: &mut BTreeMap<String, TensorEntry>,
     bytes: impl Fn(&TensorEntry) -> &'a [u8],
     fp8: Fp8,
 ) -> Result<BTreeMap<String, BlockScales>> {
     let matrices: Vec<(String, Vec<usize>)> = tensors
         .iter()
-        .filter(|(name, entry)| entry.dtype == DType::F8E4M3 && name.ends_with(".weight"))
+        .filter(|(name, entry)| entry.dtype == DType::F8E4M3 && (name.ends_with(".weight") || entry.shape.len() > 2))
         .map(|(name, entry)| (name.clone(), entry.shape.clone()))
         .collect();
     let mut scales = BTreeMap::new();
@@ -133,7 +135,7 @@ pub(super) fn take_scales<'a>(
         let found = ["_scale_inv", "_scale"].iter().find_map(|ending| tensors.remove_entry(&format!("{name}{ending}")));
         match found {
             Some((scale_name, entry)) => {
-                let values = read_finite(&scale_name, &entry, bytes(&entry))?;
+                let values = read_finite(path, &scale_name, &entry, bytes(&entry))?;
                 scales.insert(name, arrange(&scale_name, &entry.shape, values, &shape, fp8.block)?);
             }
             None if fp8.scaled => return Err(ModelError::MissingTensors { names: vec![format!("{name}_scale_inv")] }),
@@ -143,7 +145,7 @@ pub(super) fn take_scales<'a>(
     Ok(scales)
 }
 
-fn read_finite(name: &str, entry: &TensorEntry, bytes: &[u8]) -> Result<Vec<f32>> {
+fn read_finite(path: &Path, name: &str, entry: &TensorEntry, bytes: &[u8]) -> Result<Vec<f32>> {
     if !matches!(entry.dtype, DType::F32 | DType::F16 | DType::BF16) {
         return Err(ModelError::UnsupportedType {
             tensor: name.to_owned(),
@@ -154,7 +156,7 @@ fn read_finite(name: &str, entry: &TensorEntry, bytes: &[u8]) -> Result<Vec<f32>
     let mut values = vec![0.0; entry.elements()];
     dequantize(entry.dtype, bytes, &mut values);
     match values.iter().position(|value| !value.is_finite()) {
-        Some(index) => Err(ModelError::NonFinite { tensor: name.to_owned(), index }),
+        Some(index) => Err(ModelError::NonFinite { path: path.to_owned(), tensor: name.to_owned(), index }),
         None => Ok(values),
     }
 }
@@ -163,8 +165,10 @@ fn arrange(name: &str, scales: &[usize], values: Vec<f32>, matrix: &[usize], blo
     let misfit = |expected: Vec<usize>| ModelError::TensorShape { name: name.to_owned(), expected, actual: scales.to_vec() };
     let &[rows, columns] = matrix else {
         return Err(ModelError::Unsupported {
-            what: format!("scales {name} of a tensor of {} dimensions", matrix.len()),
-            remedy: "8-bit floats with scales are read as matrices only; take the unquantized checkpoint".to_owned(),
+            what: format!("{name}: scales of 8-bit floats of {matrix:?} values in one tensor"),
+            remedy: "8-bit floats with scales are read where each expert has matrices of its own; take such a checkpoint, an unquantized \
+                     one or a GGUF file"
+                .to_owned(),
         });
     };
     if values.len() == 1 {

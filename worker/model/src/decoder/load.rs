@@ -41,7 +41,7 @@ impl<B: Backend> Origin<'_, B> {
         let mut store = BackendStore { backend: self.backend, checkpoint: self.checkpoint, scanned, progress };
         let weights = Loader { store: &mut store, architecture: self.architecture, layout: self.layout }.load(self.refs)?;
         if let Some(matrices) = &store.scanned {
-            scan::scan(matrices, progress)?;
+            scan::scan(self.checkpoint.path(), matrices, progress)?;
         }
         progress.end();
         Ok(weights)

@@ -77,7 +77,8 @@ impl VectorPiece {
             values.resize(start + run.len(), 0.0);
             dequantize(entry.dtype, &bytes[run.start * element..run.end * element], &mut values[start..]);
             if let Some(at) = values[start..].iter().position(|value| !value.is_finite()) {
-                return Err(ModelError::NonFinite { tensor: self.name.clone(), index: run.start + at });
+                let path = checkpoint.path().to_owned();
+                return Err(ModelError::NonFinite { path, tensor: self.name.clone(), index: run.start + at });
             }
         }
         Ok(())

@@ -108,7 +108,7 @@ fn more_experts_than_any_model_has_are_refused_before_they_take_memory() {
         config[key] = (1 << 24).into();
         let refused = open_folder(&config.to_string(), &read("model.safetensors"));
         assert!(
-            matches!(&refused, Err(ModelError::Config { key, reason, .. }) if key == "experts" && reason.contains("between 1 and 4096")),
+            matches!(&refused, Err(ModelError::Config { key, reason, .. }) if key.ends_with("_experts") && reason.contains("between 1 and 4096")),
             "{row}: {:?}",
             refused.err()
         );
@@ -169,6 +169,31 @@ fn scales_of_eight_bit_floats_that_do_not_fit_are_named() {
     without_size["quantization_config"]["weight_block_size"] = serde_json::Value::Null;
     let text = with(Some((Dtype::F32, vec![4, 3], &ones)), &without_size.to_string()).unwrap_err();
     assert!(text.contains("weight_block_size: is missing"), "{text}");
+}
+
+#[test]
+fn eight_bit_floats_of_all_experts_in_one_tensor_are_refused_with_what_to_take() {
+    use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+    let source = fixture("rows/gpt_oss");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(source.join("config.json")).unwrap()).unwrap();
+    config["quantization_config"] = serde_json::json!({ "quant_method": "fp8" });
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let name = "model.layers.0.mlp.experts.down_proj";
+    let shape = file.tensor(name).unwrap().shape().to_vec();
+    let stored = vec![0; shape.iter().product()];
+    let scales = 1f32.to_le_bytes().repeat(shape[0]);
+    let with = |scales: Option<&[u8]>| {
+        let mut tensors: Vec<(String, TensorView<'_>)> = file.tensors().into_iter().filter(|(other, _)| other != name).collect();
+        tensors.push((name.to_owned(), TensorView::new(Dtype::F8_E4M3, shape.clone(), &stored).unwrap()));
+        if let Some(scales) = scales {
+            tensors.push((format!("{name}_scale"), TensorView::new(Dtype::F32, vec![shape[0], 1, 1], scales).unwrap()));
+        }
+        open_folder(&config.to_string(), &safetensors::serialize(tensors, None).unwrap()).unwrap_err().to_string()
+    };
+    let refused = with(Some(&scales));
+    assert!(refused.contains(&format!("{name}_scale")) && refused.contains("where each expert has matrices of its own"), "{refused}");
+    assert!(with(None).contains(&format!("lacks {name}_scale_inv")));
 }
 
 #[test]

@@ -106,7 +106,7 @@ fn unknown_families_and_missing_keys_are_named() {
     let text = |text: &str| Entry::Text(text.to_owned());
     for (key, value, expected) in [
         ("llama.block_count", number(u32::MAX), "llama.block_count: is 4294967295"),
-        ("llama.attention.head_count", number(0), "heads: is 0"),
+        ("llama.attention.head_count", number(0), "attention.head_count: is 0"),
         ("llama.embedding_length", text("32"), "llama.embedding_length: is a string, an integer is needed"),
         ("llama.rope.freq_base", Entry::F32(f32::NAN), "rope_theta: is NaN"),
         ("llama.rope.dimension_count", number(17), "rotary_dim: is 17"),
@@ -141,10 +141,12 @@ fn nan_and_infinite_weights_are_named() {
             },
             kind,
         );
-        assert!(matches!(&error, Some(ModelError::NonFinite { tensor, index: 0 }) if tensor == "blk.0.ffn_down.weight"), "{error:?}");
+        assert!(matches!(&error, Some(ModelError::NonFinite { tensor, index: 0, .. }) if tensor == "blk.0.ffn_down.weight"), "{error:?}");
     }
     let error = load(&|file| file.tensor_mut("output_norm.weight").bytes[8..12].copy_from_slice(&f32::NAN.to_le_bytes()), build::Q8_0);
-    assert!(matches!(&error, Some(ModelError::NonFinite { tensor, index: 2 }) if tensor == "output_norm.weight"), "{error:?}");
+    assert!(matches!(&error, Some(ModelError::NonFinite { tensor, index: 2, .. }) if tensor == "output_norm.weight"), "{error:?}");
+    let text = error.unwrap().to_string();
+    assert!(text.contains(".gguf: tensor output_norm.weight") && text.contains("download it again"), "{text}");
 }
 
 #[test]

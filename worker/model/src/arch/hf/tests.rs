@@ -104,7 +104,8 @@ fn senseless_values_name_their_key() {
         assert!(text.starts_with("config.json: ") && text.contains(key), "{key} = {value}: {text}");
     }
     assert!(refused(json!({ "num_key_value_heads": 3 })).contains("multiple of 3 KV heads"));
-    assert!(refused(json!({ "num_key_value_heads": 0 })).contains("kv_heads"));
+    assert!(refused(json!({ "num_key_value_heads": 0 })).contains("num_key_value_heads: is 0"));
+    assert!(refused(json!({ "num_attention_heads": 0 })).contains("num_attention_heads"));
     assert!(refused(json!({ "head_dim": 0 })).contains("head_dim"));
     assert!(refused(json!({ "head_dim": 7 })).contains("rotary_dim"));
     assert!(refused(json!({ "rms_norm_eps": 0.0 })).contains("eps"));
