@@ -68,6 +68,7 @@ impl ClusterApi for Leader {
         }
         let status = GroupStatus {
             cluster_id: "c".into(),
+            group_id: "c".into(),
             member_id: 1,
             leader_id: 2,
             term: 1,
