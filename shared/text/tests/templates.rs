@@ -187,7 +187,8 @@ fn broken_templates_are_refused_when_compiled() {
 
 #[test]
 fn templates_cannot_run_away() {
-    let limits = TemplateLimits { fuel: 100_000, recursion: 50, output_bytes: 1 << 16, time: Duration::from_secs(20) };
+    let limits =
+        TemplateLimits { fuel: 100_000, recursion: 50, output_bytes: 1 << 16, memory_bytes: 64 << 20, time: Duration::from_secs(20) };
     let ended_by = |source: &str, limits: TemplateLimits| match compile(source).with_limits(limits).render(&ChatRender::default()) {
         Err(TextError::TemplateLimit(limit)) => limit,
         other => panic!("{source}: {other:?}"),
@@ -222,4 +223,62 @@ fn json_nested_deep_is_refused_or_rendered() {
     let messages = [json!({"role": "user", "content": "a", "extra": value})];
     let text = render("{{ messages[0].extra | tojson }}", &messages).unwrap();
     assert_eq!(text.matches('[').count(), 120);
+}
+
+/// Templates that make much of little. Each is ended before it makes a value larger than the limit.
+#[test]
+fn templates_cannot_take_all_memory() {
+    let memory_bytes = 1 << 20;
+    let limits = TemplateLimits { memory_bytes, time: Duration::from_secs(20), ..TemplateLimits::default() };
+    let double = |step: &str| format!("{{% set ns = namespace(x='ab' * 8, l=[1, 2]) %}}{{% for i in range(60) %}}{step}{{% endfor %}}");
+    let mut sources = vec![
+        double("{% set ns.x = ns.x ~ ns.x %}"),
+        double("{% set ns.x = ns.x + ns.x %}"),
+        double("{% set ns.x = ns.x * 2 %}"),
+        double("{% set ns.x = [ns.x, ns.x] | join %}"),
+        double("{% set ns.x = ''.join([ns.x, ns.x]) %}"),
+        double("{% set ns.x = ns.x | replace('a', ns.x) %}"),
+        double("{% set ns.x = ns.x.replace('a', ns.x) %}"),
+        double("{% set ns.x = '{0}{0}'.format(ns.x) %}"),
+        double("{% set ns.x = '%s%s' | format(ns.x, ns.x) %}"),
+        double("{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+        double("{% set ns.x = [ns.x, ns.x] | tojson %}"),
+        double("{% set ns.x = [ns.x, ns.x] | string %}"),
+        double("{% set ns.l = ns.l + ns.l %}"),
+        double("{% set ns.l = ns.l * 2 %}"),
+        double("{% set ns.l = ns.l | chain(ns.l) %}"),
+        double("{% set ns.l = (ns.l + ns.l)[1:] %}"),
+        double("{% set ns.l = [ns.l, ns.l] %}") + "{{ ns.l }}",
+        double("{% set ns.l = [ns.l, ns.l] %}") + "{% set x = ns.l ~ '' %}",
+        double("{% set ns.l = [ns.l, ns.l] %}") + "{% set x = ns.l | upper %}",
+        double("{% set ns.l = [ns.l, ns.l] %}") + "{% set x = ns.l | tojson %}",
+        double("{% set ns.l = [ns.l, ns.l] %}") + "{% set x = ns.l in 'abc' %}",
+        "{% macro f(x, n) %}{% if n %}{{ f(x ~ x, n - 1) }}{% endif %}{{ x }}{% endmacro %}{% set y = f('ab', 15) %}".to_string(),
+        "{% set y %}{% for i in range(99999) %}0123456789012345678901234567890123456789{% endfor %}{% endset %}".to_string(),
+        "{% set y = [[1] | batch(n, 0)] %}".replace('n', "1000000000"),
+        "{% set y = [1] | slice(1000000000) %}".to_string(),
+        "{% set y = '%1000000000d' | format(1) %}".to_string(),
+        "{% set y = '{:1000000000}'.format(1) %}".to_string(),
+        "{% set y = '{:{}}'.format(1, 1000000000) %}".to_string(),
+    ];
+    for factor in ["n * 1000000000", "1000000000 * n", "[n] * 90000000", "(n, n) * 40000000"] {
+        sources.push(format!("{{% set n = 'x' %}}{{% set y = {factor} %}}"));
+    }
+    sources.push("{% set t = 'a\n' * 10000 %}{% for i in range(2) %}{% set y = t | indent(9999) %}{% endfor %}".to_string());
+    for source in sources {
+        let rendered = compile(&source).with_limits(limits).render(&ChatRender::default());
+        assert_eq!(rendered, Err(TextError::TemplateLimit(format!("{memory_bytes} bytes of memory"))), "{source}");
+    }
+}
+
+/// The engine computes constants while it compiles.
+#[test]
+fn constants_cannot_take_all_memory() {
+    for constant in ["'x' * 90000000", "90000000 * ('x' ~ 'y')", "[1, 2] * (10 ** 7)", "'x' * 9999 * 9999", "['x' * 90000000] | length"] {
+        let compiled = ChatTemplate::new(&format!("{{% set y = {constant} %}}"), BTreeMap::new());
+        assert!(matches!(&compiled, Err(TextError::TemplateInvalid(reason)) if reason.contains("constants")), "{constant}: {compiled:?}");
+    }
+    let copies = "{% set y = 'x' * 900000 %}".repeat(100);
+    assert!(matches!(ChatTemplate::new(&copies, BTreeMap::new()), Err(TextError::TemplateInvalid(_))));
+    assert_eq!(render("{{ '-' * 80 }}", &[]).unwrap(), "-".repeat(80));
 }

@@ -19,6 +19,8 @@ pub enum ContentFormat {
 const PROBE: &str = "forgeprobe";
 /// Instructions for rendering the probe: no template needs more for one message.
 pub(super) const PROBE_FUEL: u64 = 200_000;
+/// Memory for it.
+pub(super) const PROBE_BYTES: usize = 4 << 20;
 
 /// Finds the format by rendering one message in both. A template that takes no lists fails on
 /// one or writes it out as a Python list, with quotes around the text.

@@ -2,12 +2,13 @@
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use minijinja::machinery::parse;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
 
 use super::output::{Raised, message};
-use super::{TemplateLimits, filters, python};
+use super::{TemplateLimits, constants, filters, growth, metered, python};
 use crate::{Result, TextError};
 
 /// The one template of an environment.
@@ -23,17 +24,25 @@ pub(super) fn compile(source: &str, limits: &TemplateLimits) -> Result<Environme
     let invalid = |error: Error| TextError::TemplateInvalid(message(&error));
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(invalid)?;
-    environment.set_syntax(syntax);
+    environment.set_syntax(syntax.clone());
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_formatter(python::format);
     environment.set_unknown_method_callback(python::call_method);
     environment.add_function("raise_exception", raise_exception);
+    growth::register(&mut environment);
+    metered::register(&mut environment);
     filters::register(&mut environment);
     set_limits(&mut environment, limits);
     // As jinja2 reads it: every kind of line end is one newline.
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
-    environment.add_template_owned(TEMPLATE_NAME, without_generation_tags(&source)).map_err(invalid)?;
+    let source = without_generation_tags(&source);
+    let parsed = parse(&source, TEMPLATE_NAME, syntax).map_err(invalid)?;
+    if let Some(limit) = constants::too_large(&parsed) {
+        return Err(TextError::TemplateInvalid(format!("its constants have more than {limit} bytes; repeat texts fewer times")));
+    }
+    drop(parsed);
+    environment.add_template_owned(TEMPLATE_NAME, source).map_err(invalid)?;
     Ok(environment)
 }
 

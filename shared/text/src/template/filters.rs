@@ -1,9 +1,9 @@
 //! Filters and tests where jinja2 and the engine differ, and those the engine lacks.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::{json, python};
+use super::{json, meter, python};
 
 /// Most spaces that one indentation or alignment may ask for.
 pub(super) const MAX_WIDTH: usize = 10_000;
@@ -74,10 +74,11 @@ fn is_callable(value: &Value) -> bool {
 }
 
 /// `indent(width=4, first=False, blank=False)`; the width is a number of spaces or a text.
-fn indent(text: &str, width: Option<Value>, first: Option<bool>, blank: Option<bool>, kwargs: Kwargs) -> Result<String, Error> {
-    let width = width.or(kwargs.get("width")?);
-    let first = first.or(kwargs.get("first")?).unwrap_or(false);
-    let blank = blank.or(kwargs.get("blank")?).unwrap_or(false);
+fn indent(state: &State, text: &str, args: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+    let argument = |place: usize, name: &str| -> Result<Option<Value>, Error> { Ok(args.get(place).cloned().or(kwargs.get(name)?)) };
+    let width = argument(0, "width")?;
+    let first = argument(1, "first")?.is_some_and(|value| value.is_true());
+    let blank = argument(2, "blank")?.is_some_and(|value| value.is_true());
     kwargs.assert_all_used()?;
     let indentation = match &width {
         None => "    ".to_owned(),
@@ -86,6 +87,8 @@ fn indent(text: &str, width: Option<Value>, first: Option<bool>, blank: Option<b
             None => " ".repeat(checked_width(usize::try_from(width.clone())?)?),
         },
     };
+    let places = lines(text).count() + 1;
+    meter::check(state, places.saturating_mul(indentation.len()).saturating_add(text.len()))?;
     let mut result = String::with_capacity(text.len());
     if first {
         result.push_str(&indentation);

@@ -4,7 +4,10 @@
 use std::fmt::Write;
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
-use minijinja::{Error, ErrorKind};
+use minijinja::{Error, ErrorKind, State};
+
+use super::filters::checked_width;
+use super::meter;
 
 /// Deepest nesting written; request JSON cannot be deeper, a template's own values could.
 const MAX_DEPTH: usize = 200;
@@ -33,10 +36,12 @@ struct Style {
     item_separator: String,
     key_separator: String,
     sort_keys: bool,
+    /// Most bytes of the text before another value is begun.
+    limit_bytes: usize,
 }
 
 /// `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(super) fn tojson(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
+pub(super) fn tojson(state: &State, value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let argument = |place: usize, name: &str| -> Result<Option<Value>, Error> {
         let named: Option<Value> = kwargs.get(name)?;
         let given = args.get(place).cloned().or(named);
@@ -66,13 +71,20 @@ pub(super) fn tojson(value: Value, args: Rest<Value>, kwargs: Kwargs) -> Result<
         item_separator,
         key_separator,
         sort_keys: sort_keys.is_some_and(|value| value.is_true()),
+        limit_bytes: meter::left(state)?,
     };
+    checked_width(style.indent.as_ref().map_or(0, String::len))?;
     let mut text = String::new();
-    write_value(&mut text, &value, &style, 0)?;
+    let written = write_value(&mut text, &value, &style, 0);
+    meter::check(state, text.len())?;
+    written?;
     Ok(Value::from(text))
 }
 
 fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) -> Result<(), Error> {
+    if out.len() > style.limit_bytes {
+        return Err(not_json("a value this large"));
+    }
     if depth > MAX_DEPTH {
         return Err(not_json("a value nested too deep"));
     }

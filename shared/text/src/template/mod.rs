@@ -7,10 +7,14 @@
 //! They render as `transformers` renders them (jinja2 with `trim_blocks`, `lstrip_blocks`, loop
 //! controls and its own `tojson`): `tests/fixtures/text/templates.json` holds its results.
 
+mod constants;
 mod content;
 mod environment;
 mod filters;
+mod growth;
 mod json;
+mod meter;
+mod metered;
 mod output;
 mod python;
 
@@ -33,13 +37,15 @@ pub struct TemplateLimits {
     pub recursion: usize,
     /// Bytes of the result.
     pub output_bytes: usize,
+    /// Bytes of all values that the template makes while rendering, freed ones included.
+    pub memory_bytes: usize,
     /// Time for the whole rendering, looked at where the template writes or calls a method.
     pub time: Duration,
 }
 
 impl Default for TemplateLimits {
     fn default() -> Self {
-        Self { fuel: 10_000_000, recursion: 100, output_bytes: 16 << 20, time: Duration::from_secs(5) }
+        Self { fuel: 10_000_000, recursion: 100, output_bytes: 16 << 20, memory_bytes: 256 << 20, time: Duration::from_secs(5) }
     }
 }
 
@@ -97,7 +103,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`TextError::TemplateInvalid`].
     pub fn new(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self> {
-        let limits = TemplateLimits { fuel: content::PROBE_FUEL, ..TemplateLimits::default() };
+        let limits = TemplateLimits { fuel: content::PROBE_FUEL, memory_bytes: content::PROBE_BYTES, ..TemplateLimits::default() };
         let mut template = Self {
             source: source.into(),
             environment: Arc::new(environment::compile(source, &limits)?),
@@ -174,6 +180,7 @@ impl ChatTemplate {
             ("add_generation_prompt", request.add_generation_prompt.into()),
             ("strftime_now", now),
             output::deadline(self.limits.time),
+            meter::variable(self.limits.memory_bytes),
         ];
         pairs.extend(fixed.map(|(name, value)| (name.to_string(), value)));
         Ok(minijinja::Value::from_pairs(pairs))

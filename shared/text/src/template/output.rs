@@ -1,15 +1,14 @@
 //! Rendering within bounds, and what its errors mean.
 
 use std::error::Error as _;
-use std::io::{self, Write};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use minijinja::machinery::{eval, get_compiled_template, make_string_output};
 use minijinja::value::{Object, Value};
 use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::TemplateLimits;
 use super::environment::TEMPLATE_NAME;
+use super::{TemplateLimits, metered};
 use crate::{Result, TextError};
 
 /// Variable that holds the deadline; not a name a template can write.
@@ -29,7 +28,7 @@ pub(super) struct Raised(pub(super) String);
 /// Why rendering was ended.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
-struct LimitReached(String);
+pub(super) struct LimitReached(pub(super) String);
 
 /// The deadline as a variable.
 pub(super) fn deadline(time: Duration) -> (&'static str, Value) {
@@ -52,48 +51,24 @@ pub(super) fn check_deadline(state: &State) -> std::result::Result<(), Error> {
     Ok(())
 }
 
-/// Collects output up to a number of bytes.
-struct BoundedOutput {
-    bytes: Vec<u8>,
-    limit_bytes: usize,
-    end: Instant,
-    reached: Option<LimitReached>,
+/// Renders the template. Whatever it writes is counted by the meter first, so the text is bounded
+/// while it grows.
+pub(super) fn render(environment: &Environment<'static>, context: Value, limits: &TemplateLimits) -> Result<String> {
+    let mut text = String::new();
+    run(environment, context, &mut text).map_err(|error| classify(&error, limits))?;
+    if text.len() > limits.output_bytes {
+        return Err(TextError::TemplateLimit(format!("{} bytes of output", limits.output_bytes)));
+    }
+    Ok(text)
 }
 
-impl Write for BoundedOutput {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.bytes.len() + bytes.len() > self.limit_bytes {
-            self.reached = Some(LimitReached(format!("{} bytes of output", self.limit_bytes)));
-        } else if Instant::now() > self.end {
-            self.reached = Some(time_is_up());
-        }
-        if self.reached.is_some() {
-            return Err(io::ErrorKind::Other.into());
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Renders the template.
-pub(super) fn render(environment: &Arc<Environment<'static>>, context: Value, limits: &TemplateLimits) -> Result<String> {
-    let now = Instant::now();
-    let mut output = BoundedOutput {
-        bytes: Vec::new(),
-        limit_bytes: limits.output_bytes,
-        end: now.checked_add(limits.time).unwrap_or(now),
-        reached: None,
-    };
-    let rendered = environment.get_template(TEMPLATE_NAME).and_then(|template| template.render_captured_to(context, &mut output).map(drop));
-    if let Some(limit) = output.reached {
-        return Err(TextError::TemplateLimit(limit.0));
-    }
-    rendered.map_err(|error| classify(&error, limits))?;
-    String::from_utf8(output.bytes).map_err(|error| TextError::TemplateFailed(error.to_string()))
+fn run<'a>(environment: &'a Environment<'a>, context: Value, text: &mut String) -> std::result::Result<(), Error> {
+    let template = environment.get_template(TEMPLATE_NAME)?;
+    let plain = get_compiled_template(&template);
+    let instructions = metered::instructions(&plain.instructions)?;
+    let blocks = metered::blocks(&plain.blocks)?;
+    let mut output = make_string_output(text);
+    eval(environment, &instructions, context, &blocks, &mut output, plain.initial_auto_escape.clone()).map(drop)
 }
 
 /// Tells a template's refusal from its failure and from a bound.

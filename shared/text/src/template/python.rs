@@ -5,10 +5,12 @@ use minijinja::{Error, ErrorKind, Output, State, escape_formatter};
 
 use super::filters::checked_width;
 use super::json::python_float;
+use super::{growth, meter};
 
 /// Writes a value as Python prints it.
 pub(super) fn format(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
     super::output::check_deadline(state)?;
+    meter::charge(state, meter::printed(state, value)?)?;
     if value.kind() == ValueKind::Number
         && !value.is_integer()
         && let Ok(number) = f64::try_from(value.clone())
@@ -24,6 +26,9 @@ pub(super) fn format(out: &mut Output, state: &mut State, value: &Value) -> Resu
 /// that set.
 pub(super) fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     super::output::check_deadline(state)?;
+    if value.as_str().is_some() {
+        growth::before_method(state, value, method, args)?;
+    }
     if let Some(text) = value.as_str()
         && let Some(result) = string_method(text, method, args)?
     {
