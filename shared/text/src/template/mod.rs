@@ -1,8 +1,8 @@
 //! Chat templates: messages to a prompt.
 //!
 //! Templates come with the model, not with the request, but their output depends on what users
-//! send: they run without file or network access, with bounded instructions, nesting, output
-//! and time. Invariant: the result is a function of the arguments; the clock is one of them.
+//! send: they run without file or network access, with bounded instructions, nesting, output,
+//! memory and time. Invariant: the result is a function of the arguments; the clock is one of them.
 //!
 //! They render as `transformers` renders them (jinja2 with `trim_blocks`, `lstrip_blocks`, loop
 //! controls and its own `tojson`): `tests/fixtures/text/templates.json` holds its results.
