@@ -51,13 +51,13 @@ def make_network():
         run("ip", "netns", "add", switch)
     except (Failed, OSError) as error:
         raise Failed(f"network namespaces are not allowed here (root and iproute2 are needed): {error}") from error
-    run("ip", "-n", switch, "link", "add", "br", "type", "bridge")
-    run("ip", "-n", switch, "link", "set", "br", "up")
+    run("ip", "-n", switch, "link", "add", "name", "switch", "type", "bridge")
+    run("ip", "-n", switch, "link", "set", "switch", "up")
     for host, address in HOSTS.items():
         name = namespace(host)
         run("ip", "netns", "add", name)
-        run("ip", "-n", switch, "link", "add", f"v{host}", "type", "veth", "peer", "name", "eth0", "netns", name)
-        run("ip", "-n", switch, "link", "set", f"v{host}", "master", "br", "up")
+        run("ip", "-n", switch, "link", "add", "name", f"v{host}", "type", "veth", "peer", "name", "eth0", "netns", name)
+        run("ip", "-n", switch, "link", "set", f"v{host}", "master", "switch", "up")
         run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
         run("ip", "-n", name, "link", "set", "eth0", "up")
         run("ip", "-n", name, "link", "set", "lo", "up")

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
+use forge_cluster::api::ClusterApi;
 use forge_cluster::client::RemoteCluster;
 use forge_cluster::tls::SharedCredentials;
 use uuid::Uuid;
@@ -15,6 +16,9 @@ use crate::runtime;
 /// Longest wait for one answer: a new leader is there long before.
 pub const TIMEOUT: Duration = Duration::from_secs(15);
 
+/// Longest wait for what a command does not need itself.
+const LEARN_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// The context that `forgectl serve` writes for the cluster it has in itself.
 const LOCAL: &str = "local";
 
@@ -24,7 +28,14 @@ const LOCAL: &str = "local";
 /// # Errors
 /// If no cluster is known, or its certificate cannot be used.
 pub fn connect(store: &ContextStore, args: &ServerArgs) -> Result<RemoteCluster> {
-    let name = match &args.context {
+    let known = store.get(&context(store, args)?)?;
+    let servers = if args.server.is_empty() { &known.servers } else { &args.server };
+    Ok(RemoteCluster::new(servers, &SharedCredentials::new(known.credentials))?)
+}
+
+/// Name of the context that is meant.
+fn context(store: &ContextStore, args: &ServerArgs) -> Result<String> {
+    Ok(match &args.context {
         Some(name) => name.clone(),
         None => match store.current()? {
             Some(name) => name,
@@ -36,10 +47,18 @@ pub fn connect(store: &ContextStore, args: &ServerArgs) -> Result<RemoteCluster>
                 ));
             }
         },
-    };
-    let known = store.get(&name)?;
-    let servers = if args.server.is_empty() { &known.servers } else { &args.server };
-    Ok(RemoteCluster::new(servers, &SharedCredentials::new(known.credentials))?)
+    })
+}
+
+/// Keeps the addresses of the coordinators of now with the context, so that the next command finds one though those it was
+/// made with are gone. What cannot be learned or kept changes nothing.
+async fn learn(store: &ContextStore, args: &ServerArgs, cluster: &RemoteCluster) {
+    let Ok(name) = context(store, args) else { return };
+    let Ok(status) = cluster.status(LEARN_TIMEOUT).await else { return };
+    let servers: Vec<String> = status.members.into_iter().map(|member| member.address).filter(|address| !address.is_empty()).collect();
+    if let Err(failure) = store.learn(&name, &servers) {
+        tracing::debug!(%failure, "the coordinators' addresses are not kept");
+    }
 }
 
 /// Runs a command against the cluster that is meant. Ctrl-C ends it.
@@ -51,10 +70,14 @@ pub fn with_cluster<T, F: Future<Output = Result<T>>>(args: &ServerArgs, work: i
     let runtime = runtime::start()?;
     runtime.block_on(async {
         let cluster = connect(&store, args)?;
-        tokio::select! {
-            done = work(cluster) => done,
+        let done = tokio::select! {
+            done = work(cluster.clone()) => done,
             () = runtime::interrupt() => Err(Failure::new("stopped")),
+        };
+        if done.is_ok() {
+            learn(&store, args, &cluster).await;
         }
+        done
     })
 }
 

@@ -59,12 +59,28 @@ impl ContextStore {
         check_name("context", name)?;
         let folder = self.folder.join(name);
         credentials.save(&folder)?;
-        let stored = serde_json::to_string_pretty(&Stored { servers: servers.to_vec() }).map_err(|error| Failure::of(&error))?;
-        write_private(&folder.join(FILE), &(stored + "\n"))?;
+        self.write(name, servers)?;
         if self.current()?.is_none() {
             self.set_current(name)?;
         }
         Ok(())
+    }
+
+    /// Keeps other addresses for a cluster; its certificate stays. Without any, what was there stays too.
+    ///
+    /// # Errors
+    /// If there is no such cluster, or its file cannot be written.
+    pub fn learn(&self, name: &str, servers: &[String]) -> Result<()> {
+        let known = self.get(name)?;
+        if servers.is_empty() || known.servers == servers {
+            return Ok(());
+        }
+        self.write(name, servers)
+    }
+
+    fn write(&self, name: &str, servers: &[String]) -> Result<()> {
+        let stored = serde_json::to_string_pretty(&Stored { servers: servers.to_vec() }).map_err(|error| Failure::of(&error))?;
+        Ok(write_private(&self.folder.join(name).join(FILE), &(stored + "\n"))?)
     }
 
     /// The name of the current one.
