@@ -8,7 +8,7 @@
 //! more than its node said it has at that time; epochs of a service only grow.
 //!
 //! The log's times come from different leaders' clocks. They decide how long tokens and idempotency records live, by
-//! the differences between entries (see [`clock`]), and what is shown; nothing else.
+//! the differences between entries (see `clock.rs`), and what is shown; nothing else.
 
 mod access;
 mod checks;

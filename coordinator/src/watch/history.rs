@@ -190,7 +190,7 @@ impl History {
     /// The position of the first event after `revision`.
     ///
     /// # Errors
-    /// [`Overtaken`] where some of them are gone.
+    /// `Overtaken` where some of them are gone.
     pub fn position(&self, revision: Revision) -> Result<u64, Overtaken> {
         if revision < self.floor {
             return Err(Overtaken);
@@ -202,7 +202,7 @@ impl History {
     /// Events from `position` on, within bounds.
     ///
     /// # Errors
-    /// [`Overtaken`] where `position` is no longer here.
+    /// `Overtaken` where `position` is no longer here.
     pub fn read(&self, position: u64, kinds: KindSet, bounds: BatchBounds) -> Result<Slice, Overtaken> {
         let skip = position.checked_sub(self.first).ok_or(Overtaken)?;
         let skip = usize::try_from(skip).unwrap_or(usize::MAX).min(self.events.len());
