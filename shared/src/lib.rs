@@ -10,3 +10,4 @@ pub mod link;
 pub mod plan;
 pub mod spec;
 pub mod telemetry;
+pub mod tree;

@@ -10,9 +10,8 @@ use std::ops::Range;
 
 use forge_shared::plan::ModelFacts;
 use forge_shared::spec::{ByteSize, ModelServiceSpec};
+use forge_shared::tree::{MAX_LEAVES, attention_leaves, share};
 
-/// Leaves of a sum at most.
-const MAX_LEAVES: usize = 8;
 /// The shortest context worth serving; below it a wish is refused rather than shrunk.
 pub(super) const MIN_MODEL_LEN: usize = 16;
 
@@ -156,13 +155,7 @@ struct Share {
 impl Share {
     fn of(heads: usize, kv_heads: usize, rank: usize, size: usize) -> Share {
         let group = (heads / kv_heads).max(1);
-        let bounds: Vec<usize> = if heads <= MAX_LEAVES {
-            (0..=heads).collect()
-        } else if kv_heads <= MAX_LEAVES {
-            (0..=kv_heads).map(|i| i * group).collect()
-        } else {
-            (0..=MAX_LEAVES).map(|i| i * kv_heads / MAX_LEAVES * group).collect()
-        };
+        let bounds = attention_leaves(heads, kv_heads);
         let leaves = share(bounds.len() - 1, rank, size);
         let held = bounds[leaves.start]..bounds[leaves.end];
         let even = share(MAX_LEAVES, rank, size).len();
@@ -180,22 +173,6 @@ fn kv_held(held: &Range<usize>, group: usize) -> usize {
     let (first, last) = (held.start / group, (held.end - 1) / group);
     let is_whole = held.start.is_multiple_of(group) && held.end.is_multiple_of(group);
     if first == last || is_whole { last - first + 1 } else { held.len() }
-}
-
-/// Leaves that one of `size` ranks holds: whole subtrees of a tree that splits after ceil(n/2).
-fn share(leaves: usize, rank: usize, size: usize) -> Range<usize> {
-    let (mut start, mut end, mut ranks, mut index) = (0, leaves, size, rank);
-    while ranks > 1 {
-        let middle = start + (end - start).div_ceil(2);
-        ranks /= 2;
-        if index < ranks {
-            end = middle;
-        } else {
-            start = middle;
-            index -= ranks;
-        }
-    }
-    start..end
 }
 
 fn part_of(bytes: u64, (numerator, denominator): (usize, usize)) -> u64 {

@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn absent_experts_are_skipped() {
-        assert_eq!(merges(&[], 8), []);
+        assert_eq!(merges(&[], 8), Vec::<u8>::new());
         assert_eq!(merges(&[5], 8), [0]);
         // ((0 1) (2 3)) ((4 5) (6 7)): 1 waits for (2 3), then for 6.
         assert_eq!(merges(&[1, 2, 3, 6], 8), [0, 0, 2, 1]);

@@ -3,10 +3,10 @@
 //! `tree(leaves)` splits after ceil(n/2) leaves, recursively. A rank holds whole subtrees; collectives combine
 //! neighbours first. So tp = 1, 2, 4, 8 give the same bits, and an empty share contributes −0.0.
 //!
-//! What it is not: it holds no numbers; kernels and collectives walk it.
+//! What it is not: it holds no numbers; kernels and collectives walk it. Which leaves a rank holds is
+//! [`forge_shared::tree`]: placement counts with the same rule.
 
-/// The most leaves a product's sum is split into; more would not stay cheap in registers.
-pub const MAX_LEAVES: usize = 8;
+pub use forge_shared::tree::{MAX_LEAVES, attention_leaves, share};
 
 /// Column boundaries of a product's leaves: leaf i covers columns `bounds[i]..bounds[i + 1]`.
 ///
@@ -60,37 +60,6 @@ pub fn merges_after(leaves: usize) -> Vec<u8> {
     let mut merges = vec![0; leaves];
     walk(0, leaves, &mut merges);
     merges
-}
-
-/// The leaves that rank `rank` of `size` (a power of two) holds: whole subtrees, perhaps none.
-pub fn share(leaves: usize, rank: usize, size: usize) -> std::ops::Range<usize> {
-    debug_assert!(size.is_power_of_two() && rank < size);
-    let (mut start, mut end, mut ranks, mut index) = (0, leaves, size, rank);
-    while ranks > 1 {
-        let middle = start + (end - start).div_ceil(2);
-        ranks /= 2;
-        if index < ranks {
-            end = middle;
-        } else {
-            start = middle;
-            index -= ranks;
-        }
-    }
-    start..end
-}
-
-/// Leaves of the attention output product over `heads` query heads in `kv_heads` groups, in units of query
-/// heads: heads when there are at most 8, else KV groups when at most 8, else 8 runs of whole groups.
-/// Returns boundaries in heads.
-pub fn attention_leaves(heads: usize, kv_heads: usize) -> Vec<usize> {
-    let group = heads / kv_heads.max(1);
-    if heads <= MAX_LEAVES {
-        (0..=heads).collect()
-    } else if kv_heads <= MAX_LEAVES {
-        (0..=kv_heads).map(|i| i * group).collect()
-    } else {
-        (0..=MAX_LEAVES).map(|i| i * kv_heads / MAX_LEAVES * group).collect()
-    }
 }
 
 /// Leaves of a row-split product or of the vocabulary: S = min(8, units) runs, run i being units
