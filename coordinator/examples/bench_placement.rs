@@ -62,6 +62,7 @@ fn facts(gib: u64) -> ModelFacts {
             embedding_bytes: bytes / 66,
             head_bytes: bytes / 66,
             layer_bytes: vec![bytes / 66; 64],
+            expert_bytes: Vec::new(),
         },
     }
 }
@@ -75,7 +76,7 @@ fn service(number: usize) -> (ServiceName, ModelServiceSpec, ModelFacts) {
         12 => (800, 8, 2),
         small => (8 + small as u64, 1, 1),
     };
-    let layout = Layout { tensor, pipeline };
+    let layout = Layout { tensor, pipeline, ..Layout::default() };
     let spec = ModelServiceSpec { replicas: 1 + (number % 8) as u32, layout, kv_memory: Some(ByteSize(16 << 30)), ..Default::default() };
     (ServiceName(format!("service-{number:03}")), spec, facts(gib))
 }

@@ -55,6 +55,7 @@ fn facts() -> ModelFacts {
             embedding_bytes: table_bytes,
             head_bytes: table_bytes,
             layer_bytes: vec![layer_bytes; 80],
+            expert_bytes: Vec::new(),
         },
     }
 }
@@ -67,7 +68,7 @@ fn service(replicas: u32, layout: Layout) -> ModelService {
 fn a_model_too_large_for_a_device_fills_the_declared_nodes() {
     for (folder, workers) in [("2x8-gpu", 2usize), ("8x8-gpu", 8)] {
         let state = cluster(folder, workers);
-        let service = service(workers as u32, Layout { tensor: 8, pipeline: 1 });
+        let service = service(workers as u32, Layout { tensor: 8, ..Layout::default() });
         let planned = plan_service(&state, &service, &facts()).unwrap();
         assert_eq!(planned.plans.len(), workers, "{folder}");
         let mut taken = BTreeSet::new();
@@ -85,6 +86,6 @@ fn a_model_too_large_for_a_device_fills_the_declared_nodes() {
 
 #[test]
 fn one_device_alone_is_refused_with_numbers() {
-    let error = plan_service(&cluster("2x8-gpu", 2), &service(1, Layout { tensor: 1, pipeline: 1 }), &facts()).unwrap_err();
+    let error = plan_service(&cluster("2x8-gpu", 2), &service(1, Layout::default()), &facts()).unwrap_err();
     assert!(matches!(error, forge_cluster::api::ClusterError::NotPlaceable(_)), "{error:?}");
 }

@@ -31,7 +31,7 @@ pub struct Plan {
     pub max_step_tokens: usize,
     /// Most sequences at once.
     pub max_batch_size: usize,
-    /// Ranks; index is the rank's number.
+    /// Ranks; index is the rank's number. Stage by stage, in a stage by expert rank, then by tensor rank.
     pub ranks: Vec<RankPlan>,
 }
 
@@ -46,12 +46,25 @@ pub struct RankPlan {
     pub tensor_rank: usize,
     /// Tensor-parallel degree.
     pub tensor_size: usize,
+    /// Position among the groups of ranks that the experts of its stage are divided over.
+    #[serde(default)]
+    pub expert_rank: usize,
+    /// How many such groups there are.
+    #[serde(default = "one")]
+    pub expert_size: usize,
     /// Layers of its stage.
     pub layers: Range<usize>,
+    /// Experts of those of its layers that have any; empty where the model has none.
+    #[serde(default)]
+    pub experts: Range<usize>,
     /// Kernel threads.
     pub threads: usize,
     /// Bytes planned: weights, KV and workspace.
     pub memory: RankMemory,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Bytes a rank was given.
@@ -152,6 +165,10 @@ pub struct ModelShape {
     pub head_bytes: u64,
     /// Bytes of each layer's weights.
     pub layer_bytes: Vec<u64>,
+    /// Bytes of each layer's routed experts, which `layer_bytes` include; 0 for a layer without, nothing for a model
+    /// without.
+    #[serde(default)]
+    pub expert_bytes: Vec<u64>,
 }
 
 /// A device that could take a rank.

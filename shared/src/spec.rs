@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// The one API version this build understands.
 pub const API_VERSION: &str = "forge/v1";
+/// The most ranks of a replica.
+pub const MAX_RANKS: usize = 1024;
 
 /// A model to serve.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -103,7 +105,7 @@ impl Default for ModelServiceSpec {
     }
 }
 
-/// Shards of a replica: `tensor × pipeline` ranks.
+/// Shards of a replica: `tensor × pipeline × expert` ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Layout {
@@ -111,11 +113,31 @@ pub struct Layout {
     pub tensor: usize,
     /// Pipeline stages.
     pub pipeline: usize,
+    /// Ranks that the experts of a mixture are divided over; each has everything else whole.
+    pub expert: usize,
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Layout { tensor: 1, pipeline: 1 }
+        Layout { tensor: 1, pipeline: 1, expert: 1 }
+    }
+}
+
+impl Layout {
+    /// Ranks of a stage, which hold the same layers.
+    pub fn stage_ranks(&self) -> usize {
+        self.tensor.saturating_mul(self.expert)
+    }
+
+    /// Ranks of a replica.
+    pub fn ranks(&self) -> usize {
+        self.stage_ranks().saturating_mul(self.pipeline)
+    }
+}
+
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "tensor={} pipeline={} expert={}", self.tensor, self.pipeline, self.expert)
     }
 }
 
@@ -296,10 +318,14 @@ impl ModelService {
             ("spec.maxModelLen", spec.max_model_len.unwrap_or(1), 1, 16 << 20),
             ("spec.layout.tensor", spec.layout.tensor, 1, 8),
             ("spec.layout.pipeline", spec.layout.pipeline, 1, 1024),
+            ("spec.layout.expert", spec.layout.expert, 1, 1024),
         ] {
             if value < low || value > high {
                 return fail(field, format!("must be between {low} and {high}, got {value}"));
             }
+        }
+        if spec.layout.ranks() > MAX_RANKS {
+            return fail("spec.layout", format!("{} makes {} ranks, at most {MAX_RANKS}", spec.layout, spec.layout.ranks()));
         }
         if spec.max_step_tokens < spec.max_batch_size {
             return fail(

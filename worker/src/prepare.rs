@@ -174,6 +174,7 @@ fn model_shape(model: &Model) -> Result<ModelShape, WorkerError> {
         embedding_bytes: parts.embedding_bytes as u64,
         head_bytes: parts.head_bytes as u64,
         layer_bytes: parts.layer_bytes.into_iter().map(|bytes| bytes as u64).collect(),
+        expert_bytes: parts.expert_bytes.into_iter().map(|bytes| bytes as u64).collect(),
     })
 }
 

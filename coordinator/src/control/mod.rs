@@ -114,12 +114,11 @@ pub fn plan_service(state: &ClusterState, service: &ModelService, facts: &ModelF
     plans.sort_by_key(|plan| plan.replica.index);
     let refused_devices = placement::why_not(&cluster, &wish, &plans);
     let changes = known.is_none_or(|known| known.is_deleted || known.service != *service);
-    let ranks = service.spec.layout.tensor.saturating_mul(service.spec.layout.pipeline);
     let mut notes = Vec::new();
-    if ranks > EXECUTABLE_RANKS {
+    if service.spec.layout.ranks() > EXECUTABLE_RANKS {
         notes.push(format!(
             "workers of this version run replicas of {EXECUTABLE_RANKS} rank: applied, this service would stay pending; \
-             set layout.tensor=1 and layout.pipeline=1 to run it today"
+             set layout.tensor=1, layout.pipeline=1 and layout.expert=1 to run it today"
         ));
     }
     Ok(PlannedService { service: service.clone(), changes, plans, refused_devices, notes })

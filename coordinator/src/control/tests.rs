@@ -335,7 +335,7 @@ fn a_question_without_an_answer_is_asked_of_the_next() {
 #[test]
 fn layouts_that_workers_cannot_run_stay_pending_with_the_reason_and_are_planned_when_asked() {
     let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
-    let wish = ModelServiceSpec { layout: Layout { tensor: 2, pipeline: 1 }, ..spec(1) };
+    let wish = ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, ..spec(1) };
     leader.apply("demo", wish.clone());
     leader.settle(20_000);
     let refusal = leader.service("demo").refusal.as_ref().map(Refusal::to_string).unwrap_or_default();

@@ -4,12 +4,15 @@
 //! are 2 + 1. Where a layer's parts are shared unequally the larger share counts for the whole layer, so a rank is never
 //! given less than it will hold.
 //!
-//! Invariant: the stages of a demand cover every layer once, in order.
+//! Expert ranks divide the routed experts of their stage likewise, by index; attention, router, shared experts, tables and
+//! KV are on each of them, divided among its tensor ranks only.
+//!
+//! Invariant: the stages of a demand cover every layer once, in order, and the expert ranks of a stage every expert.
 
 use std::ops::Range;
 
 use forge_shared::plan::ModelFacts;
-use forge_shared::spec::{ByteSize, ModelServiceSpec};
+use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
 use forge_shared::tree::{MAX_LEAVES, attention_leaves, share};
 
 /// The shortest context worth serving; below it a wish is refused rather than shrunk.
@@ -19,7 +22,7 @@ pub(super) const MIN_MODEL_LEN: usize = 16;
 #[derive(Debug, Clone)]
 pub(super) struct Demand {
     pub ranks: Vec<RankDemand>,
-    pub tensor: usize,
+    pub layout: Layout,
     /// Context to aim for.
     pub wanted_len: usize,
     /// Whether it may be no less.
@@ -40,6 +43,9 @@ pub(super) struct Demand {
 pub(super) struct RankDemand {
     pub layers: Range<usize>,
     pub tensor_rank: usize,
+    pub expert_rank: usize,
+    /// Of each layer that has any.
+    pub experts: Range<usize>,
     pub weights_bytes: u64,
     pub workspace_bytes: u64,
     /// Of one KV block; the same number of blocks is on every rank.
@@ -72,7 +78,7 @@ impl Demand {
         let shortest = stated_len.unwrap_or(MIN_MODEL_LEN.min(wanted_len));
         Ok(Demand {
             ranks,
-            tensor: spec.layout.tensor,
+            layout: spec.layout,
             wanted_len,
             is_len_stated: stated_len.is_some(),
             min_blocks: blocks_for(shortest, spec.block_size),
@@ -97,38 +103,48 @@ pub(super) fn blocks_for(tokens: usize, block_size: usize) -> u64 {
 }
 
 fn ranks(spec: &ModelServiceSpec, facts: &ModelFacts, block_bytes: u64) -> Result<Vec<RankDemand>, String> {
-    let (tensor, pipeline) = (spec.layout.tensor, spec.layout.pipeline);
-    if (tensor, pipeline) == (1, 1) {
-        let (weights_bytes, workspace_bytes) = (facts.weights_bytes, facts.workspace_bytes);
-        return Ok(vec![RankDemand { layers: 0..facts.layers, tensor_rank: 0, weights_bytes, workspace_bytes, block_bytes }]);
-    }
-    if !tensor.is_power_of_two() || tensor > MAX_LEAVES {
-        return Err(format!("layout.tensor={tensor}: sums are shared by 1, 2, 4 or 8 ranks"));
-    }
-    if pipeline == 0 || pipeline > facts.layers {
-        return Err(format!("layout.pipeline={pipeline}: the model has {} layers, and a stage has at least one", facts.layers));
-    }
+    let Layout { tensor, pipeline, expert } = spec.layout;
     let shape = &facts.shape;
-    if shape.layer_bytes.len() != facts.layers || shape.heads == 0 || shape.kv_heads == 0 {
-        return Err("the model's parts are not known, so it is not divided; use layout.tensor=1 and layout.pipeline=1".into());
+    if spec.layout.ranks() == 1 {
+        return Ok(vec![RankDemand {
+            layers: 0..facts.layers,
+            tensor_rank: 0,
+            expert_rank: 0,
+            experts: 0..shape.experts,
+            weights_bytes: facts.weights_bytes,
+            workspace_bytes: facts.workspace_bytes,
+            block_bytes,
+        }]);
     }
+    check_layout(spec.layout, facts)?;
     // The head is the embedding table again where it has no bytes of its own, and then the last stage has a copy.
     let head_bytes = match shape.head_bytes {
         0 if pipeline > 1 => shape.embedding_bytes,
         bytes => bytes,
     };
-    let named_bytes =
-        shape.layer_bytes.iter().fold(shape.embedding_bytes.saturating_add(shape.head_bytes), |sum, &bytes| sum.saturating_add(bytes));
+    let named_bytes = sum(&shape.layer_bytes).saturating_add(shape.embedding_bytes).saturating_add(shape.head_bytes);
     let rest_bytes = facts.weights_bytes.saturating_sub(named_bytes);
-    let stages = stages(&shape.layer_bytes, pipeline, shape.embedding_bytes, head_bytes.saturating_add(rest_bytes));
-    let mut ranks = Vec::with_capacity(tensor * pipeline);
+    // A layer as an expert rank holds it: its experts divided, all else whole.
+    let layer_bytes = |experts: usize| -> Vec<u64> {
+        let routed = |layer: usize| shape.expert_bytes.get(layer).copied().unwrap_or(0);
+        let held = |(layer, bytes): (usize, &u64)| {
+            bytes.saturating_sub(routed(layer)).saturating_add(part_of(routed(layer), (experts, shape.experts)))
+        };
+        shape.layer_bytes.iter().enumerate().map(held).collect()
+    };
+    // The first rank has most: a subtree is split after ceil(n/2).
+    let heaviest = layer_bytes(share(shape.experts, 0, expert).len());
+    let stages = stages(&heaviest, pipeline, shape.embedding_bytes, head_bytes.saturating_add(rest_bytes));
+    let mut ranks = Vec::with_capacity(spec.layout.ranks());
     for (number, layers) in stages.iter().enumerate() {
-        let layer_bytes = shape.layer_bytes[layers.clone()].iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
         // Norms and biases are whole on every rank.
         let whole_bytes = if tensor > 1 { (layers.len() as u64).saturating_mul(16 * shape.hidden_size as u64) } else { 0 };
-        for tensor_rank in 0..tensor {
+        for (expert_rank, tensor_rank) in (0..expert).flat_map(|expert_rank| (0..tensor).map(move |tensor_rank| (expert_rank, tensor_rank)))
+        {
+            let experts = share(shape.experts, expert_rank, expert);
             let share = Share::of(shape.heads, shape.kv_heads, tensor_rank, tensor);
-            let mut weights_bytes = part_of(layer_bytes, share.layer).saturating_add(whole_bytes);
+            let stage_bytes = sum(&layer_bytes(experts.len())[layers.clone()]);
+            let mut weights_bytes = part_of(stage_bytes, share.layer).saturating_add(whole_bytes);
             if number == 0 {
                 weights_bytes = weights_bytes.saturating_add(part_of(shape.embedding_bytes, share.vocabulary));
             }
@@ -137,11 +153,59 @@ fn ranks(spec: &ModelServiceSpec, facts: &ModelFacts, block_bytes: u64) -> Resul
             }
             let stage_block_bytes = part_of(block_bytes, (layers.len(), facts.layers));
             let block_bytes = part_of(stage_block_bytes, share.kv);
-            let workspace_bytes = facts.workspace_bytes;
-            ranks.push(RankDemand { layers: layers.clone(), tensor_rank, weights_bytes, workspace_bytes, block_bytes });
+            let (layers, workspace_bytes) = (layers.clone(), facts.workspace_bytes);
+            ranks.push(RankDemand { layers, tensor_rank, expert_rank, experts, weights_bytes, workspace_bytes, block_bytes });
         }
     }
     Ok(ranks)
+}
+
+/// Whether a model can be divided like this at all.
+fn check_layout(layout: Layout, facts: &ModelFacts) -> Result<(), String> {
+    let Layout { tensor, pipeline, expert } = layout;
+    let shape = &facts.shape;
+    if !tensor.is_power_of_two() || tensor > MAX_LEAVES {
+        return Err(format!("layout.tensor={tensor}: sums are shared by 1, 2, 4 or 8 ranks"));
+    }
+    if pipeline == 0 || pipeline > facts.layers {
+        return Err(format!("layout.pipeline={pipeline}: the model has {} layers, and a stage has at least one", facts.layers));
+    }
+    if let Some(reason) = no_such_experts(layout, facts) {
+        return Err(reason);
+    }
+    let is_known = shape.layer_bytes.len() == facts.layers
+        && (expert == 1 || shape.expert_bytes.len() == facts.layers)
+        && shape.heads > 0
+        && shape.kv_heads > 0;
+    if !is_known {
+        let reason = "the model's parts are not known, so it is not divided; use layout.tensor=1, layout.pipeline=1 and layout.expert=1";
+        return Err(reason.into());
+    }
+    Ok(())
+}
+
+/// Why this model's experts are not divided among so many ranks on any machine.
+pub(super) fn no_such_experts(layout: Layout, facts: &ModelFacts) -> Option<String> {
+    let (expert, experts) = (layout.expert, facts.shape.experts);
+    if expert == 1 {
+        return None;
+    }
+    if experts == 0 {
+        return Some(format!("layout.expert={expert}: the model has no experts to divide"));
+    }
+    let most = nearest_expert(expert, facts);
+    (expert != most).then(|| {
+        format!("layout.expert={expert}: the model's {experts} experts are divided over 1, 2, 4, … ranks, of which each has at least one")
+    })
+}
+
+/// The largest number of ranks up to `expert` that this model's experts are divided over: whole subtrees, none of them empty.
+pub(super) fn nearest_expert(expert: usize, facts: &ModelFacts) -> usize {
+    1 << expert.min(facts.shape.experts).max(1).ilog2()
+}
+
+fn sum(bytes: &[u64]) -> u64 {
+    bytes.iter().fold(0, |sum, &bytes| sum.saturating_add(bytes))
 }
 
 /// A rank's shares as fractions, each rounded up by nobody yet.
@@ -182,8 +246,7 @@ fn part_of(bytes: u64, (numerator, denominator): (usize, usize)) -> u64 {
 
 /// Consecutive layers for each stage, so that the heaviest stage is as light as can be.
 fn stages(layer_bytes: &[u64], count: usize, first_extra: u64, last_extra: u64) -> Vec<Range<usize>> {
-    let sum = layer_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
-    let (mut low, mut high) = (0, sum.saturating_add(first_extra).saturating_add(last_extra));
+    let (mut low, mut high) = (0, sum(layer_bytes).saturating_add(first_extra).saturating_add(last_extra));
     while low < high {
         let middle = low + (high - low) / 2;
         if fill(layer_bytes, count, first_extra, last_extra, middle).is_some() { high = middle } else { low = middle + 1 }
@@ -221,6 +284,7 @@ fn even(layers: usize, count: usize) -> Vec<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::test_support::mixture;
 
     #[test]
     fn three_groups_on_two_ranks_are_two_and_one() {
@@ -230,6 +294,26 @@ mod tests {
         assert_eq!(Share::of(32, 8, 5, 8), Share { layer: (1, 8), vocabulary: (1, 8), kv: (1, 8) });
         // Four ranks over two KV heads: each head is there twice.
         assert_eq!((0..4).map(|rank| Share::of(8, 2, rank, 4).kv.0).sum::<usize>(), 4);
+    }
+
+    #[test]
+    fn expert_ranks_divide_the_routed_experts_and_hold_all_else() {
+        let facts = mixture(1_000, 6);
+        let layout = Layout { tensor: 1, pipeline: 1, expert: 4 };
+        let ranks = ranks(&ModelServiceSpec { layout, ..Default::default() }, &facts, 16).expect("divides");
+        let held: Vec<Range<usize>> = ranks.iter().map(|rank| rank.experts.clone()).collect();
+        assert_eq!(held, [0..2, 2..3, 3..5, 5..6]);
+        let routed_bytes = sum(&facts.shape.expert_bytes);
+        let shared_bytes = facts.weights_bytes - routed_bytes;
+        for rank in &ranks {
+            let expected = shared_bytes + routed_bytes * rank.experts.len() as u64 / 6;
+            assert!(rank.weights_bytes.abs_diff(expected) <= 64, "{} and {expected}", rank.weights_bytes);
+            assert_eq!((rank.block_bytes, rank.layers.clone()), (16, 0..30), "keys and values are on each");
+        }
+        let bad = |expert: usize, facts: &ModelFacts| check_layout(Layout { expert, ..layout }, facts).expect_err("cannot be had");
+        assert!(bad(2, &crate::state::test_support::facts(100)).contains("no experts"));
+        assert!(bad(8, &facts).contains("6 experts") && bad(3, &facts).contains("1, 2, 4"));
+        assert_eq!([nearest_expert(8, &facts), nearest_expert(3, &facts), nearest_expert(2, &facts)], [4, 2, 2]);
     }
 
     #[test]

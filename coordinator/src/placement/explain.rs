@@ -4,10 +4,10 @@
 
 use forge_shared::ids::ReplicaId;
 use forge_shared::plan::{FailedConstraint, Plan, Refusal};
-use forge_shared::spec::{ByteSize, ModelServiceSpec};
+use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
 
 use super::cluster::{Cluster, Slot};
-use super::demand::{Demand, MIN_MODEL_LEN};
+use super::demand::{Demand, MIN_MODEL_LEN, nearest_expert, no_such_experts};
 use super::{Wish, place};
 
 /// A whole model may be divided at most so often in a nearest plan.
@@ -16,13 +16,13 @@ const MAX_NEAREST_RANKS: usize = 64;
 /// What of a wish holds on no device whatever: the constraint, in words.
 pub(super) fn forbidden(wish: &Wish<'_>) -> Option<String> {
     let spec = wish.spec;
-    let ranks = spec.layout.tensor.saturating_mul(spec.layout.pipeline);
+    let ranks = spec.layout.ranks();
+    if let Some(reason) = no_such_experts(spec.layout, wish.facts) {
+        return Some(reason);
+    }
     if ranks > wish.max_ranks {
-        let (tensor, pipeline) = (spec.layout.tensor, spec.layout.pipeline);
         let most = wish.max_ranks;
-        return Some(format!(
-            "layout tensor={tensor} pipeline={pipeline} divides a replica into {ranks} ranks, and workers of this version run {most}"
-        ));
+        return Some(format!("layout {} divides a replica into {ranks} ranks, and workers of this version run {most}", spec.layout));
     }
     let len = spec.max_model_len.filter(|len| *len > wish.facts.context_length)?;
     Some(format!("maxModelLen {len} is beyond the model's context of {} tokens", wish.facts.context_length))
@@ -39,8 +39,15 @@ pub(super) fn refusal(cluster: &mut Cluster, wish: &Wish<'_>, index: u32, placed
     } else {
         nearest(cluster, wish)
     };
-    let is_beyond = wish.spec.max_model_len.is_some_and(|len| len > wish.facts.context_length);
-    Refusal { replica, wrong_setting: is_beyond.then(|| "maxModelLen".to_owned()), constraints, nearest }
+    Refusal { replica, wrong_setting: wrong_setting(wish).map(str::to_owned), constraints, nearest }
+}
+
+/// The setting that this model cannot have on any machine.
+fn wrong_setting(wish: &Wish<'_>) -> Option<&'static str> {
+    if no_such_experts(wish.spec.layout, wish.facts).is_some() {
+        return Some("layout.expert");
+    }
+    wish.spec.max_model_len.filter(|len| *len > wish.facts.context_length).map(|_| "maxModelLen")
 }
 
 fn constraints(cluster: &Cluster, wish: &Wish<'_>, index: u32) -> Vec<FailedConstraint> {
@@ -168,25 +175,34 @@ fn other_kv(cluster: &mut Cluster, wish: &Wish<'_>) -> Option<Vec<(String, Strin
     Some(with_replicas(changes, placed, wish))
 }
 
+/// The layout that differs only in what this model cannot have, then those with the fewest ranks, stages and expert ranks.
 fn other_layout(cluster: &mut Cluster, wish: &Wish<'_>) -> Option<Vec<(String, String)>> {
-    let mut layouts: Vec<(usize, usize)> = [1, 2, 4, 8]
-        .into_iter()
-        .flat_map(|tensor| (1..=wish.facts.layers.min(MAX_NEAREST_RANKS)).map(move |pipeline| (tensor, pipeline)))
-        .filter(|(tensor, pipeline)| tensor * pipeline <= wish.max_ranks.min(MAX_NEAREST_RANKS) && (*pipeline).is_power_of_two())
-        .collect();
-    // The fewest ranks first, and of equals the one with the fewest stages.
-    layouts.sort_by_key(|(tensor, pipeline)| (tensor * pipeline, *pipeline));
-    for (tensor, pipeline) in layouts {
-        let mut spec = wish.spec.clone();
-        (spec.layout.tensor, spec.layout.pipeline) = (tensor, pipeline);
-        if spec.layout != wish.spec.layout
-            && let Some((placed, _)) = fits(cluster, wish, &spec)
-        {
-            let changes = vec![("layout.tensor".into(), tensor.to_string()), ("layout.pipeline".into(), pipeline.to_string())];
-            return Some(with_replicas(changes, placed, wish));
+    let wished = wish.spec.layout;
+    let powers = |most: usize| (0..usize::BITS).map(|bits| 1usize << bits).take_while(move |power| *power <= most);
+    let most_experts = if wish.facts.shape.expert_bytes.len() == wish.facts.layers { wish.facts.shape.experts.max(1) } else { 1 };
+    let mut layouts: Vec<Layout> = Vec::new();
+    for (tensor, pipeline) in powers(8).flat_map(|tensor| powers(wish.facts.layers).map(move |pipeline| (tensor, pipeline))) {
+        layouts.extend(powers(most_experts).map(|expert| Layout { tensor, pipeline, expert }));
+    }
+    layouts.retain(|layout| layout.ranks() <= wish.max_ranks.min(MAX_NEAREST_RANKS));
+    layouts.sort_by_key(|layout| (layout.ranks(), layout.pipeline, layout.expert));
+    let corrected = Layout { expert: nearest_expert(wished.expert, wish.facts), ..wished };
+    for layout in std::iter::once(corrected).chain(layouts).filter(|layout| *layout != wished) {
+        let spec = ModelServiceSpec { layout, ..wish.spec.clone() };
+        if let Some((placed, _)) = fits(cluster, wish, &spec) {
+            return Some(with_replicas(layout_changes(wished, layout), placed, wish));
         }
     }
     None
+}
+
+fn layout_changes(wished: Layout, layout: Layout) -> Vec<(String, String)> {
+    let mut changes =
+        vec![("layout.tensor".to_owned(), layout.tensor.to_string()), ("layout.pipeline".into(), layout.pipeline.to_string())];
+    if (wished.expert, layout.expert) != (1, 1) {
+        changes.push(("layout.expert".into(), layout.expert.to_string()));
+    }
+    changes
 }
 
 pub(super) fn why_not(cluster: &Cluster, wish: &Wish<'_>, plans: &[Plan]) -> Vec<(String, String)> {

@@ -9,6 +9,7 @@ use std::cmp::Reverse;
 
 use forge_shared::cluster::node::DeviceKind;
 use forge_shared::plan::RankMemory;
+use forge_shared::spec::Layout;
 
 use super::cluster::{Cluster, Node};
 use super::demand::{Demand, RankDemand};
@@ -60,7 +61,7 @@ pub(super) fn choose(cluster: &Cluster, demand: &Demand, spread: &Spread<'_>) ->
     candidates
         .iter()
         .find_map(|&at| distinct(&cluster.nodes[at], at, &needs, &[]))
-        .or_else(|| across(cluster, demand.tensor, &needs, &candidates))
+        .or_else(|| across(cluster, demand.layout, &needs, &candidates))
         .or_else(|| candidates.iter().find_map(|&at| shared(cluster, &needs, &[at])))
         .or_else(|| shared(cluster, &needs, &candidates))
 }
@@ -109,8 +110,9 @@ fn by_need(needs: &[u64]) -> Vec<usize> {
     order
 }
 
-/// Devices of several nodes, each taken once; a stage's ranks on one node where that is possible.
-fn across(cluster: &Cluster, tensor: usize, needs: &[u64], candidates: &[usize]) -> Option<Vec<Place>> {
+/// Devices of several nodes, each taken once; a stage's ranks on one node where that is possible, else those that share
+/// its sums.
+fn across(cluster: &Cluster, layout: Layout, needs: &[u64], candidates: &[usize]) -> Option<Vec<Place>> {
     let devices: usize = candidates.iter().map(|&at| cluster.nodes[at].slots.len()).sum();
     if devices < needs.len() {
         return None;
@@ -118,14 +120,15 @@ fn across(cluster: &Cluster, tensor: usize, needs: &[u64], candidates: &[usize])
     let mut places: Vec<Place> = Vec::with_capacity(needs.len());
     // Nodes in use come first, so that a replica is on few.
     let mut order = candidates.to_vec();
-    for stage in needs.chunks(tensor.max(1)) {
-        let whole = order.iter().position(|&at| distinct(&cluster.nodes[at], at, stage, &places).is_some());
-        if let Some(position) = whole {
-            let at = order[position];
-            places.extend(distinct(&cluster.nodes[at], at, stage, &places)?);
-            order[..=position].rotate_right(1);
-        } else {
-            for need in stage {
+    for stage in needs.chunks(layout.stage_ranks().max(1)) {
+        if on_one_node(cluster, stage, &mut order, &mut places) {
+            continue;
+        }
+        for group in stage.chunks(layout.tensor.max(1)) {
+            if on_one_node(cluster, group, &mut order, &mut places) {
+                continue;
+            }
+            for need in group {
                 let place = roomiest(cluster, &order, |place| !places.contains(&place), |place| free_at(cluster, place))?;
                 if free_at(cluster, place) < *need {
                     return None;
@@ -135,6 +138,15 @@ fn across(cluster: &Cluster, tensor: usize, needs: &[u64], candidates: &[usize])
         }
     }
     Some(places)
+}
+
+/// Adds a place for each of these ranks, all on the first node that takes them, which then comes first.
+fn on_one_node(cluster: &Cluster, needs: &[u64], order: &mut [usize], places: &mut Vec<Place>) -> bool {
+    let whole = order.iter().enumerate().find_map(|(position, &at)| Some((position, distinct(&cluster.nodes[at], at, needs, places)?)));
+    let Some((position, chosen)) = whole else { return false };
+    places.extend(chosen);
+    order[..=position].rotate_right(1);
+    true
 }
 
 /// Several ranks may share a device: the hungriest first, each on what is roomiest by then.

@@ -4,7 +4,7 @@
 //! service only counts for spreading.
 //!
 //! Invariants (property-tested): a plan never exceeds a device's free memory, other replicas included; every layer is
-//! placed once per tensor rank; epochs grow; the same input, in whatever order, gives the same plans; replicas spread over
+//! placed once per tensor and expert rank, and every expert once per stage and tensor rank; epochs grow; the same input, in whatever order, gives the same plans; replicas spread over
 //! nodes; a refusal's nearest plan is feasible.
 
 mod cluster;
@@ -141,8 +141,11 @@ fn ranks(cluster: &Cluster, spec: &ModelServiceSpec, demand: &Demand, places: &[
             node: node.id.clone(),
             device: slot.device,
             tensor_rank: rank.tensor_rank,
-            tensor_size: demand.tensor,
+            tensor_size: demand.layout.tensor,
+            expert_rank: rank.expert_rank,
+            expert_size: demand.layout.expert,
             layers: rank.layers.clone(),
+            experts: rank.experts.clone(),
             threads: spec.threads.unwrap_or(slot.cores).clamp(1, 1024),
             memory: *memory,
         }

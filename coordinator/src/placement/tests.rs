@@ -3,7 +3,8 @@ use forge_shared::spec::{ByteSize, Layout};
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::test_support::{MIB, facts, worker};
+use crate::state::check_plan;
+use crate::state::test_support::{MIB, facts, mixture, worker};
 use forge_shared::cluster::node::{NodePhase, NodeRecord};
 
 fn record(id: &str, devices_mib: &[u64]) -> NodeRecord {
@@ -121,7 +122,7 @@ fn nodes_that_take_no_replicas_are_left_out_and_counted() {
 fn ranks_of_a_replica_stay_on_one_node_where_they_can() {
     let nodes = [record("a", &[400, 400]), record("b", &[300, 300, 300, 300]), record("c", &[500])];
     let spec = |tensor, pipeline| ModelServiceSpec {
-        layout: Layout { tensor, pipeline },
+        layout: Layout { tensor, pipeline, ..Layout::default() },
         kv_memory: Some(ByteSize(100 * MIB)),
         max_model_len: Some(512),
         ..Default::default()
@@ -173,7 +174,7 @@ fn standing_replicas_decide_the_context_and_count_for_spreading() {
 
 #[test]
 fn a_layout_that_workers_cannot_run_is_refused_with_one_that_they_can() {
-    let spec = ModelServiceSpec { layout: Layout { tensor: 2, pipeline: 1 }, ..Default::default() };
+    let spec = ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, ..Default::default() };
     let refusal = alone(&[9000], &spec, &facts(94)).expect_err("two ranks");
     assert!(refusal.to_string().contains("layout.tensor=1 layout.pipeline=1"), "{refusal}");
 }
@@ -187,10 +188,51 @@ fn changed(spec: &ModelServiceSpec, nearest: &[(String, String)]) -> ModelServic
             "replicas" => spec.replicas = value.parse().expect("a number"),
             "layout.tensor" => spec.layout.tensor = value.parse().expect("a number"),
             "layout.pipeline" => spec.layout.pipeline = value.parse().expect("a number"),
+            "layout.expert" => spec.layout.expert = value.parse().expect("a number"),
             other => panic!("unexpected key {other}"),
         }
     }
     spec
+}
+
+#[test]
+fn experts_are_divided_over_nodes_and_all_else_is_whole() {
+    // Two devices of 700 MiB on each of two nodes; the model has 1000 MiB, about 650 of them in experts.
+    let nodes = [record("a", &[700, 700]), record("b", &[700, 700])];
+    let spec = |layout| ModelServiceSpec { layout, kv_memory: Some(ByteSize(160 * MIB)), max_model_len: Some(512), ..Default::default() };
+    let facts = mixture(1_000, 8);
+    let by_four = place_on(&nodes, &spec(Layout { expert: 4, ..Layout::default() }), &facts);
+    assert_eq!(by_four.refusal, None);
+    let ranks = &by_four.plans[0].ranks;
+    let held: Vec<_> = ranks.iter().map(|rank| (rank.expert_rank, rank.expert_size, rank.experts.clone())).collect();
+    assert_eq!(held, [(0, 4, 0..2), (1, 4, 2..4), (2, 4, 4..6), (3, 4, 6..8)]);
+    assert!(ranks.iter().all(|rank| rank.layers == (0..30) && rank.memory.kv_bytes == ranks[0].memory.kv_bytes));
+    // Each has a quarter of the experts and all the rest.
+    let routed_bytes: u64 = facts.shape.expert_bytes.iter().sum();
+    assert!(ranks[0].memory.weights_bytes.abs_diff(facts.weights_bytes - routed_bytes * 3 / 4) < 1_024);
+    // A group of tensor ranks stays on one node where a stage does not.
+    let product = place_on(&nodes, &spec(Layout { tensor: 2, expert: 2, ..Layout::default() }), &facts);
+    assert_eq!(nodes_of(&product), ["a", "a", "b", "b"]);
+    let numbers: Vec<_> = product.plans[0].ranks.iter().map(|rank| (rank.expert_rank, rank.tensor_rank)).collect();
+    assert_eq!(numbers, [(0, 0), (0, 1), (1, 0), (1, 1)]);
+}
+
+#[test]
+fn experts_that_are_not_there_are_refused_with_the_nearest_layout() {
+    let nodes = [record("a", &[900, 900, 900, 900])];
+    let wish = |layout| ModelServiceSpec { layout, kv_memory: Some(ByteSize(100 * MIB)), max_model_len: Some(512), ..Default::default() };
+    let dense = place_on(&nodes, &wish(Layout { tensor: 2, pipeline: 1, expert: 2 }), &facts(500)).refusal.expect("no experts");
+    assert!(dense.to_string().contains("layout.expert=2: the model has no experts to divide"), "{dense}");
+    assert_eq!(dense.wrong_setting.as_deref(), Some("layout.expert"));
+    let keys = |refusal: &Refusal| refusal.nearest.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>();
+    assert_eq!(keys(&dense), ["layout.tensor=2", "layout.pipeline=1", "layout.expert=1"]);
+    let few = place_on(&nodes, &wish(Layout { expert: 8, ..Layout::default() }), &mixture(500, 6)).refusal.expect("six experts");
+    assert_eq!(keys(&few), ["layout.tensor=1", "layout.pipeline=1", "layout.expert=4"]);
+    // What fits no device whole is offered divided, by experts where the model has them.
+    let large = ModelServiceSpec { kv_memory: Some(ByteSize(400 * MIB)), max_model_len: Some(512), ..Default::default() };
+    let divided = place_on(&[record("a", &[900, 900])], &large, &mixture(900, 8)).refusal.expect("too large for one");
+    assert!(divided.nearest.iter().any(|(key, _)| key.starts_with("layout.")), "{divided}");
+    assert_eq!(place_on(&[record("a", &[900, 900])], &changed(&large, &divided.nearest), &mixture(900, 8)).refusal, None);
 }
 
 prop_compose! {
@@ -212,62 +254,170 @@ prop_compose! {
         replicas in 1u32..5,
         tensor in prop::sample::select(vec![1usize, 1, 1, 2, 4, 8]),
         pipeline in prop::sample::select(vec![1usize, 1, 1, 2, 3, 30]),
+        expert in prop::sample::select(vec![1usize, 1, 1, 2, 4, 8, 3]),
         max_model_len in proptest::option::of(16usize..10_000),
         kv in proptest::option::of(1u64..4_000),
         block_size in 1usize..64,
     ) -> ModelServiceSpec {
-        let kv_memory = kv.map(|mib| ByteSize(mib * MIB));
-        ModelServiceSpec { replicas, layout: Layout { tensor, pipeline }, max_model_len, kv_memory, block_size, ..Default::default() }
+        let (layout, kv_memory) = (Layout { tensor, pipeline, expert }, kv.map(|mib| ByteSize(mib * MIB)));
+        ModelServiceSpec { replicas, layout, max_model_len, kv_memory, block_size, ..Default::default() }
     }
 }
 
+/// A dense model or a mixture, of heads that divide evenly or not.
+fn any_facts() -> impl Strategy<Value = ModelFacts> {
+    let heads = prop::sample::select(vec![(9, 3), (8, 2), (32, 8), (25, 5), (4, 1)]);
+    (1u64..20_000, prop::sample::select(vec![0usize, 0, 4, 6, 60]), heads, any::<bool>()).prop_map(|(mib, experts, heads, has_head)| {
+        let mut facts = if experts == 0 { facts(mib) } else { mixture(mib, experts) };
+        (facts.shape.heads, facts.shape.kv_heads) = heads;
+        facts.shape.head_bytes = if has_head { mib * MIB / 20 } else { 0 };
+        facts
+    })
+}
+
+/// Bytes that plans give out on a device.
+fn given_bytes<'a>(plans: impl Iterator<Item = &'a Plan>, node: &NodeRecord, device: u32) -> u64 {
+    let here = plans.flat_map(|plan| &plan.ranks).filter(|rank| rank.node == node.spec.id && rank.device == device);
+    here.map(|rank| rank.memory.total_bytes()).sum()
+}
+
+fn check_memory(nodes: &[NodeRecord], plans: &[Plan]) -> Result<(), TestCaseError> {
+    for node in nodes {
+        for device in &node.spec.devices {
+            let limit_bytes = if node.cordoned { 0 } else { device.memory_bytes };
+            prop_assert!(given_bytes(plans.iter(), node, device.index) <= limit_bytes);
+        }
+    }
+    Ok(())
+}
+
+/// Every layer once per tensor and expert rank; every expert once per layer and tensor rank; weights are all there.
+fn check_parts(plan: &Plan, spec: &ModelServiceSpec, facts: &ModelFacts) -> Result<(), TestCaseError> {
+    let Layout { tensor, expert, .. } = spec.layout;
+    prop_assert_eq!(plan.ranks.len(), spec.layout.ranks());
+    for (tensor_rank, expert_rank) in (0..tensor).flat_map(|tensor_rank| (0..expert).map(move |expert_rank| (tensor_rank, expert_rank))) {
+        let ranks = plan.ranks.iter().filter(|rank| (rank.tensor_rank, rank.expert_rank) == (tensor_rank, expert_rank));
+        let layers: Vec<usize> = ranks.flat_map(|rank| rank.layers.clone()).collect();
+        prop_assert_eq!(layers, (0..facts.layers).collect::<Vec<_>>());
+    }
+    for (tensor_rank, layer) in (0..tensor).flat_map(|tensor_rank| (0..facts.layers).map(move |layer| (tensor_rank, layer))) {
+        let ranks = plan.ranks.iter().filter(|rank| rank.tensor_rank == tensor_rank && rank.layers.contains(&layer));
+        let experts: Vec<usize> = ranks.flat_map(|rank| rank.experts.clone()).collect();
+        prop_assert_eq!(experts, (0..facts.shape.experts).collect::<Vec<_>>());
+    }
+    let weights_bytes: u64 = plan.ranks.iter().map(|rank| rank.memory.weights_bytes).sum();
+    prop_assert!(weights_bytes >= facts.weights_bytes);
+    Ok(())
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
     #[test]
-    fn plans_keep_their_promises(nodes in any_nodes(), spec in any_spec(), weights in 1u64..20_000, turn in 0usize..6) {
-        let facts = facts(weights);
+    fn plans_keep_their_promises(nodes in any_nodes(), spec in any_spec(), facts in any_facts(), seed in any::<u64>()) {
         let Placement { plans, refusal } = place_on(&nodes, &spec, &facts);
         prop_assert_eq!(plans.len() == spec.replicas as usize, refusal.is_none());
-        // Never over memory, and never on a node that takes none.
-        for node in &nodes {
-            for device in &node.spec.devices {
-                let ranks = plans.iter().flat_map(|plan| &plan.ranks);
-                let here = ranks.filter(|rank| rank.node == node.spec.id && rank.device == device.index);
-                let bytes: u64 = here.map(|rank| rank.memory.total_bytes()).sum();
-                let limit_bytes = if node.cordoned { 0 } else { device.memory_bytes };
-                prop_assert!(bytes <= limit_bytes);
-            }
-        }
+        check_memory(&nodes, &plans)?;
         let mut epoch = Epoch(7);
         for plan in &plans {
             prop_assert!(plan.epoch > epoch);
             epoch = plan.epoch;
-            prop_assert_eq!(plan.ranks.len(), spec.layout.tensor * spec.layout.pipeline);
-            for tensor_rank in 0..spec.layout.tensor {
-                let mut layers: Vec<usize> = plan.ranks.iter().filter(|rank| rank.tensor_rank == tensor_rank).flat_map(|rank| rank.layers.clone()).collect();
-                layers.sort_unstable();
-                prop_assert_eq!(layers, (0..facts.layers).collect::<Vec<_>>());
-            }
+            check_parts(plan, &spec, &facts)?;
+            prop_assert_eq!(check_plan(plan, &spec, &facts), Ok(()), "the state takes it");
             prop_assert!(plan.kv_blocks * plan.block_size >= plan.max_model_len);
             prop_assert!(spec.max_model_len.is_none_or(|len| plan.max_model_len == len));
             prop_assert_eq!(plan.max_model_len, plans[0].max_model_len);
-            // What ranks of one tensor group hold together is the whole, at least.
-            let weights_bytes: u64 = plan.ranks.iter().map(|rank| rank.memory.weights_bytes).sum();
-            prop_assert!(weights_bytes >= facts.weights_bytes);
         }
         // The same input in another order gives the same plans.
-        let mut turned = nodes.clone();
-        turned.rotate_left(turn.min(nodes.len()));
-        turned.iter_mut().for_each(|node| node.spec.devices.reverse());
-        let again = place_on(&turned, &spec, &facts);
+        let mut shuffled = nodes.clone();
+        let key = |text: &str| text.bytes().fold(seed, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3).rotate_left(17));
+        shuffled.sort_by_key(|node| key(&node.spec.id.0));
+        shuffled.iter_mut().for_each(|node| node.spec.devices.sort_by_key(|device| key(&device.index.to_string())));
+        let again = place_on(&shuffled, &spec, &facts);
         prop_assert_eq!(&again.plans, &plans);
         prop_assert_eq!(&again.refusal, &refusal);
         if let Some(refusal) = refusal {
             prop_assert!(!refusal.constraints.is_empty());
             if !refusal.nearest.is_empty() {
                 let nearer = changed(&spec, &refusal.nearest);
-                prop_assert_eq!(place_on(&nodes, &nearer, &facts).refusal, None, "{}", refusal);
+                let placement = place_on(&nodes, &nearer, &facts);
+                prop_assert_eq!(placement.refusal, None, "{}", refusal);
+                check_memory(&nodes, &placement.plans)?;
+                for plan in &placement.plans {
+                    check_parts(plan, &nearer, &facts)?;
+                }
             }
         }
+    }
+
+    /// A second service beside a first: never over memory together, never on a node to be avoided, and nothing that stands
+    /// moves.
+    #[test]
+    fn what_stands_is_counted_and_what_is_avoided_is_left_out(
+        nodes in any_nodes(),
+        (first, second) in (any_spec(), any_spec()),
+        (one, other) in (any_facts(), any_facts()),
+        avoided in proptest::collection::vec((0u32..5, 0usize..6), 0..8),
+    ) {
+        let standing = place_on(&nodes, &first, &one).plans;
+        let mut cluster = Cluster::of_nodes(nodes.iter(), standing.iter());
+        let indices: Vec<u32> = (0..second.replicas).collect();
+        let avoided: Vec<(u32, NodeId)> = avoided.iter().map(|(index, node)| (*index, NodeId(format!("n{node}")))).collect();
+        let service = ServiceName::from("second");
+        let wish = Wish {
+            service: &service,
+            spec: &second,
+            facts: &other,
+            indices: &indices,
+            last_epoch: Epoch(0),
+            standing: &[],
+            avoided: &avoided,
+            max_ranks: usize::MAX,
+        };
+        let placed = plan(&mut cluster, &wish).plans;
+        for plan in &placed {
+            let is_avoided = |rank: &RankPlan| avoided.contains(&(plan.replica.index, rank.node.clone()));
+            prop_assert!(!plan.ranks.iter().any(is_avoided));
+            check_parts(plan, &second, &other)?;
+        }
+        let all: Vec<Plan> = standing.into_iter().chain(placed).collect();
+        check_memory(&nodes, &all)?;
+        // The cluster's own count is the same.
+        prop_assert_eq!(cluster, Cluster::of_nodes(nodes.iter(), all.iter()));
+    }
+
+    /// One rank is refused only where no device holds it.
+    #[test]
+    fn a_refusal_of_one_rank_means_that_no_device_holds_it(
+        nodes in any_nodes(),
+        mib in 1u64..10_000,
+        len in proptest::option::of(16usize..8_192),
+        kv in proptest::option::of(1u64..4_000),
+    ) {
+        let facts = facts(mib);
+        let kv_memory = kv.map(|mib| ByteSize(mib * MIB));
+        let spec = ModelServiceSpec { max_model_len: len, kv_memory, ..Default::default() };
+        let least_bytes = facts.kv_slot_bytes * len.unwrap_or(16).next_multiple_of(16) as u64;
+        let block_bytes = facts.kv_slot_bytes * 16;
+        let wanted_bytes = kv_memory.map_or(Some(least_bytes), |ByteSize(bytes)| (bytes / block_bytes * block_bytes >= least_bytes).then_some(bytes / block_bytes * block_bytes));
+        let holds = |bytes: u64| wanted_bytes.is_some_and(|kv_bytes| facts.weights_bytes + facts.workspace_bytes + kv_bytes <= bytes);
+        let usable = nodes.iter().filter(|node| !node.cordoned).flat_map(|node| &node.spec.devices);
+        let fits = usable.clone().any(|device| holds(device.memory_bytes));
+        prop_assert_eq!(place_on(&nodes, &spec, &facts).refusal.is_none(), fits);
+    }
+
+    /// On equal nodes with room, replicas of any layout that fits one node are as many on each as on any other.
+    #[test]
+    fn replicas_of_every_layout_spread(count in 1usize..6, replicas in 1u32..12, layout in prop::sample::select(vec![(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2)])) {
+        let nodes: Vec<NodeRecord> = (0..count).map(|number| record(&format!("n{number}"), &[60_000; 4])).collect();
+        let layout = Layout { tensor: layout.0, pipeline: layout.1, expert: layout.2 };
+        let spec = ModelServiceSpec { replicas, layout, kv_memory: Some(ByteSize(20 * MIB)), max_model_len: Some(16), ..Default::default() };
+        let placement = place_on(&nodes, &spec, &mixture(400, 8));
+        prop_assert_eq!(&placement.refusal, &None);
+        let on = |node: &NodeRecord| placement.plans.iter().filter(|plan| plan.ranks.iter().any(|rank| rank.node == node.spec.id)).count();
+        let counts: Vec<usize> = nodes.iter().map(on).collect();
+        prop_assert!(counts.iter().max().zip(counts.iter().min()).is_some_and(|(most, least)| most - least <= 1), "{:?}", counts);
+        prop_assert!(placement.plans.iter().all(|plan| plan.ranks.iter().all(|rank| rank.node == plan.ranks[0].node)));
     }
 
     #[test]

@@ -42,6 +42,8 @@ use serde::{Deserialize, Serialize};
 
 pub use fuzz::{fuzz_envelopes, fuzz_snapshot};
 pub use limits::*;
+#[cfg(test)]
+pub(crate) use plans::check_plan;
 pub use rules::check_rules;
 pub use services::{changes_replicas, check_wish};
 

@@ -1,7 +1,7 @@
 //! The leader's placement becomes the cluster's: checked once more, since a leader may be an old one, or wrong.
 //!
 //! Invariant: a commit is taken whole or not at all, on the state it was computed from; a plan stands only on ready nodes
-//! that take replicas, within the memory they are believed to have, with every layer once per tensor rank, under an
+//! that take replicas, within the memory they are believed to have, with every layer and expert placed once, under an
 //! epoch larger than any before.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +13,7 @@ use forge_shared::cluster::service::{Facts, LeavingReplica, ReplicaPhase, Replic
 use forge_shared::ids::{Epoch, NodeId, ReplicaId, ServiceName};
 use forge_shared::plan::{ModelFacts, Plan, Refusal};
 use forge_shared::spec::ModelServiceSpec;
+use forge_shared::tree::share;
 
 use super::checks::{bounded, invalid};
 use super::notices::Weight;
@@ -182,20 +183,28 @@ impl ClusterState {
     }
 }
 
-/// Whether a plan is one of this wish: sizes as wished, every layer once per tensor rank.
-fn check_plan(plan: &Plan, spec: &ModelServiceSpec, facts: &ModelFacts) -> Result<(), CommandError> {
-    let (tensor, pipeline) = (spec.layout.tensor, spec.layout.pipeline);
-    if tensor.checked_mul(pipeline) != Some(plan.ranks.len()) {
-        return invalid("plans.ranks", format!("{} ranks for a layout of {tensor} × {pipeline}", plan.ranks.len()));
+/// Whether a plan is one of this wish: sizes as wished, every layer once per tensor and expert rank, every expert once.
+pub(crate) fn check_plan(plan: &Plan, spec: &ModelServiceSpec, facts: &ModelFacts) -> Result<(), CommandError> {
+    let layout = spec.layout;
+    if layout.ranks() != plan.ranks.len() || !layout.expert.is_power_of_two() {
+        return invalid("plans.ranks", format!("{} ranks for a layout of {layout}", plan.ranks.len()));
     }
     let mut next_layer = 0;
-    for stage in plan.ranks.chunks(tensor.max(1)) {
+    for stage in plan.ranks.chunks(layout.stage_ranks().max(1)) {
         let layers = stage.first().map_or(0..0, |rank| rank.layers.clone());
         let is_alike = stage.iter().enumerate().all(|(place, rank)| {
-            rank.tensor_rank == place && rank.tensor_size == tensor && rank.layers == layers && (1..=1024).contains(&rank.threads)
+            let (expert_rank, tensor_rank) = (place / layout.tensor, place % layout.tensor);
+            (rank.tensor_rank, rank.tensor_size) == (tensor_rank, layout.tensor)
+                && (rank.expert_rank, rank.expert_size) == (expert_rank, layout.expert)
+                && rank.experts == share(facts.shape.experts, expert_rank, layout.expert)
+                && rank.layers == layers
+                && (1..=1024).contains(&rank.threads)
         });
         if !is_alike || layers.start != next_layer || layers.end <= layers.start {
-            return invalid("plans.ranks", "every layer must be placed once on each tensor rank, in order");
+            return invalid(
+                "plans.ranks",
+                "every layer must be placed once on each tensor and expert rank, in order, and every expert once",
+            );
         }
         next_layer = layers.end;
     }

@@ -215,11 +215,14 @@ fn check_facts(facts: &ModelFacts) -> Result<(), CommandError> {
     if !shape.layer_bytes.is_empty() && shape.layer_bytes.len() != facts.layers {
         return checks::invalid("facts.shape.layerBytes", format!("has {} entries for {} layers", shape.layer_bytes.len(), facts.layers));
     }
+    if !shape.expert_bytes.is_empty() && shape.expert_bytes.len() != facts.layers {
+        return checks::invalid("facts.shape.expertBytes", format!("has {} entries for {} layers", shape.expert_bytes.len(), facts.layers));
+    }
     if !(1..=1 << 30).contains(&facts.context_length) {
         return checks::invalid("facts.contextLength", format!("must be between 1 and 2^30, got {}", facts.context_length));
     }
     let large = [facts.weights_bytes, facts.workspace_bytes, shape.embedding_bytes, shape.head_bytes];
-    if large.iter().chain(&shape.layer_bytes).any(|&bytes| bytes > 1 << 50) || facts.kv_slot_bytes > 1 << 40 {
+    if large.iter().chain(&shape.layer_bytes).chain(&shape.expert_bytes).any(|&bytes| bytes > 1 << 50) || facts.kv_slot_bytes > 1 << 40 {
         return checks::invalid("facts", "names more bytes than any memory has");
     }
     if [shape.heads, shape.kv_heads, shape.experts, shape.hidden_size, shape.vocab_size].iter().any(|&count| count > 1 << 30) {

@@ -131,8 +131,18 @@ pub(crate) fn facts(weights_mib: u64) -> ModelFacts {
             embedding_bytes: weights_mib * MIB / 10,
             head_bytes: 0,
             layer_bytes: vec![weights_mib * MIB * 9 / 10 / 30; 30],
+            expert_bytes: vec![],
         },
     }
+}
+
+/// A mixture: the same, but for `experts` experts in all layers but the first, which are three quarters of a layer.
+pub(crate) fn mixture(weights_mib: u64, experts: usize) -> ModelFacts {
+    let mut facts = facts(weights_mib);
+    facts.shape.experts = experts;
+    facts.shape.expert_bytes = facts.shape.layer_bytes.iter().map(|bytes| bytes * 3 / 4).collect();
+    facts.shape.expert_bytes[0] = 0;
+    facts
 }
 
 /// One rank that holds everything.
@@ -142,7 +152,10 @@ pub(crate) fn whole_rank(node: &str, device: u32, layers: usize, bytes: u64) -> 
         device,
         tensor_rank: 0,
         tensor_size: 1,
+        expert_rank: 0,
+        expert_size: 1,
         layers: 0..layers,
+        experts: 0..0,
         threads: 1,
         memory: RankMemory { weights_bytes: bytes, kv_bytes: 0, workspace_bytes: 0 },
     }

@@ -142,7 +142,10 @@ fn wrong_wishes_name_field_and_remedy() {
     assert_eq!(field("a/b", Default::default()), "metadata.name");
     assert_eq!(field("a", ModelServiceSpec { replicas: 0, ..Default::default() }), "spec.replicas");
     assert_eq!(field("a", ModelServiceSpec { replicas: 5_000, ..Default::default() }), "spec.replicas");
-    assert_eq!(field("a", ModelServiceSpec { layout: Layout { tensor: 9, pipeline: 1 }, ..Default::default() }), "spec.layout.tensor");
+    assert_eq!(
+        field("a", ModelServiceSpec { layout: Layout { tensor: 9, ..Layout::default() }, ..Default::default() }),
+        "spec.layout.tensor"
+    );
     assert_eq!(field("a", ModelServiceSpec { chat_template: Some("x".repeat(70_000)), ..Default::default() }), "spec");
 }
 

@@ -217,6 +217,7 @@ pub fn facts() -> ModelFacts {
             embedding_bytes: 1 << 16,
             head_bytes: 0,
             layer_bytes: vec![1 << 19, 1 << 19],
+            expert_bytes: Vec::new(),
         },
     }
 }

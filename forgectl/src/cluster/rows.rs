@@ -133,12 +133,13 @@ pub fn planned(plans: &[Plan]) -> Vec<Placed<'_>> {
     all
 }
 
-pub const PLACEMENTS: [Column; 11] = [
+pub const PLACEMENTS: [Column; 12] = [
     column("REPLICA"),
     column("RANK"),
     column("NODE"),
     column("DEVICE"),
     column("LAYERS"),
+    column("EXPERTS"),
     column("MEMORY"),
     column("STATE"),
     wide("EPOCH"),
@@ -158,7 +159,8 @@ pub fn placement(placed: &Placed<'_>) -> Vec<String> {
         number.to_string(),
         rank.node.0.clone(),
         rank.device.to_string(),
-        format!("{}-{}", rank.layers.start, rank.layers.end.saturating_sub(1)),
+        span(&rank.layers),
+        span(&rank.experts),
         bytes(rank.memory.total_bytes()),
         state,
         placed.plan.epoch.to_string(),
@@ -166,6 +168,11 @@ pub fn placement(placed: &Placed<'_>) -> Vec<String> {
         bytes(rank.memory.kv_bytes),
         reason,
     ]
+}
+
+/// First and last, or `-` where there is none.
+fn span(range: &std::ops::Range<usize>) -> String {
+    if range.is_empty() { "-".into() } else { format!("{}-{}", range.start, range.end - 1) }
 }
 
 fn replica_state(record: &ReplicaRecord, is_leaving: bool) -> String {

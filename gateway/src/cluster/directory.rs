@@ -156,7 +156,10 @@ mod tests {
             device: 0,
             tensor_rank: 0,
             tensor_size: 1,
+            expert_rank: 0,
+            expert_size: 1,
             layers: 0..1,
+            experts: 0..0,
             threads: 1,
             memory: RankMemory::default(),
         };

@@ -105,6 +105,7 @@ pub static KEYS: &[Key] = {
         key("replicas", COUNT, Cluster, "Copies of the model"),
         key("layout.tensor", COUNT, Cluster, "Tensor-parallel ranks of a copy"),
         key("layout.pipeline", COUNT, Cluster, "Pipeline stages of a copy"),
+        key("layout.expert", COUNT, Cluster, "Ranks that the experts of a copy are divided over"),
     ]
 };
 

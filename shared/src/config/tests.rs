@@ -255,7 +255,7 @@ fn service() -> impl Strategy<Value = ModelService> {
         (any::<bool>(), any::<bool>()),
         prop::option::of(count()),
         prop::sample::select(vec![LoadMode::Mmap, LoadMode::Eager]),
-        (1u32..9, 1usize..9, 1usize..9),
+        (1u32..9, 1usize..9, 1usize..9, 1usize..9),
         prop::option::of(text()),
     );
     let overrides = (prop::option::of(text()), prop::option::of(text()), prop::option::of(any::<u32>()));
@@ -286,7 +286,7 @@ fn service() -> impl Strategy<Value = ModelService> {
             threads: engine.7,
             load: engine.8,
             replicas: engine.9.0,
-            layout: Layout { tensor: engine.9.1, pipeline: engine.9.2 },
+            layout: Layout { tensor: engine.9.1, pipeline: engine.9.2, expert: engine.9.3 },
             chat_template: engine.10,
             gateway: GatewaySpec {
                 host,

@@ -47,6 +47,8 @@ pub struct ModelParts {
     pub head_bytes: usize,
     /// Each layer.
     pub layer_bytes: Vec<usize>,
+    /// Of these, what routed experts have.
+    pub expert_bytes: Vec<usize>,
 }
 
 /// Counts the parts of a model by the same walk that loads it. `layout` is that of the whole model.
@@ -54,18 +56,27 @@ pub struct ModelParts {
 /// # Errors
 /// None but the loader's own, which counting has none of.
 pub(crate) fn parts(architecture: &Architecture, refs: &DecoderRefs, layout: &Layout) -> Result<ModelParts> {
-    let count = |load: &dyn Fn(&mut Loader<'_, ByteCount>) -> Result<()>| {
+    let count_as = |layout: &Layout, load: &dyn Fn(&mut Loader<'_, ByteCount>) -> Result<()>| {
         let mut count = ByteCount::default();
         load(&mut Loader { store: &mut count, architecture, layout })?;
         Ok(count.mapped + count.gathered + count.converted)
     };
+    let count = |load: &dyn Fn(&mut Loader<'_, ByteCount>) -> Result<()>| count_as(layout, load);
+    let layers = |layout: &Layout| -> Result<Vec<usize>> {
+        refs.layers.iter().map(|layer| count_as(layout, &|loader| loader.layer(layer).map(drop))).collect()
+    };
+    let layer_bytes = layers(layout)?;
+    // What is left out where a rank has no expert.
+    let without_bytes = layers(&Layout { experts: 0..0, ..layout.clone() })?;
+    let expert_bytes = layer_bytes.iter().zip(&without_bytes).map(|(all, without)| all - without).collect();
     Ok(ModelParts {
         embedding_bytes: count(&|loader| loader.vocabulary(&refs.embedding).map(drop))?,
         head_bytes: match &refs.head {
             Some(head) => count(&|loader| loader.vocabulary(head).map(drop))?,
             None => 0,
         },
-        layer_bytes: refs.layers.iter().map(|layer| count(&|loader| loader.layer(layer).map(drop))).collect::<Result<_>>()?,
+        layer_bytes,
+        expert_bytes,
     })
 }
 

@@ -73,8 +73,18 @@ impl Models {
             kv_bytes: facts.kv_slot_bytes * (spec.block_size * kv_blocks) as u64,
             workspace_bytes: facts.workspace_bytes,
         };
-        let rank =
-            RankPlan { node: NodeId::from(node), device: 0, tensor_rank: 0, tensor_size: 1, layers: 0..facts.layers, threads: 1, memory };
+        let rank = RankPlan {
+            node: NodeId::from(node),
+            device: 0,
+            tensor_rank: 0,
+            tensor_size: 1,
+            expert_rank: 0,
+            expert_size: 1,
+            layers: 0..facts.layers,
+            experts: 0..facts.shape.experts,
+            threads: 1,
+            memory,
+        };
         let plan = Plan {
             replica: ReplicaId { service: ServiceName(service.metadata.name.clone()), index },
             epoch: Epoch(epoch),
