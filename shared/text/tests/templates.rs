@@ -203,7 +203,19 @@ fn templates_cannot_run_away() {
     assert!(wide.unwrap_err().to_string().contains("1000000000"));
     let time = TemplateLimits { time: Duration::ZERO, ..limits };
     assert_eq!(ended_by("{{ 'x' }}", time), "time");
-    assert_eq!(ended_by("{% set x = 'x'.strip() %}", time), "time");
+    for source in [
+        "{% set x = 'x'.strip() %}",
+        "{% if messages == tools %}{% endif %}",
+        "{% if 1 in messages %}{% endif %}",
+        "{% for x in [1] %}{% endfor %}",
+    ] {
+        assert_eq!(ended_by(source, time), "time", "{source}");
+    }
+    let compare = "{% set n = 'x' %}{% set x = n * 16000000 %}{% set y = n * 16000000 %}{% for i in range(99999) %}{% if x == y %}{% endif %}{% endfor %}";
+    let soon = TemplateLimits { time: Duration::from_millis(300), ..TemplateLimits::default() };
+    let began = std::time::Instant::now();
+    assert_eq!(ended_by(compare, soon), "time");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
 #[test]
@@ -261,6 +273,10 @@ fn templates_cannot_take_all_memory() {
         "{% set y = '{:1000000000}'.format(1) %}".to_string(),
         "{% set y = '{:{}}'.format(1, 1000000000) %}".to_string(),
     ];
+    let shared = "{% set x = 'x' * 100000 %}{% set l = [x] * 1000 %}";
+    for step in ["l | sort", "l | unique | list", "l | min", "l == l", "l in [l]", "l < l"] {
+        sources.push(format!("{shared}{{% set y = {step} %}}"));
+    }
     for factor in ["n * 1000000000", "1000000000 * n", "[n] * 90000000", "(n, n) * 40000000"] {
         sources.push(format!("{{% set n = 'x' %}}{{% set y = {factor} %}}"));
     }
@@ -281,4 +297,52 @@ fn constants_cannot_take_all_memory() {
     let copies = "{% set y = 'x' * 900000 %}".repeat(100);
     assert!(matches!(ChatTemplate::new(&copies, BTreeMap::new()), Err(TextError::TemplateInvalid(_))));
     assert_eq!(render("{{ '-' * 80 }}", &[]).unwrap(), "-".repeat(80));
+}
+
+/// Chains that the engine follows by recursion: refused before they are parsed.
+#[test]
+fn long_chains_are_refused_when_compiled() {
+    let chain = |step: &str| format!("{{{{ x{} }}}}", step.repeat(50_000));
+    let mut sources: Vec<String> =
+        ["|list", "|batch(1)", "+1", ".a", "~1", "**1", "()", " and x", " is defined", " if 1 else 1"].map(chain).into();
+    sources.push(format!("{{{{ {}1 }}}}", "not ".repeat(50_000)));
+    sources.push(format!("{{% if a %}}{}{{% endif %}}", "{% elif a %}".repeat(50_000)));
+    sources.push(format!("{}{}", "{% if a %}".repeat(30_000), "{% endif %}".repeat(30_000)));
+    sources.push(format!("{{{{ {}1{} }}}}", "[".repeat(900), "]".repeat(900)));
+    for source in sources {
+        let compiled = ChatTemplate::new(&source, BTreeMap::new());
+        assert!(matches!(&compiled, Err(TextError::TemplateInvalid(_))), "{}: {compiled:?}", &source[..60]);
+    }
+    let longest = format!("{{% if x %}}{}{{% endif %}}{{{{ 1{} }}}}", "{% elif x %}".repeat(400), "+1".repeat(900));
+    assert_eq!(render(&longest, &[]).unwrap(), "901");
+}
+
+/// Values in each other are freed and printed by recursion.
+#[test]
+fn values_cannot_be_nested_without_end() {
+    let deep = "200 lists or maps in each other";
+    let carried =
+        |step: &str| format!("{{% set ns = namespace(x=[]) %}}{{% for i in range(99999) %}}{{% set ns.x = {step} %}}{{% endfor %}}done");
+    for source in
+        [carried("[ns.x]"), carried("(ns.x,)"), carried("{'a': ns.x}"), carried("[ns.x] | list"), "{% set x = [x] %}".repeat(60_000)]
+    {
+        let ended = render(&source, &[]);
+        assert_eq!(ended, Err(TextError::TemplateLimit(deep.to_string())), "{}", &source[..60.min(source.len())]);
+    }
+    for circle in ["{% set ns.x = ns %}", "{% set ns.x = [ns] %}", "{% set l = [ns] %}{% set ns.x = {'a': l} %}"] {
+        let ended = render(&format!("{{% set ns = namespace(x=[]) %}}{circle}{{{{ ns }}}}"), &[]).unwrap_err();
+        assert!(ended.to_string().contains("a namespace cannot be put into a namespace"), "{circle}: {ended}");
+    }
+    // What grows without being deep, and what is deep within reason, stays.
+    let long = "{% set ns = namespace(x=[]) %}{% for i in range(1000) %}{% set ns.x = ns.x + [i] %}{% endfor %}{{ ns.x | length }}";
+    assert_eq!(render(long, &[]).unwrap(), "1000");
+    let far = "{% set ns = namespace(x=[]) %}{% for i in range(100) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | string | length }}";
+    assert_eq!(render(far, &[]).unwrap(), "202");
+    // Concatenations and views of views are no nesting: their own bounds end them.
+    for step in ["ns.x + [1]", "ns.x | chain([1])", "ns.x | batch(1)", "ns.x | map('list')", "ns.x | reverse", "ns.x[0:]", "ns.x | select"]
+    {
+        let soon = TemplateLimits { time: Duration::from_millis(300), ..TemplateLimits::default() };
+        let ended = compile(&carried(step)).with_limits(soon).render(&ChatRender::default());
+        assert!(matches!(&ended, Ok(_) | Err(TextError::TemplateLimit(_))), "{step}: {ended:?}");
+    }
 }

@@ -8,7 +8,7 @@ use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
 
 use super::output::{Raised, message};
-use super::{TemplateLimits, constants, filters, growth, metered, python};
+use super::{TemplateLimits, constants, filters, growth, metered, python, shape};
 use crate::{Result, TextError};
 
 /// The one template of an environment.
@@ -18,6 +18,11 @@ const MAX_SOURCE_BYTES: usize = 1 << 20;
 
 /// Compiles a template into an environment of its own.
 pub(super) fn compile(source: &str, limits: &TemplateLimits) -> Result<Environment<'static>> {
+    let compiled = shape::compiling(|| compile_here(source, limits));
+    compiled.unwrap_or_else(|| Err(TextError::TemplateInvalid("no thread could be made to compile it".to_string())))
+}
+
+fn compile_here(source: &str, limits: &TemplateLimits) -> Result<Environment<'static>> {
     if source.len() > MAX_SOURCE_BYTES {
         return Err(TextError::TemplateInvalid(format!("it has {} bytes, at most {MAX_SOURCE_BYTES} are allowed", source.len())));
     }
@@ -37,6 +42,9 @@ pub(super) fn compile(source: &str, limits: &TemplateLimits) -> Result<Environme
     // As jinja2 reads it: every kind of line end is one newline.
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let source = without_generation_tags(&source);
+    if let Some(reason) = shape::too_long(&source, &syntax).map_err(invalid)? {
+        return Err(TextError::TemplateInvalid(reason));
+    }
     let parsed = parse(&source, TEMPLATE_NAME, syntax).map_err(invalid)?;
     if let Some(limit) = constants::too_large(&parsed) {
         return Err(TextError::TemplateInvalid(format!("its constants have more than {limit} bytes; repeat texts fewer times")));

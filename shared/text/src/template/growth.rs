@@ -61,8 +61,6 @@ pub(super) fn register(environment: &mut Environment<'static>) {
     // Lists are made anew item by item, which their own bytes cover; a text's characters are not.
     let listing = [
         ("list", Value::from_function(filters::list)),
-        ("sort", Value::from_function(filters::sort)),
-        ("unique", Value::from_function(filters::unique)),
         ("select", Value::from_function(filters::select)),
         ("reject", Value::from_function(filters::reject)),
     ];
@@ -72,6 +70,22 @@ pub(super) fn register(environment: &mut Environment<'static>) {
             if arguments.first().is_some_and(|value| value.as_str().is_some()) {
                 before(state, items, &arguments)?;
             }
+            filter.call(state, &arguments)
+        });
+    }
+    // These compare what is in a list, as text or not, however often the same lies in it.
+    let comparing = [
+        ("sort", Value::from_function(filters::sort)),
+        ("unique", Value::from_function(filters::unique)),
+        ("min", Value::from_function(filters::min)),
+        ("max", Value::from_function(filters::max)),
+        ("dictsort", Value::from_function(filters::dictsort)),
+        ("groupby", Value::from_function(filters::groupby)),
+    ];
+    for (name, filter) in comparing {
+        environment.add_filter(name, move |state: &mut State, arguments: Rest<ValueOrKwargs>| {
+            let arguments = arguments.into_values();
+            before(state, if arguments.first().is_some_and(|value| value.as_str().is_some()) { items } else { text }, &arguments)?;
             filter.call(state, &arguments)
         });
     }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use minijinja::value::{Object, Value, ValueKind};
 use minijinja::{Error, ErrorKind, State};
 
-use super::output::LimitReached;
+use super::output::{LimitReached, check_deadline};
 
 /// Variable that holds the meter; not a name a template can write.
 const METER_NAME: &str = "forge meter";
@@ -92,8 +92,10 @@ pub(super) fn printed(state: &State, value: &Value) -> Result<usize, Error> {
 }
 
 /// Takes the bytes of a value that was just made. A view that makes its items when they are
-/// asked for becomes one that holds them: chained views would grow with no memory of their own.
+/// asked for becomes one that holds them: chained views would grow with no memory of their own,
+/// and a list appended to a thousand times would be a thousand views deep.
 pub(super) fn settle(state: &mut State, value: Value) -> Result<Value, Error> {
+    check_deadline(state)?;
     match value.kind() {
         ValueKind::String | ValueKind::Bytes => {
             let bytes = value.as_str().map(str::len).or(value.as_bytes().map(<[u8]>::len));
@@ -101,19 +103,26 @@ pub(super) fn settle(state: &mut State, value: Value) -> Result<Value, Error> {
         }
         ValueKind::Iterable => {
             charge(state, CONTAINER_BYTES)?;
-            let mut items = Vec::new();
-            for item in value.try_iter()? {
-                charge(state, ITEM_BYTES)?;
-                items.push(item);
-            }
+            // One more than there is memory for, so that charging for them fails.
+            let most = left(state)? / ITEM_BYTES + 1;
+            let items: Vec<Value> = value.try_iter()?.take(most).collect();
+            charge(state, items.len() * ITEM_BYTES)?;
             return Ok(Value::make_object_iterable(items, |items| Box::new(items.iter().cloned())));
         }
         ValueKind::Seq | ValueKind::Map => {
             let items = value.len().unwrap_or_default();
             charge(state, items.saturating_mul(2 * ITEM_BYTES).saturating_add(CONTAINER_BYTES))?;
+            if is_joined_lists(&value) {
+                return Ok(Value::from(value.try_iter()?.collect::<Vec<_>>()));
+            }
         }
         ValueKind::Plain => charge(state, CONTAINER_BYTES)?,
         _ => {}
     }
     Ok(value)
+}
+
+/// The engine's own type for `list + list`, which it does not name to others.
+fn is_joined_lists(value: &Value) -> bool {
+    value.as_object().is_some_and(|object| object.type_name().ends_with("::MergeSeq"))
 }

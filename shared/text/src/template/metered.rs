@@ -3,7 +3,8 @@
 //! The engine has no hook on its operators, so its instructions are copied with calls of
 //! [`meter`] around each that can make memory. Not a second compiler: what an instruction means
 //! stays the engine's. Invariant: every instruction that can make a value larger than a constant
-//! is followed by a settling one, and those that multiply have a check in front.
+//! is followed by a settling one, those that multiply have a check in front, those that keep a
+//! value have its depth looked at; and whatever takes time in proportion to values looks at the clock.
 
 use std::collections::BTreeMap;
 
@@ -11,12 +12,15 @@ use minijinja::machinery::{Instruction, Instructions};
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::meter;
+use super::{meter, nesting, output};
 
 const SETTLE: &str = "forge-settle";
 const BEFORE_CONCAT: &str = "forge-before-concat";
 const BEFORE_MULTIPLY: &str = "forge-before-multiply";
 const BEFORE_IN: &str = "forge-before-in";
+const BEFORE_COMPARE: &str = "forge-before-compare";
+const BEFORE_STORE: &str = "forge-before-store";
+const BEFORE_ATTRIBUTE: &str = "forge-before-attribute";
 
 /// Adds the checks, under names that a template cannot write.
 pub(super) fn register(environment: &mut Environment<'static>) {
@@ -24,6 +28,9 @@ pub(super) fn register(environment: &mut Environment<'static>) {
     environment.add_filter(BEFORE_CONCAT, before_concat);
     environment.add_filter(BEFORE_MULTIPLY, before_multiply);
     environment.add_filter(BEFORE_IN, before_in);
+    environment.add_filter(BEFORE_COMPARE, before_compare);
+    environment.add_filter(BEFORE_STORE, nesting::before_store);
+    environment.add_filter(BEFORE_ATTRIBUTE, nesting::before_attribute);
 }
 
 fn before_concat(state: &mut State, left: Value, right: Value) -> Result<Value, Error> {
@@ -42,11 +49,22 @@ fn before_multiply(state: &mut State, left: Value, right: Value) -> Result<Value
     Ok(Value::from(vec![right, left]))
 }
 
+/// Comparing goes through all that two values hold, however often the same lies in them.
+fn before_compare(state: &mut State, left: Value, right: Value) -> Result<Value, Error> {
+    output::check_deadline(state)?;
+    for value in [&left, &right] {
+        if value.as_object().is_some() {
+            meter::check(state, meter::printed(state, value)?)?;
+        }
+    }
+    Ok(Value::from(vec![right, left]))
+}
+
 fn before_in(state: &mut State, item: Value, container: Value) -> Result<Value, Error> {
     if container.as_str().is_some() {
         meter::check(state, meter::printed(state, &item)?)?;
     }
-    Ok(Value::from(vec![container, item]))
+    before_compare(state, item, container)
 }
 
 /// The template's blocks, metered.
@@ -102,6 +120,13 @@ fn metered<'a>(instruction: &Instruction<'a>) -> Result<Vec<Instruction<'a>>, Er
         Instruction::StringConcat => vec![call(BEFORE_CONCAT, 2), Instruction::UnpackList(2), same, call(SETTLE, 1)],
         Instruction::Mul => vec![call(BEFORE_MULTIPLY, 2), Instruction::UnpackList(2), same, call(SETTLE, 1)],
         Instruction::In => vec![call(BEFORE_IN, 2), Instruction::UnpackList(2), same],
+        Instruction::Eq
+        | Instruction::Ne
+        | Instruction::Gt
+        | Instruction::Gte
+        | Instruction::Lt
+        | Instruction::Lte
+        | Instruction::CompareAndPreserve(_) => vec![call(BEFORE_COMPARE, 2), Instruction::UnpackList(2), same],
         Instruction::Add
         | Instruction::Slice
         | Instruction::BuildMap(_)
@@ -116,10 +141,10 @@ fn metered<'a>(instruction: &Instruction<'a>) -> Result<Vec<Instruction<'a>>, Er
         Instruction::Include(_) | Instruction::LoadBlocks | Instruction::ExportLocals => {
             return Err(Error::new(ErrorKind::InvalidOperation, "a chat template stands alone: write what it includes into it"));
         }
-        Instruction::StoreLocal(_)
-        | Instruction::Lookup(_)
+        Instruction::StoreLocal(_) => vec![call(BEFORE_STORE, 1), same],
+        Instruction::SetAttr(_) => vec![call(BEFORE_ATTRIBUTE, 2), Instruction::UnpackList(2), same],
+        Instruction::Lookup(_)
         | Instruction::GetAttr(_)
-        | Instruction::SetAttr(_)
         | Instruction::GetItem
         | Instruction::LoadConst(_)
         | Instruction::BuildKwargs(_)
@@ -132,14 +157,7 @@ fn metered<'a>(instruction: &Instruction<'a>) -> Result<Vec<Instruction<'a>>, Er
         | Instruction::Rem
         | Instruction::Pow
         | Instruction::Neg
-        | Instruction::Eq
-        | Instruction::Ne
-        | Instruction::Gt
-        | Instruction::Gte
-        | Instruction::Lt
-        | Instruction::Lte
         | Instruction::Not
-        | Instruction::CompareAndPreserve(_)
         | Instruction::PerformTest(..)
         | Instruction::Emit
         | Instruction::PushLoop(_)

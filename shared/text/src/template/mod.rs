@@ -15,8 +15,10 @@ mod growth;
 mod json;
 mod meter;
 mod metered;
+mod nesting;
 mod output;
 mod python;
+mod shape;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -39,7 +41,7 @@ pub struct TemplateLimits {
     pub output_bytes: usize,
     /// Bytes of all values that the template makes while rendering, freed ones included.
     pub memory_bytes: usize,
-    /// Time for the whole rendering, looked at where the template writes or calls a method.
+    /// Time for the whole rendering, looked at where the template writes, calls, compares or sets something.
     pub time: Duration,
 }
 
