@@ -1,8 +1,9 @@
 //! The `Admission` service: lets processes in that have a join token and no certificate yet.
 //!
 //! Invariants: a token is used up through the log, so that two coordinators cannot both take its last use; the same
-//! request again uses nothing up, as long as its token lets anybody in; who is let in gets the name and role that were asked for and
-//! that the token allows, never one that somebody living has.
+//! request again (name, role, key and address) uses nothing up and is answered for the token's life, also after its last
+//! use; who is let in gets the name and role that were asked for and that the token allows, never one that somebody living
+//! has.
 
 use std::time::Duration;
 
@@ -53,7 +54,8 @@ impl AdmissionService {
         // The same request again, after its answer was lost, has this id again.
         let digest = Sha256::new().chain_update(&request.signing_request_der).chain_update(&request.address).finalize();
         let id = format!("join-{}-{role}-{}", request.name, hex::encode(&digest[..16]));
-        self.check_token(&request)?;
+        let command = Command::UseJoinToken { id: request.token_id.clone(), role, node: request.name.clone() };
+        self.check_token(&request, &id, &command)?;
         let identity =
             Identity::new(self.0.ca.cluster_id(), role, &request.name).map_err(|error| CoordinatorError::message("name", error))?;
         // Before the token is used up: a request that cannot be signed uses nothing.
@@ -61,7 +63,6 @@ impl AdmissionService {
         let certificate_pem = signed.map_err(|error| CoordinatorError::message("signing_request_der", error))?;
         check_free(coordinator, role, &request.name, &request.address)?;
 
-        let command = Command::UseJoinToken { id: request.token_id.clone(), role, node: request.name.clone() };
         let submission = Submission { request_id: id, traceparent: String::new(), command };
         let applied = coordinator.submit(submission, timeout).await?;
         let member_id = if is_coordinator {
@@ -82,7 +83,7 @@ impl AdmissionService {
     }
 
     /// One answer for every token that is not good, so that ids cannot be guessed.
-    fn check_token(&self, request: &JoinRequest) -> Result<(), CoordinatorError> {
+    fn check_token(&self, request: &JoinRequest, request_id: &str, command: &Command) -> Result<(), CoordinatorError> {
         let refused = || {
             let reason = "it is unknown, used up, over or taken back: make one with `forgectl cluster join-token`".into();
             CoordinatorError::Command(CommandError::Token { reason })
@@ -92,7 +93,8 @@ impl AdmissionService {
         }
         let state = self.0.coordinator.0.replicated.read();
         let token = state.token(&request.token_id).ok_or_else(refused)?;
-        if secret_matches(token, &request.token_secret) { Ok(()) } else { Err(refused()) }
+        let lets_in = token.uses_left > 0 || state.was_taken(request_id, command);
+        if lets_in && secret_matches(token, &request.token_secret) { Ok(()) } else { Err(refused()) }
     }
 
     /// Makes it a learner; the leader lets it vote once it has caught up.

@@ -1,6 +1,7 @@
 //! Who may come in: join tokens, API keys, members of the raft group.
 //!
 //! Invariant: a secret is never here, only its hash; a token lets in as many nodes as it says, in its life, of its role.
+//! A token that is used up stays known for its life, so that who was let in and did not hear it can ask again.
 
 use forge_shared::cluster::command::{ApiKeyRecord, CommandError, JoinToken, MemberRecord};
 use forge_shared::cluster::event::{Change, Kind, Object};
@@ -42,16 +43,25 @@ impl ClusterState {
             );
             return checks::invalid("token.expiresMs", reason);
         }
-        if let Some(known) = self.tokens.get(&token.id) {
+        // One that is used up is kept for those who ask again after an answer was lost, and makes room for others.
+        if let Some(known) = self.tokens.get(&token.id).filter(|known| known.token.uses_left > 0) {
             if known.token == *token {
                 return Ok(Effect::NONE);
             }
             let reason = "choose another id, or remove it first".to_owned();
             return Err(CommandError::Conflict { kind: "join token".into(), name: token.id.clone(), reason });
         }
-        let over = self.tokens.values().filter(|kept| kept.is_over(&self.clock)).count();
-        checks::bounded("join tokens", self.tokens.len() - over, MAX_TOKENS)?;
+        let open = self.tokens.values().filter(|kept| kept.token.uses_left > 0 && !kept.is_over(&self.clock)).count();
+        checks::bounded("join tokens", open, MAX_TOKENS)?;
         self.clear_tokens(step);
+        if self.tokens.len() >= MAX_TOKENS && !self.tokens.contains_key(&token.id) {
+            let used = self.tokens.iter().filter(|(_, kept)| kept.token.uses_left == 0);
+            let soonest = used.min_by_key(|(_, kept)| kept.ends_elapsed_ms).map(|(id, _)| id.clone());
+            if let Some(id) = soonest {
+                self.tokens.remove(&id);
+                step.changes.push(Change::Deleted { kind: Kind::Token, name: id });
+            }
+        }
         let kept = KeptToken { token: token.clone(), ends_elapsed_ms: self.clock.elapsed_ms().saturating_add(life_ms) };
         self.tokens.insert(token.id.clone(), kept);
         step.changes.push(Change::Put { object: Object::Token(token.clone()) });
@@ -63,7 +73,7 @@ impl ClusterState {
         let refuse = |reason: String| Err(CommandError::Token { reason });
         let help = "make one with `forgectl cluster join-token`";
         let Some(kept) = self.tokens.get_mut(id) else {
-            return refuse(format!("it is unknown, used up or was taken back; {help}"));
+            return refuse(format!("it is unknown or was taken back; {help}"));
         };
         if kept.is_over(&self.clock) {
             return refuse(format!("its time is over; {help}"));
@@ -71,13 +81,11 @@ impl ClusterState {
         if kept.token.role != role {
             return refuse(format!("it lets in a {}, not a {role}; {help} for that role", kept.token.role));
         }
-        kept.token.uses_left = kept.token.uses_left.saturating_sub(1);
         if kept.token.uses_left == 0 {
-            self.tokens.remove(id);
-            step.changes.push(Change::Deleted { kind: Kind::Token, name: id.to_owned() });
-        } else {
-            step.changes.push(Change::Put { object: Object::Token(kept.token.clone()) });
+            return refuse(format!("it is used up; {help}"));
         }
+        kept.token.uses_left -= 1;
+        step.changes.push(Change::Put { object: Object::Token(kept.token.clone()) });
         self.clear_tokens(step);
         let message = format!("join token {id} let in the {role} {node}");
         self.notice(step, Weight::Normal, "TokenUsed", format!("node/{node}"), message);

@@ -16,6 +16,8 @@ mod clock;
 mod fuzz;
 mod idempotency;
 mod limits;
+#[cfg(test)]
+mod log_tests;
 mod nodes;
 mod notices;
 mod plans;
@@ -249,9 +251,15 @@ impl ClusterState {
         &self.members
     }
 
-    /// A join token that still lets somebody in, for comparing its secret's hash.
+    /// A join token in its life, used up or not, for comparing its secret's hash.
     pub fn token(&self, id: &str) -> Option<&JoinToken> {
         self.tokens.get(id).filter(|kept| !kept.is_over(&self.clock)).map(|kept| &kept.token)
+    }
+
+    /// Whether this command was taken under this request id, and is remembered: asked again it changes nothing.
+    pub fn was_taken(&self, request_id: &str, command: &Command) -> bool {
+        let replies = if is_asked(command) { &self.asked } else { &self.reported };
+        matches!(replies.get(request_id, &replies::digest(command)), Some(Ok(_)))
     }
 
     /// All join tokens by id, those included that have run out and not been cleared away.

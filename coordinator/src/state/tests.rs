@@ -314,12 +314,31 @@ fn tokens_let_in_as_many_as_they_say_of_their_role_in_their_time() {
     world.run(Command::PutJoinToken { token: token(world.now_ms + 60_000, 2) }).expect("kept");
     assert!(matches!(world.run(enter(Role::Gateway)), Err(CommandError::Token { .. })));
     world.run(enter(Role::Worker)).expect("first");
-    world.run(enter(Role::Worker)).expect("second");
+    let last = world.envelope(enter(Role::Worker));
+    let second = world.run_envelope(&last).expect("second");
     assert!(matches!(world.run(enter(Role::Worker)), Err(CommandError::Token { .. })));
+    // Whose answer was lost asks again, and is known; used up the token stays until its end.
+    assert!(world.state.was_taken(&last.request_id, &last.command) && !world.state.was_taken("other", &last.command));
+    assert_eq!(world.run_envelope(&last), Ok(second));
+    assert_eq!(world.state.token("t1").map(|token| token.uses_left), Some(0));
     world.run(Command::PutJoinToken { token: token(world.now_ms + 60_000, 1) }).expect("kept");
     world.now_ms += 60_000;
     assert!(matches!(world.run(enter(Role::Worker)), Err(CommandError::Token { .. })));
     assert!(world.run(Command::PutJoinToken { token: token(world.now_ms, 1) }).is_err());
+}
+
+#[test]
+fn tokens_that_are_used_up_make_room_for_others() {
+    let mut world = World::new();
+    let named = |number: usize, now_ms: u64| JoinToken { id: format!("t{number}"), ..token(now_ms + 60_000, 1) };
+    for number in 0..MAX_TOKENS {
+        world.run(Command::PutJoinToken { token: named(number, world.now_ms) }).expect("kept");
+    }
+    let one_more = Command::PutJoinToken { token: named(MAX_TOKENS, world.now_ms) };
+    assert!(matches!(world.run(one_more.clone()), Err(CommandError::TooMany { .. })));
+    world.run(Command::UseJoinToken { id: "t7".into(), role: Role::Worker, node: "w1".into() }).expect("lets in");
+    world.run(one_more).expect("there is room");
+    assert!(world.state.token("t7").is_none() && world.state.tokens().count() == MAX_TOKENS);
 }
 
 #[test]

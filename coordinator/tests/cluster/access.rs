@@ -5,12 +5,13 @@ use std::time::Duration;
 use forge_cluster::api::{ClusterApi, ClusterError};
 use forge_cluster::client::RemoteCluster;
 use forge_cluster::tls::{
-    ChannelOptions, ClusterCa, JoinTokenText, JoinWish, NODE_LIFETIME, PeerName, SharedCredentials, channel, join, pinned_channel,
+    ChannelOptions, ClusterCa, JoinTokenText, JoinWish, NODE_LIFETIME, NodeKey, PeerName, SharedCredentials, channel, join, pinned_channel,
 };
 use forge_proto::cluster::cluster_client::ClusterClient;
 use forge_proto::cluster::{ExecuteRequest, ReadRequest, StatusRequest};
-use forge_proto::node::SessionUp;
+use forge_proto::node::admission_client::AdmissionClient;
 use forge_proto::node::nodes_client::NodesClient;
+use forge_proto::node::{JoinRequest, SessionUp};
 use forge_shared::cluster::command::{Command, CommandError};
 use forge_shared::cluster::event::Kind;
 use forge_shared::cluster::node::Role;
@@ -115,6 +116,29 @@ async fn tokens_let_in_whom_they_say_and_as_often() {
     assert!(matches!(client.renew(BRIEFLY).await, Err(ClusterError::Forbidden { .. })), "it has had no session yet");
     client.session(crate::support::worker_spec("w", 1), SOON).await.expect("a session");
     client.renew(SOON).await.expect("renewed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_did_not_hear_that_it_was_let_in_asks_again_and_uses_nothing_up() {
+    let cluster = Cluster::found().await;
+    let token = JoinTokenText::parse(&cluster.token(Role::Worker, 1).await).expect("a token");
+    let request = |name: &str| JoinRequest {
+        token_id: token.id.clone(),
+        token_secret: token.secret().to_vec().into(),
+        role: Role::Worker.to_string(),
+        name: name.into(),
+        signing_request_der: NodeKey::generate().and_then(|key| key.signing_request_der()).expect("a request").into(),
+        address: String::new(),
+    };
+    let mut admission = AdmissionClient::new(raw(&cluster, Role::Worker).await);
+    let first = request("w");
+    for _ in 0..3 {
+        let reply = admission.join(first.clone()).await.expect("the same request, also after the token's last use").into_inner();
+        assert_eq!(reply.cluster_id, CLUSTER);
+    }
+    for other in [request("w"), request("w2"), JoinRequest { token_secret: vec![0; 32].into(), ..first.clone() }] {
+        admission.join(other).await.expect_err("another key, another name, a guessed secret");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
