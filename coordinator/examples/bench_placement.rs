@@ -31,6 +31,7 @@ fn node(number: usize) -> NodeRecord {
         read_bandwidth_bytes_per_s: 0,
         matrix_flops: 0,
         is_virtual: false,
+        cannot_run: None,
     };
     let spec = NodeSpec {
         id: NodeId(format!("node-{number:04}")),

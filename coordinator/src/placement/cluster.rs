@@ -22,6 +22,8 @@ pub(super) struct Node {
     /// Why it takes no new replicas, if so.
     pub unusable: Option<&'static str>,
     pub slots: Vec<Slot>,
+    /// Devices on which its worker runs nothing, and why.
+    pub refused: Vec<(u32, String)>,
 }
 
 /// A device.
@@ -57,7 +59,7 @@ impl Cluster {
                 Slot { device: view.device, kind: DeviceKind::Cpu, cores: view.threads, free_bytes: view.free_bytes.0, debt_bytes: 0 };
             match nodes.iter_mut().find(|node| node.id == view.node) {
                 Some(node) => node.slots.push(slot),
-                None => nodes.push(Node { id: view.node.clone(), unusable: None, slots: vec![slot] }),
+                None => nodes.push(Node { id: view.node.clone(), unusable: None, slots: vec![slot], refused: Vec::new() }),
             }
         }
         nodes.sort_by(|a, b| a.id.cmp(&b.id));
@@ -67,7 +69,7 @@ impl Cluster {
 
     /// Devices, usable or not.
     pub fn devices(&self) -> usize {
-        self.nodes.iter().map(|node| node.slots.len()).sum()
+        self.nodes.iter().map(|node| node.slots.len() + node.refused.len()).sum()
     }
 
     /// Gives a plan's ranks their memory.
@@ -111,7 +113,8 @@ impl Node {
             (_, _, true) => Some("its node is cordoned"),
             (NodePhase::Ready, false, false) => None,
         };
-        let slots = record.spec.devices.iter().map(|device| Slot {
+        let runs = record.spec.devices.iter().filter(|device| device.cannot_run.is_none());
+        let slots = runs.map(|device| Slot {
             device: device.index,
             kind: device.kind,
             cores: device.cores as usize,
@@ -120,7 +123,10 @@ impl Node {
         });
         let mut slots: Vec<Slot> = slots.collect();
         slots.sort_by_key(|slot| slot.device);
-        Node { id: record.spec.id.clone(), unusable, slots }
+        let refused = record.spec.devices.iter().filter_map(|device| Some((device.index, device.cannot_run.clone()?)));
+        let mut refused: Vec<(u32, String)> = refused.collect();
+        refused.sort();
+        Node { id: record.spec.id.clone(), unusable, slots, refused }
     }
 
     /// The roomiest device; of equals the first.

@@ -2,6 +2,8 @@
 //!
 //! Invariant: a nearest plan was placed once, on the same devices, before it is offered.
 
+use std::collections::BTreeMap;
+
 use forge_shared::ids::ReplicaId;
 use forge_shared::plan::{FailedConstraint, Plan, Refusal};
 use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
@@ -72,7 +74,14 @@ fn constraints(cluster: &Cluster, wish: &Wish<'_>, index: u32) -> Vec<FailedCons
     };
     for reason in ["its node is lost", "its node is being drained", "its node is cordoned"] {
         let nodes = cluster.nodes.iter().filter(|node| node.unusable == Some(reason));
-        add(&mut failed, format!("a device takes replicas, and {reason}"), nodes.map(|node| node.slots.len()).sum());
+        add(&mut failed, format!("a device takes replicas, and {reason}"), nodes.map(|node| node.slots.len() + node.refused.len()).sum());
+    }
+    let mut refused: BTreeMap<&str, usize> = BTreeMap::new();
+    let ready = cluster.nodes.iter().filter(|node| node.unusable.is_none());
+    ready.flat_map(|node| &node.refused).for_each(|(_, reason)| *refused.entry(reason).or_default() += 1);
+    // A refusal is bounded: nodes that say ever new reasons are not quoted at length.
+    for (reason, count) in refused.into_iter().take(8) {
+        add(&mut failed, format!("a device can run models, and {reason}"), count);
     }
     let avoided = |at: usize| wish.avoided.iter().any(|(of, node)| *of == index && cluster.position(node) == Some(at));
     let kept_off = (0..cluster.nodes.len()).filter(|at| avoided(*at)).map(|at| cluster.nodes[at].slots.len()).sum();
@@ -213,6 +222,7 @@ pub(super) fn why_not(cluster: &Cluster, wish: &Wish<'_>, plans: &[Plan]) -> Vec
     };
     let mut reasons = Vec::new();
     for node in &cluster.nodes {
+        reasons.extend(node.refused.iter().map(|(device, reason)| (format!("{}/{device}", node.id), reason.clone())));
         for slot in &node.slots {
             let is_taken = plans.iter().any(|plan| plan.ranks.iter().any(|rank| rank.node == node.id && rank.device == slot.device));
             if is_taken {

@@ -179,6 +179,29 @@ fn a_layout_that_workers_cannot_run_is_refused_with_one_that_they_can() {
     assert!(refusal.to_string().contains("layout.tensor=1 layout.pipeline=1"), "{refusal}");
 }
 
+#[test]
+fn a_device_that_its_worker_cannot_run_is_refused_with_the_reason() {
+    let mut nodes = [record("a", &[9000, 9000]), record("b", &[200])];
+    nodes[0].spec.devices.iter_mut().for_each(|device| device.cannot_run = Some("this build has no kernels for cuda".into()));
+    let refusal = place_on(&nodes, &ModelServiceSpec::default(), &facts(500)).refusal.expect("nowhere");
+    assert!(refusal.to_string().contains("this build has no kernels for cuda (fails on 2 of 3"), "{refusal}");
+    let small = place_on(&nodes, &ModelServiceSpec::default(), &facts(50));
+    assert_eq!(nodes_of(&small), ["b"], "never where it cannot run, however roomy");
+    let wish = Wish {
+        service: &ServiceName::from("demo"),
+        spec: &ModelServiceSpec::default(),
+        facts: &facts(50),
+        indices: &[0],
+        last_epoch: Epoch(0),
+        standing: &[],
+        avoided: &[],
+        max_ranks: 1,
+    };
+    let said = why_not(&cluster(&nodes), &wish, &small.plans);
+    assert_eq!(said.iter().map(|(device, _)| device.as_str()).collect::<Vec<_>>(), ["a/0", "a/1"]);
+    assert!(said.iter().all(|(_, why)| why.contains("no kernels for cuda")));
+}
+
 fn changed(spec: &ModelServiceSpec, nearest: &[(String, String)]) -> ModelServiceSpec {
     let mut spec = spec.clone();
     for (key, value) in nearest {
@@ -239,13 +262,19 @@ prop_compose! {
     fn any_nodes()(
         sizes in proptest::collection::vec(proptest::collection::vec(1u64..8_000, 0..5), 0..6),
         cordoned in proptest::collection::vec(any::<bool>(), 6),
+        refused in 0usize..20,
     ) -> Vec<NodeRecord> {
         let records = sizes.iter().enumerate().map(|(number, devices)| NodeRecord {
             // One in eight.
             cordoned: cordoned[number] && number % 4 == 3,
             ..record(&format!("n{number}"), devices)
         });
-        records.collect()
+        let mut records: Vec<NodeRecord> = records.collect();
+        // And one device in some clusters runs nothing.
+        if let Some(device) = records.iter_mut().flat_map(|node| &mut node.spec.devices).nth(refused) {
+            device.cannot_run = Some("it has no kernels".into());
+        }
+        records
     }
 }
 
@@ -284,7 +313,7 @@ fn given_bytes<'a>(plans: impl Iterator<Item = &'a Plan>, node: &NodeRecord, dev
 fn check_memory(nodes: &[NodeRecord], plans: &[Plan]) -> Result<(), TestCaseError> {
     for node in nodes {
         for device in &node.spec.devices {
-            let limit_bytes = if node.cordoned { 0 } else { device.memory_bytes };
+            let limit_bytes = if node.cordoned || device.cannot_run.is_some() { 0 } else { device.memory_bytes };
             prop_assert!(given_bytes(plans.iter(), node, device.index) <= limit_bytes);
         }
     }
@@ -402,7 +431,7 @@ proptest! {
         let wanted_bytes = kv_memory.map_or(Some(least_bytes), |ByteSize(bytes)| (bytes / block_bytes * block_bytes >= least_bytes).then_some(bytes / block_bytes * block_bytes));
         let holds = |bytes: u64| wanted_bytes.is_some_and(|kv_bytes| facts.weights_bytes + facts.workspace_bytes + kv_bytes <= bytes);
         let usable = nodes.iter().filter(|node| !node.cordoned).flat_map(|node| &node.spec.devices);
-        let fits = usable.clone().any(|device| holds(device.memory_bytes));
+        let fits = usable.filter(|device| device.cannot_run.is_none()).any(|device| holds(device.memory_bytes));
         prop_assert_eq!(place_on(&nodes, &spec, &facts).refusal.is_none(), fits);
     }
 

@@ -35,6 +35,7 @@ fn start() -> ClusterState {
             read_bandwidth_bytes_per_s: 0,
             matrix_flops: 0,
             is_virtual: true,
+            cannot_run: None,
         }],
     };
     let facts = ModelFacts {

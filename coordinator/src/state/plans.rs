@@ -116,8 +116,11 @@ impl ClusterState {
             let Some(node) = node.filter(|node| node.phase == NodePhase::Ready && node.spec.role == Role::Worker && !node.cordoned) else {
                 return stale(format!("node {} takes no replicas", rank.node));
             };
-            if !node.spec.devices.iter().any(|device| device.index == rank.device) {
+            let Some(device) = node.spec.devices.iter().find(|device| device.index == rank.device) else {
                 return stale(format!("node {} has no device {}", rank.node, rank.device));
+            };
+            if let Some(reason) = &device.cannot_run {
+                return stale(format!("nothing runs on device {}/{}: {reason}", rank.node, rank.device));
             }
         }
         service.last_epoch = plan.epoch;

@@ -97,6 +97,7 @@ pub(crate) fn worker(id: &str, incarnation: u64, devices_mib: &[u64]) -> NodeSpe
         read_bandwidth_bytes_per_s: 0,
         matrix_flops: 0,
         is_virtual: true,
+        cannot_run: None,
     });
     NodeSpec {
         id: NodeId::from(id),

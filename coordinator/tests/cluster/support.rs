@@ -241,6 +241,7 @@ pub fn worker_spec(name: &str, incarnation: u64) -> NodeSpec {
             read_bandwidth_bytes_per_s: 0,
             matrix_flops: 0,
             is_virtual: true,
+            cannot_run: None,
         }],
     }
 }

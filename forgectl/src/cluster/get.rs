@@ -169,7 +169,7 @@ pub fn describe(args: &DescribeArgs) -> Result<()> {
                 print_list(args.output, &node.spec.devices, &columns, |device| {
                     let reads = device.read_bandwidth_bytes_per_s;
                     let reads = if reads == 0 { "not measured".into() } else { format!("{}/s", rows::bytes(reads)) };
-                    let sets = device.instruction_sets.join(",");
+                    let sets = device.cannot_run.clone().unwrap_or_else(|| device.instruction_sets.join(","));
                     vec![
                         device.index.to_string(),
                         rows::kind(device),

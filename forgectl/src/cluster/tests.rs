@@ -40,6 +40,7 @@ fn spec(name: &str) -> NodeSpec {
             read_bandwidth_bytes_per_s: 0,
             matrix_flops: 0,
             is_virtual: true,
+            cannot_run: None,
         }],
     }
 }

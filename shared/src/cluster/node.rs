@@ -106,6 +106,9 @@ pub struct DeviceInfo {
     pub matrix_flops: u64,
     /// Declared in the configuration rather than found.
     pub is_virtual: bool,
+    /// Why the worker that tells of it runs nothing on it, such as missing kernels; `None` where it does.
+    #[serde(default)]
+    pub cannot_run: Option<String>,
 }
 
 /// Where a node stands.

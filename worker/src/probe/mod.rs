@@ -87,6 +87,8 @@ pub fn devices(node: &NodeId, wish: &ProbeWish<'_>) -> NodeDevices {
             info.instruction_sets.clone_from(&cpu.instruction_sets);
             info.read_bandwidth_bytes_per_s = speeds.read_bandwidth_bytes_per_s;
             info.matrix_flops = speeds.matrix_flops;
+        } else {
+            info.cannot_run = Some(no_kernels(device.kind));
         }
         if is_cpu {
             let own = (0..count).map(|offset| cores[(next + offset) % cores.len()]).collect();
@@ -111,13 +113,14 @@ fn found(cpu: &Cpu, cores: &[usize], wish: &ProbeWish<'_>) -> NodeDevices {
         read_bandwidth_bytes_per_s: speeds.read_bandwidth_bytes_per_s,
         matrix_flops: speeds.matrix_flops,
         is_virtual: false,
+        cannot_run: None,
     };
     // Its threads go where the system puts them: the whole machine is theirs.
     let ledger = vec![LedgerDevice::of(&info, Vec::new(), NICENESS)];
     let gpus = cuda_devices().into_iter().zip(1..).map(|(gpu, index)| DeviceInfo {
         index,
         kind: DeviceKind::Cuda,
-        name: format!("{} ({} GiB; this build has no kernels for it)", gpu.name, gpu.memory_bytes >> 30),
+        name: format!("{} ({} GiB)", gpu.name, gpu.memory_bytes >> 30),
         cores: gpu.multiprocessors,
         numa_node: None,
         instruction_sets: vec![format!("sm_{}{}", gpu.capability.0, gpu.capability.1)],
@@ -126,8 +129,14 @@ fn found(cpu: &Cpu, cores: &[usize], wish: &ProbeWish<'_>) -> NodeDevices {
         read_bandwidth_bytes_per_s: 0,
         matrix_flops: 0,
         is_virtual: false,
+        cannot_run: Some(no_kernels(DeviceKind::Cuda)),
     });
     NodeDevices { infos: std::iter::once(info).chain(gpus).collect(), ledger }
+}
+
+/// Why nothing runs on a device of this kind.
+fn no_kernels(kind: DeviceKind) -> String {
+    format!("this build of forge-worker has no kernels for {}", format!("{kind:?}").to_lowercase())
 }
 
 /// Where a node's declared cores begin, so that workers of one host spread over it.
@@ -202,7 +211,7 @@ mod tests {
         assert_eq!((devices.infos[0].kind, devices.infos[0].index), (DeviceKind::Cpu, 0));
         assert!(devices.infos[0].memory_bytes > 0 && devices.infos[0].cores > 0);
         assert_eq!(devices.ledger.len(), 1);
-        assert!(devices.infos[1..].iter().all(|gpu| gpu.kind == DeviceKind::Cuda && gpu.memory_bytes == 0));
+        assert!(devices.infos[1..].iter().all(|gpu| gpu.kind == DeviceKind::Cuda && gpu.cannot_run.is_some()));
     }
 
     #[test]
@@ -214,6 +223,8 @@ mod tests {
         let devices = devices(&NodeId::from("n"), &ProbeWish { declared: &[one.clone(), one, gpu, many], ..ProbeWish::default() });
         assert!(devices.infos.iter().all(|info| info.is_virtual));
         assert_eq!(devices.infos[2].memory_bytes, 141 << 30);
+        let cannot: Vec<bool> = devices.infos.iter().map(|info| info.cannot_run.is_some()).collect();
+        assert_eq!(cannot, [false, false, true, false], "there are no kernels for the GPU");
         assert_eq!(devices.infos[3].cores as usize, cores.len());
         let [first, second, third] = devices.ledger.as_slice() else { panic!("{:?}", devices.ledger) };
         assert_eq!((first.cores.len(), second.cores.len(), third.cores.len()), (1, 1, cores.len()));

@@ -76,6 +76,7 @@ impl DeclaredDevice {
             read_bandwidth_bytes_per_s: 0,
             matrix_flops: 0,
             is_virtual: true,
+            cannot_run: None,
         }
     }
 }
