@@ -23,6 +23,7 @@ impl Coordinator {
         self.leading()?;
         let until = Instant::now() + timeout;
         self.0.raft.read_index(timeout).await.map_err(|error| self.raft_error(error))?;
+        self.0.replicated.read().check_client_names(&service).map_err(CoordinatorError::Command)?;
         let facts = match self.known_facts(&service) {
             Some(facts) => facts,
             None => self.look(&service, until, timeout).await?,

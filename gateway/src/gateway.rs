@@ -1,11 +1,11 @@
 //! [`Gateway`]: what `forgectl serve` and a gateway process put together and run.
 
-use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
+use forge_shared::ids::Epoch;
 use forge_shared::link::EngineLink;
 use forge_shared::telemetry::Metrics;
 use forge_text::{ChatTemplate, Tokenizer};
@@ -21,6 +21,7 @@ use crate::idempotency::IdempotencyRecords;
 use crate::keys::KeyRing;
 use crate::lifecycle::Lifecycle;
 use crate::limits::RateLimits;
+use crate::model_table::NameClash;
 use crate::models::Models;
 use crate::prefix_index::PrefixIndex;
 use crate::retry_budget::RetryBudget;
@@ -49,6 +50,8 @@ pub struct ServedReplica {
     pub key: String,
     /// Of the model's text parts and card; replicas of another version are another model, though of the same name.
     pub version: String,
+    /// Of its plan; of two versions of equal weight, the newer answers.
+    pub epoch: Epoch,
     /// What its engine has cached, where it tells.
     pub prefixes: Option<ReplicaPrefixes>,
 }
@@ -136,11 +139,15 @@ impl Gateway {
             service: model.link.card().name.clone(),
             key: index.to_string(),
             version: String::new(),
+            epoch: Epoch(0),
             prefixes: None,
             model,
         };
-        gateway.publish(&models.into_iter().enumerate().map(named).collect::<Vec<_>>(), &BTreeSet::new())?;
-        Ok(gateway)
+        // Nobody applied these at different times: which of two is meant, only the operator can say.
+        let served: Vec<ServedReplica> = models.into_iter().enumerate().map(named).collect();
+        let services: Vec<String> = served.iter().map(|replica| replica.service.clone()).collect();
+        let clashes = gateway.publish(&served, &services);
+        clashes.first().map_or(Ok(gateway), |clash| Err(GatewayError::config("models", format!("{clash}: rename one of them"))))
     }
 
     /// A gateway that serves nothing until [`Gateway::publish`] or [`Gateway::join`] says what.
@@ -184,11 +191,9 @@ impl Gateway {
     }
 
     /// Replaces what is served. Requests under way go on at the replicas that stay, or wait for new ones. A model of one
-    /// of `services` stays listed while it has no replica.
-    ///
-    /// # Errors
-    /// Two models of one name; what was served is served on.
-    pub fn publish(&self, served: &[ServedReplica], services: &BTreeSet<String>) -> Result<(), GatewayError> {
+    /// of `services`, the oldest first, stays listed while it has no replica. Gives the names that two services claim:
+    /// the older one has them.
+    pub fn publish(&self, served: &[ServedReplica], services: &[String]) -> Vec<NameClash> {
         self.state.models.publish(served, services)
     }
 

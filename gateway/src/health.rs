@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::driver::{Admission, Driver};
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
-use crate::models::Model;
+use crate::models::{Model, Replica};
 
 /// How long the result of a deep probe is given again, so that probes cannot become load.
 const PROBE_KEPT: Duration = Duration::from_secs(1);
@@ -74,24 +74,29 @@ fn answer(code: StatusCode, body: Value) -> Response {
 
 fn status(gateway: &GatewayState, model: Option<&str>) -> Result<(StatusCode, Value), ApiError> {
     let table = gateway.models.table();
-    let models: Vec<&Arc<Model>> = match model {
-        Some(name) => vec![table.find(Some(name))?],
-        None => table.models().iter().collect(),
+    let services: Vec<Vec<&Arc<Model>>> = match model {
+        Some(name) => vec![table.versions(Some(name))?],
+        None => table.by_service().map(|models| models.iter().collect()).collect(),
     };
     let draining = gateway.lifecycle.is_draining();
-    let ready = !draining && models.iter().all(|model| model.unready_reason().is_none());
+    let ready = !draining && services.iter().all(|versions| is_ready(versions));
     let word = match (draining, ready) {
         (true, _) => "draining",
         (false, true) => "ready",
         (false, false) => "unavailable",
     };
-    let models: Vec<Value> = models.iter().map(|model| model_status(model)).collect();
+    let models: Vec<Value> = services.iter().flat_map(|versions| model_status(versions)).collect();
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     Ok((code, json!({"status": word, "models": models})))
 }
 
-fn model_status(model: &Model) -> Value {
-    let replicas = model.replicas();
+/// While a changed wish is rolled out, one of a service's versions is enough.
+fn is_ready(versions: &[&Arc<Model>]) -> bool {
+    versions.iter().any(|model| model.unready_reason().is_none())
+}
+
+fn model_status(versions: &[&Arc<Model>]) -> Option<Value> {
+    let replicas: Vec<Arc<Replica>> = versions.iter().flat_map(|model| model.replicas().to_vec()).collect();
     let replicas = replicas.iter().map(|replica| {
         let status = replica.link.status();
         json!({
@@ -106,11 +111,11 @@ fn model_status(model: &Model) -> Value {
             "system_fingerprint": replica.fingerprint(),
         })
     });
-    json!({
-        "name": model.card.name,
-        "ready": model.unready_reason().is_none(),
+    Some(json!({
+        "name": versions.first()?.card.name,
+        "ready": is_ready(versions),
         "replicas": replicas.collect::<Vec<_>>(),
-    })
+    }))
 }
 
 async fn probe_all(gateway: &Arc<GatewayState>) -> (StatusCode, Value) {
@@ -119,9 +124,11 @@ async fn probe_all(gateway: &Arc<GatewayState>) -> (StatusCode, Value) {
         Err(error) => (error.status(), error.body()),
     };
     let mut probes = serde_json::Map::new();
-    for model in gateway.models.table().models() {
+    let table = gateway.models.table();
+    let ready = |versions: &[Arc<Model>]| versions.iter().find(|model| model.unready_reason().is_none()).or(versions.first()).cloned();
+    for model in table.by_service().filter_map(ready) {
         let began = Instant::now();
-        let result = match probe(gateway, model).await {
+        let result = match probe(gateway, &model).await {
             Ok(()) => json!({"ok": true, "milliseconds": began.elapsed().as_millis() as u64}),
             Err(error) => {
                 code = StatusCode::SERVICE_UNAVAILABLE;

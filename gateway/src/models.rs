@@ -1,9 +1,11 @@
-//! The models served, by every name they answer to, listed or not, and their replicas, which come and go.
+//! The models served, and their replicas, which come and go.
 //!
 //! A request holds its [`Model`] to its end; replicas that are planned anew meanwhile appear in that same model, so that
-//! the request can go on there. Invariant: one name stands for one model at any moment.
+//! the request can go on there. Invariant: whatever is published is served; two services that claim one name cost one of
+//! them that name ([`ModelTable`]).
 
-use std::collections::{BTreeSet, HashMap};
+use std::cmp::Reverse;
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -17,8 +19,9 @@ use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
 
 use crate::breaker::Breaker;
-use crate::error::{ApiError, GatewayError};
+use crate::error::ApiError;
 use crate::gateway::{ReplicaPrefixes, ServedModel, ServedReplica};
+use crate::model_table::{ModelTable, NameClash};
 use crate::prefix_index::PromptBlocks;
 use crate::router::{ReplicaLoad, pick};
 
@@ -101,6 +104,11 @@ impl Replica {
 }
 
 impl Model {
+    /// The service it belongs to.
+    pub(crate) fn service(&self) -> &str {
+        &self.service
+    }
+
     /// The replicas of this moment.
     pub(crate) fn replicas(&self) -> Arc<[Arc<Replica>]> {
         self.replicas.read().clone()
@@ -199,15 +207,13 @@ impl Models {
     }
 
     /// Replaces what is served. Models that stay are the same objects, so that their requests see new replicas. A model
-    /// of one of `services` that has no replica at the moment stays listed and answers that it is not ready; any other
-    /// that goes loses its replicas.
-    ///
-    /// # Errors
-    /// Two models of one name; nothing has changed then.
-    pub(crate) fn publish(&self, served: &[ServedReplica], services: &BTreeSet<String>) -> Result<(), GatewayError> {
+    /// of one of `services`, the oldest first, that has no replica at the moment stays listed and answers that it is not
+    /// ready; any other that goes loses its replicas. Gives the names that more than one service claims.
+    pub(crate) fn publish(&self, served: &[ServedReplica], services: &[String]) -> Vec<NameClash> {
         let old = self.table();
         let mut retired = self.retired.lock();
         let mut groups: Vec<(Arc<Model>, Vec<&ServedReplica>)> = Vec::new();
+        let old_models = || old.by_service().flatten();
         for replica in served {
             let card = replica.model.link.card();
             let same =
@@ -216,26 +222,32 @@ impl Models {
                 replicas.push(replica);
                 continue;
             }
-            let known = old.models.iter().cloned().chain(retired.iter().filter_map(Weak::upgrade)).find(|model| same(model));
+            let known = old_models().cloned().chain(retired.iter().filter_map(Weak::upgrade)).find(|model| same(model));
             groups.push((known.unwrap_or_else(|| Arc::new(new_model(replica, card))), vec![replica]));
         }
-        for model in &old.models {
+        for model in old_models() {
             let has_successor = groups.iter().any(|(other, _)| other.service == model.service);
             if services.contains(&model.service) && !has_successor {
                 groups.push((model.clone(), Vec::new()));
             }
         }
-        let table = ModelTable::new(groups.iter().map(|(model, _)| model.clone()).collect())?;
+        // By age, and within a service, where a changed wish is rolled out, what most replicas carry out, then the newest.
+        let place = |service: &String| services.iter().position(|other| other == service).unwrap_or(usize::MAX);
+        groups.sort_by_cached_key(|(model, replicas)| {
+            let newest = replicas.iter().map(|replica| replica.epoch).max();
+            (place(&model.service), model.service.clone(), Reverse((replicas.len(), newest)))
+        });
+        let (table, clashes) = ModelTable::new(groups.iter().map(|(model, _)| model.clone()).collect());
         for (model, replicas) in &groups {
             model.set_replicas(replicas);
         }
         retired.retain(|model| model.upgrade().is_some_and(|model| !groups.iter().any(|(other, _)| Arc::ptr_eq(other, &model))));
-        for gone in old.models.iter().filter(|old| !groups.iter().any(|(model, _)| Arc::ptr_eq(model, old))) {
+        for gone in old_models().filter(|old| !groups.iter().any(|(model, _)| Arc::ptr_eq(model, old))) {
             gone.set_replicas(&[]);
             retired.push(Arc::downgrade(gone));
         }
         *self.table.write() = Arc::new(table);
-        Ok(())
+        clashes
     }
 }
 
@@ -249,55 +261,5 @@ fn new_model(replica: &ServedReplica, card: Arc<ModelCard>) -> Model {
         service: replica.service.clone(),
         version: replica.version.clone(),
         replicas: RwLock::new(Arc::new([])),
-    }
-}
-
-/// The models served at one moment.
-#[derive(Default)]
-pub(crate) struct ModelTable {
-    models: Vec<Arc<Model>>,
-    by_name: HashMap<String, usize>,
-}
-
-impl ModelTable {
-    fn new(models: Vec<Arc<Model>>) -> Result<Self, GatewayError> {
-        let mut by_name = HashMap::new();
-        for (index, model) in models.iter().enumerate() {
-            for name in std::iter::once(&model.card.name).chain(&model.card.names).chain(&model.card.unlisted_names) {
-                if by_name.insert(name.clone(), index).is_some_and(|other| other != index) {
-                    return Err(GatewayError::config("models", format!("two models answer to the name {name:?}")));
-                }
-            }
-        }
-        Ok(ModelTable { models, by_name })
-    }
-
-    /// The model of a request; without a name, the first one.
-    pub(crate) fn find(&self, name: Option<&str>) -> Result<&Arc<Model>, ApiError> {
-        let found = match name {
-            None => self.models.first(),
-            Some(name) => self.by_name.get(name).map(|index| &self.models[*index]),
-        };
-        found.ok_or_else(|| match name {
-            None => ApiError::Unavailable { message: "no model is served yet".into(), retry_after_s: 2 },
-            Some(name) => ApiError::UnknownModel {
-                model: name.chars().take(128).collect(),
-                served: self.names().map(|(name, _)| name.to_owned()).collect(),
-            },
-        })
-    }
-
-    /// Every name that is listed, with its model; a model's own name first.
-    pub(crate) fn names(&self) -> impl Iterator<Item = (&str, &Arc<Model>)> {
-        self.models.iter().flat_map(|model| {
-            let card = &model.card;
-            let aliases = card.names.iter().filter(|name| **name != card.name);
-            std::iter::once(&card.name).chain(aliases).map(move |name| (name.as_str(), model))
-        })
-    }
-
-    /// The models themselves.
-    pub(crate) fn models(&self) -> &[Arc<Model>] {
-        &self.models
     }
 }

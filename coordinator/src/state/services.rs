@@ -23,6 +23,7 @@ impl ClusterState {
     pub(super) fn apply_service(&mut self, wish: &ModelService, step: &mut Step) -> Result<Effect, CommandError> {
         check_wish(wish)?;
         let name = ServiceName(wish.metadata.name.clone());
+        self.check_client_names(wish)?;
         let Some(known) = self.services.get(&name) else {
             checks::bounded("services", self.services.len(), MAX_SERVICES)?;
             self.check_total(&name, wish.spec.replicas)?;
@@ -30,6 +31,7 @@ impl ClusterState {
                 service: wish.clone(),
                 generation: 1,
                 revision: step.index,
+                created: step.index,
                 facts: Facts::Unknown,
                 replicas: Vec::new(),
                 leaving: Vec::new(),
@@ -40,6 +42,7 @@ impl ClusterState {
             };
             self.put_service(name.clone(), record, step);
             self.notice(step, Weight::Normal, "ServiceCreated", about(&name), format!("service {name} was created"));
+            self.note_shared_model(&name, step);
             return Ok(Effect::CHANGED);
         };
         // To wish the same again after a worker could not use the model is to try again.
@@ -49,6 +52,7 @@ impl ClusterState {
         }
         self.check_total(&name, wish.spec.replicas)?;
         let mut record = known.clone();
+        let is_other_model = record.service.spec.model != wish.spec.model;
         if changes_replicas(&record.service, wish) {
             let carried = record.replicas.iter().chain(record.leaving.iter().map(|leaving| &leaving.replica));
             if carried.clone().any(|replica| replica.generation == record.generation) {
@@ -71,6 +75,9 @@ impl ClusterState {
         let message = format!("service {name} was changed, generation {}", record.generation);
         self.put_service(name.clone(), record, step);
         self.notice(step, Weight::Normal, "ServiceChanged", about(&name), message);
+        if is_other_model {
+            self.note_shared_model(&name, step);
+        }
         Ok(Effect::CHANGED)
     }
 
@@ -161,6 +168,33 @@ impl ClusterState {
         self.services.insert(name, record);
     }
 
+    /// Refuses a wish whose own names for clients are another service's already: gateways could not tell which is meant.
+    pub(crate) fn check_client_names(&self, wish: &ModelService) -> Result<(), CommandError> {
+        let living = self.services.values().filter(|other| !other.is_deleted).map(|other| &other.service);
+        for other in living.filter(|other| other.metadata.name != wish.metadata.name) {
+            let Some(taken) = client_names(wish).into_iter().flatten().find(|name| client_names(other).contains(&Some(*name))) else {
+                continue;
+            };
+            let field = if wish.spec.model_name.as_deref() == Some(taken) { "spec.modelName" } else { "metadata.name" };
+            let reason = format!("{taken:?} is what clients call the service {:?}: choose another name", other.metadata.name);
+            return checks::invalid(field, reason);
+        }
+        Ok(())
+    }
+
+    /// Says that the name of a service's model, which clients may use too, stands for an older service.
+    fn note_shared_model(&mut self, name: &ServiceName, step: &mut Step) {
+        let model = |record: &ServiceRecord| record.service.spec.model.clone();
+        let Some(shared) = self.services.get(name).map(model) else { return };
+        let sharing = self.services.iter().filter(|(_, record)| !record.is_deleted && model(record) == shared);
+        let holder = sharing.min_by_key(|(name, record)| (record.created, (*name).clone())).map(|(name, _)| name.clone());
+        let Some(holder) = holder.filter(|holder| holder != name) else { return };
+        let message = format!(
+            "{holder} and {name} serve {shared:?}: requests by that name go to {holder}, the older; ask for {name} by its own name"
+        );
+        self.notice(step, Weight::Warning, "ModelNameShared", about(name), message);
+    }
+
     fn check_total(&self, name: &ServiceName, replicas: u32) -> Result<(), CommandError> {
         let others = self.services.iter().filter(|(other, _)| *other != name);
         let wished: u64 = others.map(|(_, service)| u64::from(service.service.spec.replicas)).sum();
@@ -184,6 +218,11 @@ pub fn changes_replicas(old: &ModelService, new: &ModelService) -> bool {
     let mut old = old.clone();
     old.spec.replicas = new.spec.replicas;
     old != *new
+}
+
+/// What clients may call a service, beside its model's name.
+fn client_names(wish: &ModelService) -> [Option<&str>; 2] {
+    [Some(wish.metadata.name.as_str()), wish.spec.model_name.as_deref()]
 }
 
 fn about(name: &ServiceName) -> String {

@@ -113,6 +113,27 @@ fn a_removed_node_comes_back_only_anew() {
 }
 
 #[test]
+fn a_name_for_clients_belongs_to_one_service() {
+    let mut world = World::new();
+    let named = |name: Option<&str>| ModelServiceSpec { model_name: name.map(str::to_owned), ..Default::default() };
+    world.apply("first", named(Some("chat"))).expect("applies");
+    let refused = world.apply("second", named(Some("chat")));
+    assert!(matches!(&refused, Err(CommandError::Invalid { field, .. }) if field == "spec.modelName"), "{refused:?}");
+    let refused = world.apply("chat", named(None));
+    assert!(matches!(&refused, Err(CommandError::Invalid { field, .. }) if field == "metadata.name"), "{refused:?}");
+    assert!(world.apply("second", named(Some("first"))).is_err());
+    // A model may be served twice: its own name stands for the older service, and an event says so.
+    world.apply("second", named(Some("draft"))).expect("applies");
+    let shared = |world: &World| world.state.notices().filter(|notice| notice.reason == "ModelNameShared").count();
+    assert_eq!(shared(&world), 1);
+    world.apply("first", named(Some("talk"))).expect("applies");
+    world.apply("third", named(Some("chat"))).expect("the name is free again");
+    let created = |name: &str| world.state.services()[&ServiceName::from(name)].created;
+    assert!(created("first") < created("second") && created("second") < created("third"));
+    assert_eq!(shared(&world), 2);
+}
+
+#[test]
 fn the_same_wish_changes_nothing_and_scaling_is_no_new_generation() {
     let mut world = ready(1);
     let revision = world.state.revision();

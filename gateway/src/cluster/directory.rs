@@ -4,7 +4,7 @@
 //! until the new one is whole, so that a coordinator's death or a compacted history never empties a gateway; and the
 //! picture never goes back in time: a whole one of an older revision, from a coordinator that lags, is not taken.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use forge_cluster::api::WatchItem;
 use forge_cluster::engine::EngineTarget;
@@ -114,9 +114,12 @@ impl Directory {
         Some(Wanted { key: format!("{}@{}", plan.replica, plan.epoch), target })
     }
 
-    /// Names of the services that are wanted.
-    pub fn services(&self) -> BTreeSet<String> {
-        self.current.services.values().filter(|service| !service.is_deleted).map(|service| service.service.metadata.name.clone()).collect()
+    /// Names of the services that are wanted, the oldest first.
+    pub fn services(&self) -> Vec<String> {
+        let mut wanted: Vec<&ServiceRecord> = self.current.services.values().filter(|service| !service.is_deleted).collect();
+        // The picture is sorted by name, so services of one moment are too, alike in every gateway.
+        wanted.sort_by_key(|service| service.created);
+        wanted.into_iter().map(|service| service.service.metadata.name.clone()).collect()
     }
 
     /// The API keys.
@@ -182,6 +185,7 @@ mod tests {
             service: ModelService::new("s", ModelServiceSpec::default()),
             generation: 1,
             revision: Revision(1),
+            created: Revision(1),
             facts: Facts::Unknown,
             replicas,
             leaving,

@@ -21,6 +21,7 @@ use super::replicas::Replicas;
 use super::shares::Shares;
 use crate::gateway::Gateway;
 use crate::keys::KeyRing;
+use crate::model_table::NameClash;
 
 /// For beginning a session.
 const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -92,6 +93,7 @@ async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>
     let mut directory = Directory::default();
     let mut replicas = Replicas::new(parts.dialer.clone(), changed.clone());
     let mut items = parts.api.watch(vec![Kind::Node, Kind::Service, Kind::Key], None);
+    let mut clashes: Vec<NameClash> = Vec::new();
     loop {
         tokio::select! {
             item = items.recv() => match item {
@@ -117,9 +119,11 @@ async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>
             },
             () = changed.notified() => {}
         }
-        if let Err(error) = gateway.publish(&replicas.served(), &directory.services()) {
-            tracing::error!(%error, "the new replicas are not served");
+        let found = gateway.publish(&replicas.served(), &directory.services());
+        for clash in found.iter().filter(|clash| !clashes.contains(clash)) {
+            tracing::warn!(%clash, "ask for the other service by its own name");
         }
+        clashes = found;
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use forge_cluster::engine::{EngineDialer, EngineTarget, ReplicaClient};
+use forge_shared::ids::Epoch;
 use forge_text::ModelText;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
@@ -70,7 +71,7 @@ impl Replicas {
         let served = Arc::new(Mutex::new(None));
         let (texts, changed, slot) = (self.texts.clone(), self.changed.clone(), served.clone());
         let client = self.dialer.dial(target.clone());
-        let name = Name { key, service: target.replica.service.0.clone() };
+        let name = Name { key, service: target.replica.service.0.clone(), epoch: target.epoch };
         let task = tokio::spawn(look_after(name, client, texts, slot, changed));
         Dialed { target, served, task }
     }
@@ -87,10 +88,11 @@ impl Replicas {
 struct Name {
     key: String,
     service: String,
+    epoch: Epoch,
 }
 
 async fn look_after(
-    Name { key, service }: Name,
+    Name { key, service, epoch }: Name,
     client: Arc<dyn ReplicaClient>,
     texts: Arc<Texts>,
     slot: Arc<Mutex<Option<ServedReplica>>>,
@@ -100,7 +102,7 @@ async fn look_after(
     let prefixes = ReplicaPrefixes::default();
     let model =
         ServedModel { link: client.clone(), tokenizer: text.tokenizer().clone(), chat_template: text.chat_template().ok().cloned() };
-    *slot.lock() = Some(ServedReplica { model, service, key, version, prefixes: Some(prefixes.clone()) });
+    *slot.lock() = Some(ServedReplica { model, service, key, version, epoch, prefixes: Some(prefixes.clone()) });
     changed.notify_one();
     loop {
         let mut updates = client.prefixes();

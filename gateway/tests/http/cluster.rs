@@ -17,7 +17,7 @@ use hyper::Request;
 use serde_json::{Value, json};
 
 use super::engine::{Fate, ScriptedEngine};
-use super::scripted_cluster::{ScriptedCluster, ScriptedWorkers, gateway_spec, node, service};
+use super::scripted_cluster::{ScriptedCluster, ScriptedWorkers, gateway_spec, node, service, service_since};
 use super::{Answer, CHAT, COMPLETIONS, NOW_S, Server, eventually, loopback};
 
 /// Each gateway's clock differs, as real ones do.
@@ -120,6 +120,63 @@ async fn models_come_with_their_replicas_and_a_stream_goes_on_at_a_new_one() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     gateway.server.post_json(CHAT, &body(false)).await.error(503);
     assert_eq!(gateway.server.get("/v1/models/model").await.status, 200, "the service is wanted, so its model stays listed");
+}
+
+#[tokio::test]
+async fn two_services_of_one_name_cost_the_younger_its_name_and_nobody_else_anything() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a", "b"]));
+    workers.engines.lock().insert("c".into(), ScriptedEngine::new("other", "numerics-1"));
+    cluster.tell(vec![node("a"), node("b"), node("c"), service_since(7, "older", &[("a", 1)])]).await;
+    let gateway = join(&cluster, &workers, "gw", NOW_S).await;
+    ready(&gateway.server).await;
+    // It sorts before the older one, and its engine has the same name.
+    cluster.tell(vec![service_since(8, "a-younger", &[("b", 1)])]).await;
+    eventually("it is dialed", || workers.dialed.lock().len() == 2).await;
+    // What is applied after the clash is served all the same.
+    cluster.tell(vec![service_since(9, "third", &[("c", 1)])]).await;
+    for _ in 0..500 {
+        if gateway.server.get("/health/ready?model=other").await.status == 200 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..8 {
+        assert_eq!(gateway.server.post_json(CHAT, &body(false)).await.status, 200);
+    }
+    assert_eq!((engine(&workers, "a").seen.lock().len(), engine(&workers, "b").seen.lock().len()), (8, 0));
+    let listed = gateway.server.get("/v1/models").await.json();
+    let listed: Vec<&str> = listed["data"].as_array().expect("a list").iter().filter_map(|model| model["id"].as_str()).collect();
+    assert_eq!(listed, ["model", "model-alias", "other", "other-alias"]);
+    // Once the older one is gone, the name is the younger one's.
+    let mut gone = service_since(7, "older", &[]);
+    if let Object::Service(record) = &mut gone {
+        record.is_deleted = true;
+    }
+    cluster.tell(vec![gone]).await;
+    for _ in 0..500 {
+        if gateway.server.post_json(CHAT, &body(false)).await.status == 200 && !engine(&workers, "b").seen.lock().is_empty() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the younger service never got the name");
+}
+
+#[tokio::test]
+async fn a_service_may_have_two_versions_of_one_name_while_a_change_is_rolled_out() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a", "b"]));
+    workers.engines.lock().insert("c".into(), ScriptedEngine::with_context("model", "numerics-1", 256));
+    cluster.tell(vec![node("a"), node("b"), node("c"), service("s", &[("a", 1), ("b", 2)])]).await;
+    let gateway = join(&cluster, &workers, "gw", NOW_S).await;
+    ready(&gateway.server).await;
+    // One of two replicas is of the new wish: of another context, under the same name.
+    cluster.tell(vec![service("s", &[("a", 1), ("c", 3)])]).await;
+    eventually("it is dialed", || workers.dialed.lock().len() == 3).await;
+    engine(&workers, "a").script.lock().ready = false;
+    ready(&gateway.server).await;
+    assert_eq!(gateway.server.post_json(CHAT, &body(false)).await.status, 200);
+    assert_eq!(engine(&workers, "c").seen.lock().len(), 1);
+    assert_eq!(gateway.server.get("/v1/models").await.json()["data"].as_array().map(Vec::len), Some(2));
 }
 
 #[tokio::test]

@@ -60,6 +60,10 @@ const VOCABULARY: usize = 502;
 
 impl ScriptedEngine {
     pub(crate) fn new(name: &str, numerics_id: &str) -> Arc<Self> {
+        Self::with_context(name, numerics_id, CONTEXT)
+    }
+
+    pub(crate) fn with_context(name: &str, numerics_id: &str, max_model_len: usize) -> Arc<Self> {
         let tokenizer = super::tokenizer();
         let letters = ('a'..='z').filter_map(|letter| tokenizer.token_id(&letter.to_string())).collect::<Vec<_>>();
         assert_eq!(letters.len(), 26);
@@ -68,7 +72,7 @@ impl ScriptedEngine {
                 name: name.into(),
                 names: vec![name.into(), format!("{name}-alias")],
                 unlisted_names: vec![format!("/models/{name}.gguf")],
-                max_model_len: CONTEXT,
+                max_model_len,
                 vocab_size: VOCABULARY,
                 numerics_id: numerics_id.into(),
                 created_s: 1_700_000_000,

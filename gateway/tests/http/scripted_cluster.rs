@@ -202,6 +202,11 @@ pub(crate) fn node(name: &str) -> Object {
 
 /// A service whose replicas run on these nodes, with these epochs.
 pub(crate) fn service(name: &str, replicas: &[(&str, u64)]) -> Object {
+    service_since(1, name, replicas)
+}
+
+/// As [`service`], created at another time.
+pub(crate) fn service_since(created: u64, name: &str, replicas: &[(&str, u64)]) -> Object {
     let record = |(index, (on, epoch)): (usize, &(&str, u64))| ReplicaRecord {
         plan: Plan {
             replica: ReplicaId { service: ServiceName::from(name), index: index as u32 },
@@ -232,6 +237,7 @@ pub(crate) fn service(name: &str, replicas: &[(&str, u64)]) -> Object {
         service: ModelService::new(name, ModelServiceSpec::default()),
         generation: 1,
         revision: Revision(1),
+        created: Revision(created),
         facts: Facts::Unknown,
         replicas: replicas.iter().enumerate().map(record).collect(),
         leaving: Vec::new(),

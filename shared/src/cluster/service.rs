@@ -18,6 +18,9 @@ pub struct ServiceRecord {
     pub generation: u64,
     /// When the wish last changed.
     pub revision: Revision,
+    /// When the service was created. Of two that claim one name for clients, the older has it.
+    #[serde(default)]
+    pub created: Revision,
     /// The model's numbers, found by a worker for this generation.
     pub facts: Facts,
     /// Replicas by index, ascending; a missing index is not placed. An index is there once.
