@@ -28,9 +28,13 @@ impl Breaker {
         self.failures < FAILURES_TO_OPEN || (now >= self.closed_from && !self.probing)
     }
 
-    /// An attempt begins. One that is never concluded must be told with [`Breaker::abandoned`].
-    pub fn begin(&mut self) {
-        self.probing = self.failures >= FAILURES_TO_OPEN;
+    /// An attempt begins; whether it is the one that a pause's end allowed. Such a one that is never concluded must be
+    /// told with [`Breaker::abandoned`], or no other is ever allowed.
+    #[must_use]
+    pub fn begin(&mut self) -> bool {
+        let is_probe = self.failures >= FAILURES_TO_OPEN;
+        self.probing |= is_probe;
+        is_probe
     }
 
     /// The replica answered.
@@ -38,7 +42,7 @@ impl Breaker {
         *self = Breaker::default();
     }
 
-    /// The attempt ended without saying anything of the replica.
+    /// The attempt at the end of a pause was given up without saying anything of the replica.
     pub fn abandoned(&mut self) {
         self.probing = false;
     }
@@ -51,6 +55,11 @@ impl Breaker {
             let doublings = (self.failures - FAILURES_TO_OPEN).min(10);
             self.closed_from = now + (FIRST_PAUSE * 2u32.pow(doublings)).min(LONGEST_PAUSE);
         }
+    }
+
+    /// Whether the attempt that a pause's end allowed is under way: it tells soon whether others may follow.
+    pub fn is_probing(&self) -> bool {
+        self.probing
     }
 
     /// Whether it keeps attempts away now.
@@ -74,19 +83,19 @@ mod tests {
         let mut breaker = Breaker::default();
         for _ in 0..FAILURES_TO_OPEN {
             assert!(breaker.allows(ms(0)));
-            breaker.begin();
+            assert!(!breaker.begin());
             breaker.failed(ms(0));
         }
         assert!(!breaker.allows(ms(499)));
         assert!(breaker.allows(ms(500)));
-        breaker.begin();
+        assert!(breaker.begin());
         assert!(!breaker.allows(ms(501)), "one probe at a time");
         breaker.failed(ms(600));
         assert!(!breaker.allows(ms(1599)) && breaker.allows(ms(1600)), "the pause doubles");
-        breaker.begin();
+        assert!(breaker.begin());
         breaker.abandoned();
         assert!(breaker.allows(ms(1600)), "a probe that told nothing is made again");
-        breaker.begin();
+        assert!(breaker.begin());
         breaker.succeeded();
         assert_eq!(breaker, Breaker::default());
     }

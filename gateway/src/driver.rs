@@ -80,7 +80,15 @@ impl Driver {
         driver.gateway.retries.lock().earn();
         let mut tried = Vec::new();
         let mut refusal = AdmitError::Unavailable { reason: "no replica is ready".into() };
-        while let Some(replica) = driver.pick(&request, &tried, numerics_id.as_deref()) {
+        loop {
+            let Some(replica) = driver.pick(&request, &tried, numerics_id.as_deref()) else {
+                // Another prompt of this list, perhaps, tries the only replica that is left; it is about to tell.
+                if !driver.model.is_probing(&driver.wanted(&request, &tried, numerics_id.as_deref())) {
+                    break;
+                }
+                bounded(&driver.gateway, &mut driver.deadline, sleep(READY_POLL)).await?;
+                continue;
+            };
             if !tried.is_empty() && !driver.gateway.retries.lock().spend(driver.gateway.now()) {
                 tracing::debug!(request = %request.id, "no retry left in the gateway's budget");
                 break;
@@ -108,21 +116,26 @@ impl Driver {
     }
 
     fn pick(&self, request: &GenerateRequest, tried: &[Arc<Replica>], numerics_id: Option<&str>) -> Option<Arc<Replica>> {
-        self.model.pick(&Wanted { request, affinity: self.affinity, tried, numerics_id, now: self.gateway.now() })
+        self.model.pick(&self.wanted(request, tried, numerics_id))
+    }
+
+    fn wanted<'a>(&self, request: &'a GenerateRequest, tried: &'a [Arc<Replica>], numerics_id: Option<&'a str>) -> Wanted<'a> {
+        Wanted { request, affinity: self.affinity, tried, numerics_id, now: self.gateway.now() }
     }
 
     /// Submits to one replica, bounded by the deadline and the gateway's end.
     async fn submit(&mut self, replica: &Arc<Replica>, request: GenerateRequest) -> Result<Result<(), AdmitError>, ApiError> {
         // Counted from now on, so that prompts submitted at the same time spread over the replicas.
         let guard = replica.occupy();
-        replica.breaker().begin();
+        let attempt = replica.attempt();
         let submitted = bounded(&self.gateway, &mut self.deadline, replica.link.submit(request)).await;
         let now = self.gateway.now();
         match &submitted {
-            Ok(Err(AdmitError::Unavailable { .. })) => replica.breaker().failed(now),
+            Ok(Err(AdmitError::Unavailable { .. })) => attempt.failed(now),
             // Any other refusal is an answer.
-            Ok(_) => replica.breaker().succeeded(),
-            Err(_) => replica.breaker().abandoned(),
+            Ok(_) => attempt.succeeded(),
+            // The deadline, or the gateway's end: it says nothing of the replica.
+            Err(_) => drop(attempt),
         }
         Ok(submitted?.map(|events| self.engine = Some(AtEngine { events, replica: replica.clone(), _guard: guard })))
     }

@@ -56,6 +56,34 @@ impl Drop for ReplicaGuard {
     }
 }
 
+/// An attempt at a replica. A client that hangs up drops it in the middle, which must not count as an open probe for ever.
+pub(crate) struct Attempt<'a> {
+    breaker: &'a Mutex<Breaker>,
+    is_probe: bool,
+}
+
+impl Attempt<'_> {
+    /// The replica answered.
+    pub(crate) fn succeeded(mut self) {
+        self.is_probe = false;
+        self.breaker.lock().succeeded();
+    }
+
+    /// The replica could not be reached.
+    pub(crate) fn failed(mut self, now: Duration) {
+        self.is_probe = false;
+        self.breaker.lock().failed(now);
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.is_probe {
+            self.breaker.lock().abandoned();
+        }
+    }
+}
+
 /// What a request asks of a replica beside being able to answer.
 pub(crate) struct Wanted<'a> {
     pub(crate) request: &'a GenerateRequest,
@@ -66,6 +94,15 @@ pub(crate) struct Wanted<'a> {
     /// Only replicas of these numerics.
     pub(crate) numerics_id: Option<&'a str>,
     pub(crate) now: Duration,
+}
+
+impl Wanted<'_> {
+    /// Whether a replica can answer, as far as it is asked.
+    fn fits(&self, replica: &Arc<Replica>) -> bool {
+        replica.link.status().ready
+            && self.numerics_id.is_none_or(|id| replica.link.card().numerics_id == id)
+            && !self.tried.iter().any(|tried| Arc::ptr_eq(tried, replica))
+    }
 }
 
 impl Replica {
@@ -90,6 +127,12 @@ impl Replica {
     /// Its circuit breaker.
     pub(crate) fn breaker(&self) -> parking_lot::MutexGuard<'_, Breaker> {
         self.breaker.lock()
+    }
+
+    /// An attempt begins, which its breaker is told of: by [`Attempt::succeeded`], [`Attempt::failed`], or when dropped.
+    pub(crate) fn attempt(&self) -> Attempt<'_> {
+        let is_probe = self.breaker.lock().begin();
+        Attempt { breaker: &self.breaker, is_probe }
     }
 
     /// Its name in the cluster.
@@ -129,9 +172,7 @@ impl Model {
             .map(|replica| {
                 let status = replica.link.status();
                 let card = replica.link.card();
-                let same = wanted.numerics_id.is_none_or(|id| card.numerics_id == id);
-                let tried = wanted.tried.iter().any(|tried| Arc::ptr_eq(tried, replica));
-                let eligible = status.ready && same && !tried && replica.breaker().allows(wanted.now);
+                let eligible = wanted.fits(replica) && replica.breaker().allows(wanted.now);
                 let load = replica.in_flight.load(Ordering::Relaxed).max(status.running + status.waiting);
                 let cached_blocks = match &replica.prefixes {
                     // With one replica there is nothing to choose.
@@ -142,6 +183,11 @@ impl Model {
             })
             .collect();
         pick(&loads, wanted.affinity).map(|index| replicas[index].clone())
+    }
+
+    /// Whether a replica that a request could go to is held back only until an attempt at it is concluded.
+    pub(crate) fn is_probing(&self, wanted: &Wanted<'_>) -> bool {
+        self.replicas().iter().any(|replica| wanted.fits(replica) && replica.breaker().is_probing())
     }
 
     /// Why no replica can answer, if none can.

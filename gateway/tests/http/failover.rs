@@ -206,3 +206,30 @@ async fn engines_that_are_away_are_503_before_anything_is_accepted() {
     assert!(error["message"].as_str().unwrap().contains("restarting"), "{error}");
     assert!(answer.header("retry-after").is_some());
 }
+
+#[tokio::test]
+async fn a_replica_that_was_away_is_tried_again_whatever_becomes_of_the_first_try() {
+    let server = Server::start().await;
+    let trip = async || {
+        server.engine().script.lock().refusal = Some(AdmitError::Unavailable { reason: "scripted".into() });
+        for _ in 0..3 {
+            server.post_json(CHAT, &body(false)).await.error(503);
+        }
+        server.engine().script.lock().refusal = None;
+        tokio::time::sleep(Duration::from_millis(600)).await;
+    };
+    trip().await;
+    // Only one prompt may try it; the others wait for what that one finds.
+    let list = json!({"prompt": ["One", "Two", "Three"], "max_tokens": 2, "seed": 5});
+    assert_eq!(server.post_json(COMPLETIONS, &list).await.status, 200);
+
+    trip().await;
+    // The client whose request tries it hangs up meanwhile.
+    server.engine().script.lock().admits_after = Duration::from_secs(5);
+    let request = post(CHAT, body(false).to_string());
+    let hung_up = tokio::time::timeout(Duration::from_millis(300), server.send(request)).await;
+    assert!(hung_up.is_err(), "it was not admitted yet");
+    server.engine().script.lock().admits_after = Duration::ZERO;
+    eventually("the request is gone", || server.gateway.in_flight() == 0).await;
+    assert_eq!(server.post_json(CHAT, &body(false)).await.status, 200);
+}
