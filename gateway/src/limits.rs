@@ -9,6 +9,9 @@ use std::time::Duration;
 use crate::error::ApiError;
 use crate::keys::KeyLimits;
 
+/// Until a gateway whose share of a key's budget is nothing may have been lent some: it asks with each heartbeat.
+const EMPTY_SHARE_WAIT: Duration = Duration::from_secs(2);
+
 /// A bucket that holds one minute's worth and fills evenly. Time is given as time since the gateway began.
 #[derive(Debug, Clone)]
 pub struct TokenBucket {
@@ -48,12 +51,16 @@ impl TokenBucket {
         self.updated = self.updated.max(now);
     }
 
-    /// Takes `amount`, or says how long until it is there. More than the bucket can hold counts as a full one.
+    /// Takes `amount`, or says how long until it is there. More than the bucket can hold counts as a full one; one that
+    /// holds nothing gives nothing.
     ///
     /// # Errors
     /// The time to wait.
     pub fn take(&mut self, amount: u64, now: Duration) -> Result<u64, Duration> {
         self.refill(now);
+        if self.per_minute <= 0.0 {
+            return Err(EMPTY_SHARE_WAIT);
+        }
         let amount = (amount as f64).min(self.per_minute);
         // Refilling in floating point may end a hair below; a thousandth of a unit is none.
         if self.level + 1e-3 < amount {
@@ -72,11 +79,11 @@ impl TokenBucket {
     /// What it holds.
     pub fn state(&mut self, now: Duration) -> BucketState {
         self.refill(now);
-        BucketState {
-            limit: self.per_minute as u64,
-            remaining: (self.level + 1e-3).max(0.0) as u64,
-            reset: Duration::from_secs_f64((self.per_minute - self.level).max(0.0) * 60.0 / self.per_minute),
-        }
+        let reset = match self.per_minute <= 0.0 {
+            true => EMPTY_SHARE_WAIT,
+            false => Duration::from_secs_f64((self.per_minute - self.level).max(0.0) * 60.0 / self.per_minute),
+        };
+        BucketState { limit: self.per_minute as u64, remaining: (self.level + 1e-3).max(0.0) as u64, reset }
     }
 }
 
@@ -200,6 +207,21 @@ mod tests {
     }
 
     #[test]
+    fn a_share_of_nothing_lets_nothing_through() {
+        let mut rates = RateLimits::default();
+        let nothing = KeyLimits { rpm: Some(0), tpm: Some(0) };
+        assert_eq!(rates.take_request("k", nothing, at(0.0)).unwrap_err().retry_after_s(), Some(2));
+        assert!(rates.reserve("k", nothing, 5, at(90.0)).is_err());
+        rates.settle("k", 0, 7, at(90.0));
+        let RateState { requests, tokens } = rates.state("k", nothing, at(90.0));
+        assert_eq!(requests, Some(BucketState { limit: 0, remaining: 0, reset: EMPTY_SHARE_WAIT }));
+        assert_eq!(tokens.map(|tokens| tokens.remaining), Some(0));
+        let some = KeyLimits { rpm: Some(60), tpm: None };
+        assert!(rates.take_request("k", some, at(90.0)).is_err(), "a larger share fills evenly, as ever");
+        assert!(rates.take_request("k", some, at(91.0)).is_ok());
+    }
+
+    #[test]
     fn a_changed_limit_does_not_fill_the_bucket() {
         let mut rates = RateLimits::default();
         let limits = |rpm| KeyLimits { rpm: Some(rpm), tpm: None };
@@ -214,7 +236,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn grants_stay_under_the_limit(steps in prop::collection::vec((0u64..20_000, 1u64..200), 1..60), per_minute in 1u32..5000) {
+        fn grants_stay_under_the_limit(steps in prop::collection::vec((0u64..20_000, 1u64..200), 1..60), per_minute in 0u32..5000) {
             let mut bucket = TokenBucket::new(per_minute, Duration::ZERO);
             let (mut now, mut granted) = (Duration::ZERO, 0u64);
             for (wait_ms, amount) in steps {
@@ -223,11 +245,11 @@ mod tests {
                     Ok(taken) => granted += taken,
                     Err(wait) => {
                         let mut later = bucket.clone();
-                        prop_assert!(later.take(amount, now + wait + Duration::from_millis(1)).is_ok(), "the wait told is enough");
+                        prop_assert!(per_minute == 0 || later.take(amount, now + wait + Duration::from_millis(1)).is_ok(), "the wait told is enough");
                     }
                 }
                 let most = f64::from(per_minute) * (now.as_secs_f64() / 60.0 + 1.0);
-                prop_assert!(granted as f64 <= most + 1.0);
+                prop_assert!(granted as f64 <= most + 1.0 && (per_minute > 0 || granted == 0));
             }
         }
     }

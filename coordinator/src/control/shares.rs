@@ -142,7 +142,8 @@ impl ShareTable {
             let place = self.gateways.keys().position(|id| id == gateway).unwrap_or(0) as u64;
             return budget / count + u64::from(place < budget % count);
         }
-        let floor = budget / count / FLOOR_DIVISOR;
+        // A share of nothing refuses everything: as long as there is one for each, nobody is left without.
+        let floor = (budget / count / FLOOR_DIVISOR).max(u64::from(budget >= count));
         let rest = budget - floor * count;
         let own = self.gateways.get(gateway).map_or(0, demand);
         let part = u128::from(rest) * u128::from(own) / total;
@@ -259,6 +260,28 @@ mod tests {
         (0..50).for_each(|_| round(&mut table, &mut gateways, [50, 0, 0]));
         let held: Vec<u64> = gateways.iter().map(Gateway::rpm).collect();
         assert!(held[0] >= 800 && held[1] >= 83 && held[2] >= 83 && held.iter().sum::<u64>() <= 1_000, "{held:?}");
+    }
+
+    #[test]
+    fn a_small_budget_leaves_no_gateway_without_a_share() {
+        let mut world = world(3);
+        let small = ApiKeyRecord { rpm: Some(3), ..world.state.keys()["team"].clone() };
+        world.run(Command::RevokeKey { name: "team".into() }).expect("revoked");
+        world.run(Command::PutKey { key: Box::new(ApiKeyRecord { name: "small".into(), id: "s".into(), ..small }) }).expect("kept");
+        let mut table = ShareTable::new();
+        let mut held = [0u32; 3];
+        for round in 0..50 {
+            for (number, held) in held.iter_mut().enumerate() {
+                let requests = if number == 0 && round > 5 { 50 } else { 0 };
+                let held_rpm = (*held > 0).then_some(*held);
+                let usage = KeyUsage { key_id: "s".into(), requests, tokens: 0, refused: 0, held_rpm, held_tpm: None };
+                table.heard(&id(number), &[usage]);
+                for share in table.grant(&world.state, &id(number)) {
+                    *held = share.rpm.unwrap_or(0);
+                }
+            }
+        }
+        assert_eq!(held, [1, 1, 1]);
     }
 
     #[test]

@@ -39,7 +39,8 @@ impl Shares {
         }
     }
 
-    /// What a key with these limits may use here: `None` where it is limited and its share is not known yet.
+    /// What a key with these limits may use here: `None` where it is limited and its share is not known yet. A share may
+    /// be nothing.
     pub fn limits(&self, key_id: &str, limits: KeyLimits) -> Option<KeyLimits> {
         if limits == KeyLimits::default() {
             return Some(limits);

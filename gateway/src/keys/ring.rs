@@ -166,9 +166,11 @@ impl KeyRing {
     /// What a key may use at this gateway.
     fn limits(&self, record: &KeyRecord) -> Result<KeyLimits, ApiError> {
         let Some(shares) = &self.shares else { return Ok(record.limits) };
-        shares.limits(&record.id, record.limits).ok_or_else(|| ApiError::Unavailable {
-            message: "this gateway has not been given its share of the key's limits yet; send the request again".into(),
-            retry_after_s: 1,
+        shares.limits(&record.id, record.limits).ok_or_else(|| {
+            // It is demand all the same: a gateway that nobody asks for a key is lent least of it.
+            shares.count_refused(&record.id);
+            let message = "this gateway has not been given its share of the key's limits yet; send the request again".into();
+            ApiError::Unavailable { message, retry_after_s: 1 }
         })
     }
 

@@ -31,6 +31,7 @@ impl Clock for ClockAt {
 
 struct Clustered {
     server: Server,
+    shares: Arc<Shares>,
     _member: ClusterMember,
 }
 
@@ -42,7 +43,8 @@ async fn join(cluster: &Arc<ScriptedCluster>, workers: &Arc<ScriptedWorkers>, na
     let keys = KeyRing::told(shares.clone());
     let metrics = Metrics::new();
     let gateway = Gateway::empty(config, metrics.clone(), keys.clone(), Arc::new(ClockAt(clock_s))).expect("a valid configuration");
-    let parts = MemberParts { api: cluster.clone(), dialer: workers.clone(), spec: gateway_spec(name), keys, shares };
+    let spec = gateway_spec(name);
+    let parts = MemberParts { api: cluster.clone(), dialer: workers.clone(), spec, keys, shares: shares.clone() };
     let member = gateway.join(parts);
     tokio::time::timeout(Duration::from_secs(5), member.known()).await.expect("the cluster is told");
     let served = gateway.clone();
@@ -55,7 +57,7 @@ async fn join(cluster: &Arc<ScriptedCluster>, workers: &Arc<ScriptedWorkers>, na
         served.serve(listeners, shutdown).await.expect("the listeners work");
     });
     let server = Server { engines: Vec::new(), gateway, metrics, api, probes, stop: Some(stop), serving };
-    Clustered { server, _member: member }
+    Clustered { server, shares, _member: member }
 }
 
 fn workers(names: &[&str]) -> Arc<ScriptedWorkers> {
@@ -293,6 +295,15 @@ async fn keys_and_shares_of_their_limits_come_from_the_cluster() {
     statuses.retain(|status| *status != 503);
     assert_eq!(statuses, [200, 200, 429], "two of this gateway's share, whatever the key's whole limit");
     assert_eq!(Answer::read(gateway.server.send(with(&free.plaintext)).await).await.status, 200);
+
+    // A share of nothing is no share, whatever the key's whole limit.
+    let none = KeyRecord::generate("none", KeyLimits { rpm: Some(60), tpm: None }, NOW_S).expect("a key");
+    cluster.tell(vec![object(&none.record)]).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    gateway.shares.grant(vec![KeyShare { key_id: none.record.id.clone(), rpm: Some(0), tpm: None }]);
+    let refused = Answer::read(gateway.server.send(with(&none.plaintext)).await).await;
+    refused.error(429);
+    assert_eq!(refused.header("x-ratelimit-limit-requests"), Some("0"));
 
     let mut revoked = free.record.clone();
     revoked.revoked_s = Some(NOW_S);
