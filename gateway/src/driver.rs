@@ -30,6 +30,7 @@ pub(crate) struct Driver {
     journal: RequestJournal,
     affinity: u64,
     numerics_id: String,
+    may_be_shortened: bool,
     /// None while no engine has it.
     engine: Option<AtEngine>,
     deadline: Pin<Box<Sleep>>,
@@ -51,6 +52,8 @@ pub(crate) struct Admission {
     pub(crate) deadline: Instant,
     /// Only replicas of these numerics may admit it, if given.
     pub(crate) numerics_id: Option<Arc<str>>,
+    /// The client set no bound on its answer, which is then what the context leaves, also of a replica that takes over.
+    pub(crate) may_be_shortened: bool,
 }
 
 impl Driver {
@@ -64,7 +67,7 @@ impl Driver {
         request: GenerateRequest,
         admission: Admission,
     ) -> Result<Driver, ApiError> {
-        let Admission { affinity, deadline, numerics_id } = admission;
+        let Admission { affinity, deadline, numerics_id, may_be_shortened } = admission;
         let remaining = deadline.saturating_duration_since(Instant::now());
         let journal = RequestJournal::admit(request.clone(), gateway.now() + remaining);
         let mut driver = Driver {
@@ -73,6 +76,7 @@ impl Driver {
             model,
             journal,
             affinity,
+            may_be_shortened,
             engine: None,
             deadline: Box::pin(sleep_until(deadline)),
             ended: false,
@@ -120,7 +124,28 @@ impl Driver {
     }
 
     fn wanted<'a>(&self, request: &'a GenerateRequest, tried: &'a [Arc<Replica>], numerics_id: Option<&'a str>) -> Wanted<'a> {
-        Wanted { request, affinity: self.affinity, tried, numerics_id, now: self.gateway.now() }
+        let context_tokens = request.prompt_tokens.len().saturating_add(request.params.max_tokens as usize);
+        Wanted { request, context_tokens, affinity: self.affinity, tried, numerics_id, now: self.gateway.now() }
+    }
+
+    /// A replica that can go on with a request whose engine died, and the request for it. Where all that are left have
+    /// less context than the one that admitted it, an answer without a bound of its own ends where theirs does.
+    fn pick_successor(&self, request: &GenerateRequest) -> Option<(Arc<Replica>, GenerateRequest)> {
+        let wanted = self.wanted(request, &[], Some(&self.numerics_id));
+        if let Some(replica) = self.model.pick_successor(&wanted) {
+            return Some((replica, request.clone()));
+        }
+        if !self.may_be_shortened {
+            return None;
+        }
+        let emitted = request.choices.iter().map(|choice| choice.emitted_tokens.len()).max().unwrap_or(0);
+        let least = emitted.saturating_add(1).max(request.params.min_tokens as usize);
+        let prompt = request.prompt_tokens.len();
+        let replica = self.model.pick_successor(&Wanted { context_tokens: prompt.saturating_add(least), ..wanted })?;
+        let mut request = request.clone();
+        let room = replica.link.card().max_model_len.saturating_sub(prompt);
+        request.params.max_tokens = request.params.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX));
+        Some((replica, request))
     }
 
     /// Submits to one replica, bounded by the deadline and the gateway's end.
@@ -197,8 +222,8 @@ impl Driver {
         bounded(&self.gateway, &mut self.deadline, sleep(wait)).await?;
         loop {
             // Only an engine of the same numerics goes on with the same tokens; until one is ready, the client waits.
-            if let Some(replica) = self.pick(&request, &[], Some(&self.numerics_id)) {
-                match self.submit(&replica, (*request).clone()).await? {
+            if let Some((replica, request)) = self.pick_successor(&request) {
+                match self.submit(&replica, request).await? {
                     Ok(()) => return Ok(None),
                     Err(AdmitError::Overloaded { .. } | AdmitError::Unavailable { .. }) => {}
                     Err(error) => return Err(ApiError::EngineFailed { reason: error.to_string() }),

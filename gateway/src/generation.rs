@@ -119,6 +119,8 @@ pub(crate) struct Work {
     pub(crate) affinity: u64,
     /// Only replicas of these numerics, if given.
     pub(crate) numerics_id: Option<Arc<str>>,
+    /// The answer's bound is what the context leaves.
+    pub(crate) may_be_shortened: bool,
     pub(crate) arrived: Instant,
     pub(crate) seat: Seat,
 }
@@ -130,7 +132,7 @@ impl Generation {
     /// # Errors
     /// The first refusal of a prompt; the others are cancelled.
     pub(crate) async fn start(work: Work) -> Result<Generation, ApiError> {
-        let Work { gateway, model, tenant, requests, affinity, numerics_id: wanted_numerics, arrived, seat } = work;
+        let Work { gateway, model, tenant, requests, affinity, numerics_id: wanted_numerics, may_be_shortened, arrived, seat } = work;
         let tokens_of = |request: &GenerateRequest| {
             request.prompt_tokens.len() as u64 + u64::from(request.params.max_tokens) * request.choices.len() as u64
         };
@@ -146,7 +148,7 @@ impl Generation {
         let deadline = tokio::time::Instant::from_std(arrived + gateway.config.timeouts.request());
         let open_prompts = requests.len();
         let admissions = requests.into_iter().map(|request| {
-            let admission = Admission { affinity, deadline, numerics_id: wanted_numerics.clone() };
+            let admission = Admission { affinity, deadline, numerics_id: wanted_numerics.clone(), may_be_shortened };
             Driver::admit(gateway.clone(), model.clone(), request, admission)
         });
         let drivers = try_join_all(admissions).await.inspect_err(|error| meter.refused(error))?;

@@ -158,7 +158,8 @@ async fn probe(gateway: &Arc<GatewayState>, model: &Arc<Model>) -> Result<(), Ap
     };
     let bound = Duration::from_secs(seconds);
     let generated = async {
-        let admission = Admission { affinity: 0, deadline: tokio::time::Instant::now() + bound, numerics_id: None };
+        let admission =
+            Admission { affinity: 0, deadline: tokio::time::Instant::now() + bound, numerics_id: None, may_be_shortened: false };
         let mut driver = Driver::admit(gateway.clone(), model.clone(), request, admission).await?;
         while let Some(event) = driver.next().await {
             if matches!(event?, EngineEvent::Token(_)) {

@@ -35,6 +35,8 @@ pub(crate) struct Model {
     /// Names what the text parts and the card were made from.
     version: String,
     replicas: RwLock<Arc<[Arc<Replica>]>>,
+    /// Those of every version of its service, itself included: what was accepted may go on there.
+    kin: RwLock<Arc<[Arc<Replica>]>>,
 }
 
 /// One replica, how many requests this gateway has there, and how it did of late.
@@ -87,6 +89,8 @@ impl Drop for Attempt<'_> {
 /// What a request asks of a replica beside being able to answer.
 pub(crate) struct Wanted<'a> {
     pub(crate) request: &'a GenerateRequest,
+    /// Context that it needs, in tokens of prompt and answer.
+    pub(crate) context_tokens: usize,
     /// Requests of equal affinity prefer the same replica.
     pub(crate) affinity: u64,
     /// Those are left out.
@@ -99,8 +103,10 @@ pub(crate) struct Wanted<'a> {
 impl Wanted<'_> {
     /// Whether a replica can answer, as far as it is asked.
     fn fits(&self, replica: &Arc<Replica>) -> bool {
+        let card = replica.link.card();
         replica.link.status().ready
-            && self.numerics_id.is_none_or(|id| replica.link.card().numerics_id == id)
+            && self.numerics_id.is_none_or(|id| card.numerics_id == id)
+            && self.context_tokens <= card.max_model_len
             && !self.tried.iter().any(|tried| Arc::ptr_eq(tried, replica))
     }
 }
@@ -165,24 +171,13 @@ impl Model {
 
     /// The replica for a request.
     pub(crate) fn pick(&self, wanted: &Wanted<'_>) -> Option<Arc<Replica>> {
-        let replicas = self.replicas();
-        let mut prompts = HashMap::new();
-        let loads: Vec<ReplicaLoad> = replicas
-            .iter()
-            .map(|replica| {
-                let status = replica.link.status();
-                let card = replica.link.card();
-                let eligible = wanted.fits(replica) && replica.breaker().allows(wanted.now);
-                let load = replica.in_flight.load(Ordering::Relaxed).max(status.running + status.waiting);
-                let cached_blocks = match &replica.prefixes {
-                    // With one replica there is nothing to choose.
-                    Some(prefixes) if eligible && replicas.len() > 1 => prefixes.matched(&mut prompts, wanted.request, &card.numerics_id),
-                    _ => 0,
-                };
-                ReplicaLoad { identity: replica.identity, eligible, load, cached_blocks }
-            })
-            .collect();
-        pick(&loads, wanted.affinity).map(|index| replicas[index].clone())
+        pick_among(&self.replicas(), wanted)
+    }
+
+    /// The replica for a request that goes on after its engine's death: of any version of the service, since the prompt
+    /// is tokens already, and the numerics say which tokens follow.
+    pub(crate) fn pick_successor(&self, wanted: &Wanted<'_>) -> Option<Arc<Replica>> {
+        pick_among(&self.kin.read().clone(), wanted)
     }
 
     /// Whether a replica that a request could go to is held back only until an attempt at it is concluded.
@@ -212,6 +207,26 @@ impl Model {
         };
         *self.replicas.write() = served.iter().map(keep).collect();
     }
+}
+
+fn pick_among(replicas: &[Arc<Replica>], wanted: &Wanted<'_>) -> Option<Arc<Replica>> {
+    let mut prompts = HashMap::new();
+    let loads: Vec<ReplicaLoad> = replicas
+        .iter()
+        .map(|replica| {
+            let status = replica.link.status();
+            let card = replica.link.card();
+            let eligible = wanted.fits(replica) && replica.breaker().allows(wanted.now);
+            let load = replica.in_flight.load(Ordering::Relaxed).max(status.running + status.waiting);
+            let cached_blocks = match &replica.prefixes {
+                // With one replica there is nothing to choose.
+                Some(prefixes) if eligible && replicas.len() > 1 => prefixes.matched(&mut prompts, wanted.request, &card.numerics_id),
+                _ => 0,
+            };
+            ReplicaLoad { identity: replica.identity, eligible, load, cached_blocks }
+        })
+        .collect();
+    pick(&loads, wanted.affinity).map(|index| replicas[index].clone())
 }
 
 impl ReplicaPrefixes {
@@ -287,10 +302,20 @@ impl Models {
         for (model, replicas) in &groups {
             model.set_replicas(replicas);
         }
+        let kin = |service: &str| -> Arc<[Arc<Replica>]> {
+            let of_service = groups.iter().filter(|(model, _)| model.service == service);
+            of_service.flat_map(|(model, _)| model.replicas().to_vec()).collect()
+        };
+        for (model, _) in &groups {
+            *model.kin.write() = kin(&model.service);
+        }
         retired.retain(|model| model.upgrade().is_some_and(|model| !groups.iter().any(|(other, _)| Arc::ptr_eq(other, &model))));
         for gone in old_models().filter(|old| !groups.iter().any(|(model, _)| Arc::ptr_eq(model, old))) {
             gone.set_replicas(&[]);
             retired.push(Arc::downgrade(gone));
+        }
+        for model in retired.iter().filter_map(Weak::upgrade) {
+            *model.kin.write() = kin(&model.service);
         }
         *self.table.write() = Arc::new(table);
         clashes
@@ -307,5 +332,6 @@ fn new_model(replica: &ServedReplica, card: Arc<ModelCard>) -> Model {
         service: replica.service.clone(),
         version: replica.version.clone(),
         replicas: RwLock::new(Arc::new([])),
+        kin: RwLock::new(Arc::new([])),
     }
 }

@@ -60,6 +60,7 @@ impl Order<'_> {
             tenant: self.context.tenant.clone(),
             affinity: self.affinity(),
             numerics_id: self.idempotent.as_ref().and_then(|idempotent| idempotent.numerics_id.clone()),
+            may_be_shortened: self.max_tokens.is_none(),
             requests,
             arrived: self.context.arrived,
             seat,

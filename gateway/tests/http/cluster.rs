@@ -125,6 +125,42 @@ async fn models_come_with_their_replicas_and_a_stream_goes_on_at_a_new_one() {
 }
 
 #[tokio::test]
+async fn a_stream_goes_on_at_a_new_replica_that_has_less_context() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a"]));
+    workers.engines.lock().insert("b".into(), ScriptedEngine::with_context("model", "numerics-1", 256));
+    let unbounded = json!({"messages": [{"role": "user", "content": "Hi"}], "seed": 5, "stream": true});
+    cluster.tell(vec![node("a"), node("b")]).await;
+    let gateway = join(&cluster, &workers, "gw", NOW_S).await;
+    for (round, request) in [body(true), unbounded].into_iter().enumerate() {
+        let epoch = 2 * round as u64 + 1;
+        engine(&workers, "a").script.lock().ready = true;
+        cluster.tell(vec![service("s", &[("a", epoch)])]).await;
+        eventually("it is dialed", || workers.dialed.lock().len() as u64 == epoch).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        ready(&gateway.server).await;
+        let undisturbed = texts(&gateway.server.post_json(CHAT, &request).await);
+        engine(&workers, "a").fates([Fate::DiesAndRestarts(4, Duration::from_secs(60))]);
+        let replaced = async {
+            eventually("the engine is away", || !engine(&workers, "a").script.lock().ready).await;
+            cluster.tell(vec![service("s", &[("b", epoch + 1)])]).await;
+        };
+        let (answer, ()) = tokio::join!(gateway.server.post_json(CHAT, &request), replaced);
+        let answer = texts(&answer);
+        let replay = engine(&workers, "b").last();
+        assert_eq!(replay.choices[0].emitted_tokens.len(), 4);
+        match round {
+            0 => assert_eq!(answer, undisturbed),
+            // What the client did not bound ends where the context does.
+            _ => {
+                assert_eq!(replay.params.max_tokens as usize, 256 - replay.prompt_tokens.len());
+                let said = answer.strip_suffix('!').expect("it ended");
+                assert!(undisturbed.starts_with(said) && said.len() < undisturbed.len() - 1, "{answer}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn two_services_of_one_name_cost_the_younger_its_name_and_nobody_else_anything() {
     let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a", "b"]));
     workers.engines.lock().insert("c".into(), ScriptedEngine::new("other", "numerics-1"));
