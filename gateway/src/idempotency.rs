@@ -25,8 +25,8 @@ pub struct Idempotent {
     pub seed: u64,
     /// Clock for the chat template, seconds since 1970.
     pub template_clock_s: u64,
-    /// Numerics it was first accepted with, where a cluster remembers: only these give the same tokens.
-    pub numerics_id: Option<Arc<str>>,
+    /// Numerics that answer it: only these give the same tokens again.
+    pub numerics_id: Arc<str>,
 }
 
 /// A tenant's key with a request, as it is looked up and remembered.
@@ -41,7 +41,7 @@ pub struct KeyedRequest {
 struct Record {
     body: [u8; 32],
     template_clock_s: u64,
-    numerics_id: Option<Arc<str>>,
+    numerics_id: Arc<str>,
 }
 
 impl KeyedRequest {
@@ -98,8 +98,9 @@ impl IdempotencyRecords {
         }
     }
 
-    /// Remembers a key that [`IdempotencyRecords::find`] did not know, with the clock its template is rendered with.
-    pub fn remember(&mut self, request: &KeyedRequest, now: Duration, template_clock_s: u64, numerics_id: Option<Arc<str>>) -> Idempotent {
+    /// Remembers a key that [`IdempotencyRecords::find`] did not know, with the clock its template is rendered with and
+    /// the numerics that answer it.
+    pub fn remember(&mut self, request: &KeyedRequest, now: Duration, template_clock_s: u64, numerics_id: Arc<str>) -> Idempotent {
         while self.oldest_first.len() >= self.most.max(1) {
             self.forget_oldest();
         }
@@ -158,22 +159,22 @@ mod tests {
         let mut records = IdempotencyRecords::new(10);
         let first = request("a", "k", b"x");
         assert_eq!(records.find(&first, ZERO), Ok(None));
-        let accepted = records.remember(&first, ZERO, 100, None);
+        let accepted = records.remember(&first, ZERO, 100, "n".into());
         assert_eq!(records.find(&first, Duration::from_secs(5)), Ok(Some(accepted.clone())));
         assert_eq!(records.find(&request("a", "k", b"y"), ZERO), Err(ApiError::IdempotencyMismatch));
         let other = request("b", "k", b"y");
         assert_eq!(records.find(&other, ZERO), Ok(None));
-        assert_ne!(records.remember(&other, ZERO, 100, None).seed, accepted.seed, "tenants do not share");
+        assert_ne!(records.remember(&other, ZERO, 100, "n".into()).seed, accepted.seed, "tenants do not share");
         let later = request("a", "k", b"y");
         assert_eq!(records.find(&later, KEEP), Ok(None), "forgotten");
-        assert_eq!(records.remember(&later, KEEP, 700, None).seed, accepted.seed, "and the seed is the same");
+        assert_eq!(records.remember(&later, KEEP, 700, "n".into()).seed, accepted.seed, "and the seed is the same");
     }
 
     #[test]
     fn number_of_keys_is_bounded() {
         let mut records = IdempotencyRecords::new(3);
         for i in 0..50 {
-            records.remember(&request("a", &i.to_string(), b"x"), ZERO, 0, None);
+            records.remember(&request("a", &i.to_string(), b"x"), ZERO, 0, "n".into());
             assert!(records.len() <= 3);
         }
         assert!(records.find(&request("a", "49", b"y"), ZERO).is_err(), "the newest is remembered");

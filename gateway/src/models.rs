@@ -163,10 +163,12 @@ impl Model {
         self.replicas.read().clone()
     }
 
-    /// Numerics of the first replica that can answer.
-    pub(crate) fn numerics_id(&self) -> Option<String> {
+    /// Numerics of a replica that can answer, of one that its breaker does not hold back if there is any.
+    pub(crate) fn numerics_id(&self, now: Duration) -> Option<String> {
         let replicas = self.replicas();
-        replicas.iter().find(|replica| replica.link.status().ready).map(|replica| replica.link.card().numerics_id.clone())
+        let ready = || replicas.iter().filter(|replica| replica.link.status().ready);
+        let chosen = ready().find(|replica| replica.breaker().allows(now)).or_else(|| ready().next());
+        chosen.map(|replica| replica.link.card().numerics_id.clone())
     }
 
     /// The replica for a request.

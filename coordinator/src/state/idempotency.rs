@@ -61,6 +61,9 @@ impl ClusterState {
         }
         checks::hex("record.bodySha256", &record.body_sha256, 64)?;
         checks::text("record.numericsId", &record.numerics_id, 512)?;
+        if record.numerics_id.is_empty() {
+            return checks::invalid("record.numericsId", "is empty: record a key once a replica is ready, with its numerics");
+        }
         if let Some(existing) = self.idempotency.get(&record.tenant, &record.key, &self.clock) {
             return Ok(Effect { changed: false, existing: Some(existing.clone()) });
         }

@@ -399,7 +399,11 @@ fn an_idempotent_request_finds_its_first_record() {
     };
     let (first, second) = (record("0"), record("1"));
     assert_eq!(world.run(Command::RecordIdempotency { record: first.clone() }).expect("new").existing, None);
-    assert_eq!(world.run(Command::RecordIdempotency { record: second }).expect("known").existing, Some(first));
+    assert_eq!(world.run(Command::RecordIdempotency { record: second }).expect("known").existing, Some(first.clone()));
+    // Any replica could answer a retry of one without numerics, with other tokens.
+    let unbound = IdempotencyRecord { key: "other".into(), numerics_id: String::new(), ..first };
+    let refused = world.run(Command::RecordIdempotency { record: unbound });
+    assert!(matches!(&refused, Err(CommandError::Invalid { field, .. }) if field == "record.numericsId"), "{refused:?}");
 }
 
 #[test]

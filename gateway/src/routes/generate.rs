@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use forge_shared::cluster::command::IdempotencyRecord;
-use forge_shared::generate::{Choice, GenerateRequest, TenantSalt};
+use forge_shared::generate::{AdmitError, Choice, GenerateRequest, TenantSalt};
 use forge_shared::ids::RequestId;
 use uuid::Uuid;
 
@@ -59,7 +59,7 @@ impl Order<'_> {
             model: self.model.clone(),
             tenant: self.context.tenant.clone(),
             affinity: self.affinity(),
-            numerics_id: self.idempotent.as_ref().and_then(|idempotent| idempotent.numerics_id.clone()),
+            numerics_id: self.idempotent.as_ref().map(|idempotent| idempotent.numerics_id.clone()),
             may_be_shortened: self.max_tokens.is_none(),
             requests,
             arrived: self.context.arrived,
@@ -169,7 +169,8 @@ pub(crate) struct Keyed<'a> {
 }
 
 /// What the `Idempotency-Key` header of a request stands for, if it has one. In a cluster the other gateways are told
-/// before the request goes on; while no coordinator answers, only this gateway remembers it.
+/// before the request goes on; while no coordinator answers, only this gateway remembers it. A key is used up only once
+/// a replica is ready: the record names the numerics that every retry must be answered with.
 pub(crate) async fn idempotent(gateway: &GatewayState, context: &RequestContext, keyed: Keyed<'_>) -> Result<Option<Idempotent>, ApiError> {
     let Some(value) = keyed.headers.get("idempotency-key") else {
         return Ok(None);
@@ -181,8 +182,12 @@ pub(crate) async fn idempotent(gateway: &GatewayState, context: &RequestContext,
     if known.is_some() {
         return Ok(known);
     }
+    let Some(mut numerics_id) = keyed.model.numerics_id(gateway.now()) else {
+        let reason = keyed.model.unready_reason().unwrap_or_else(|| "no replica is ready".into());
+        return Err(AdmitError::Unavailable { reason }.into());
+    };
     let now_s = gateway.clock.unix_s();
-    let (mut clock_s, mut numerics_id) = (now_s, None);
+    let mut clock_s = now_s;
     let records = gateway.shared_records.read().clone();
     if let Some(records) = records {
         let record = IdempotencyRecord {
@@ -190,19 +195,19 @@ pub(crate) async fn idempotent(gateway: &GatewayState, context: &RequestContext,
             key: key.to_owned(),
             body_sha256: request.body_sha256(),
             clock_s,
-            numerics_id: keyed.model.numerics_id().unwrap_or_default(),
+            numerics_id: numerics_id.clone(),
             expires_ms: now_s.saturating_add(KEEP.as_secs()).saturating_mul(1000),
         };
         match records.record(record).await {
             Ok(known) if known.body_sha256 != request.body_sha256() => return Err(ApiError::IdempotencyMismatch),
             Ok(known) => {
                 clock_s = known.clock_s;
-                numerics_id = (!known.numerics_id.is_empty()).then(|| Arc::from(known.numerics_id));
+                numerics_id = known.numerics_id;
             }
             Err(error) => tracing::warn!(%error, "an idempotency key is remembered by this gateway alone"),
         }
     }
-    Ok(Some(gateway.idempotency.lock().remember(&request, gateway.now(), clock_s, numerics_id)))
+    Ok(Some(gateway.idempotency.lock().remember(&request, gateway.now(), clock_s, numerics_id.into())))
 }
 
 /// Sends the answer: as events, or whole.

@@ -234,6 +234,14 @@ async fn serving_goes_on_while_no_coordinator_answers() {
     };
     let first = texts(&Answer::read(gateway.server.send(keyed("k")).await).await);
     assert_eq!(texts(&Answer::read(gateway.server.send(keyed("k")).await).await), first);
+    // What this gateway remembers alone names the numerics too.
+    workers.engines.lock().insert("b".into(), ScriptedEngine::new("model", "numerics-2"));
+    cluster.tell(vec![node("b"), service("s", &[("b", 2)])]).await;
+    eventually("the new replica is dialed", || workers.dialed.lock().len() == 2).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(gateway.server.post_json(CHAT, &body(true)).await.status, 200);
+    let refused = Answer::read(gateway.server.send(keyed("k")).await).await.error(503);
+    assert!(refused["message"].as_str().is_some_and(|message| message.contains("other numerics")), "{refused}");
 }
 
 #[tokio::test]
@@ -277,6 +285,14 @@ async fn another_gateway_answers_a_retry_with_the_same_tokens() {
             .body(Full::from(body.to_string()))
             .expect("a valid request")
     };
+    // A try while nothing is ready binds the key to nothing.
+    for name in ["a", "b"] {
+        engine(&workers, name).script.lock().ready = false;
+    }
+    Answer::read(second.server.send(keyed("Too early")).await).await.error(503);
+    for name in ["a", "b"] {
+        engine(&workers, name).script.lock().ready = true;
+    }
     let one = texts(&Answer::read(first.server.send(keyed("Hi")).await).await);
     let two = texts(&Answer::read(second.server.send(keyed("Hi")).await).await);
     assert_eq!(one, two);
