@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use forge_shared::cluster::command::IdempotencyRecord;
 use forge_shared::generate::{AdmitError, Choice, GenerateRequest, TenantSalt};
 use forge_shared::ids::RequestId;
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::error::ApiError;
@@ -119,9 +120,10 @@ impl Order<'_> {
             None => TenantSalt::anonymous().0.to_vec(),
         };
         if let Some(extra) = &self.common.cache_salt {
-            // A key's id is hexadecimal, so the separator cannot be part of it.
+            // A key's id is hexadecimal, so the separator cannot be part of it. Hashed, the whole has one short length,
+            // which every worker takes.
             salt.push(b'/');
-            salt.extend_from_slice(extra.as_bytes());
+            salt.extend_from_slice(hex::encode(Sha256::digest(extra)).as_bytes());
         }
         TenantSalt(salt.into())
     }

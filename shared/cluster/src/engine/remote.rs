@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forge_proto::engine as wire;
 use forge_proto::engine::engine_client::EngineClient;
-use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
+use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest, InvalidParam};
 use forge_shared::link::{EngineLink, EngineStatus, EventStream, ModelCard};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tonic::transport::Channel;
-use tonic::{Request, Status, Streaming};
+use tonic::{Code, Request, Status, Streaming};
 
 use super::prefixes::PrefixBoard;
 use super::reply::{EngineReply, MAX_EVENTS, MAX_REPLY_BYTES, ReplicaCard, card_from_wire, reply_from_wire, status_from_wire};
@@ -35,6 +35,8 @@ const ADMIT_TIMEOUT: Duration = Duration::from_secs(5);
 const EVENT_DEPTH: usize = 256;
 /// Largest model text that is taken: tokenizers have tens of MiB.
 const MAX_TEXT_BYTES: u64 = 512 << 20;
+/// Longest words of a worker that are repeated.
+const MAX_REASON_CHARS: usize = 500;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -158,7 +160,12 @@ impl Shared {
     }
 
     /// A request that was not admitted, or whose admission is not known; either way nothing was sent to the client yet.
+    /// What the worker cannot read says nothing of the worker: it would refuse the same again, and others too.
     fn lost(&self, status: &Status) -> AdmitError {
+        if matches!(status.code(), Code::InvalidArgument | Code::OutOfRange) {
+            let actual: String = status.message().chars().take(MAX_REASON_CHARS).collect();
+            return AdmitError::Invalid(InvalidParam { field: "request", expected: "one that a worker can take".into(), actual });
+        }
         unavailable(format!("{}: {}", self.target.node, from_status(status, &self.worker.peer.dns_name()).error))
     }
 

@@ -254,6 +254,9 @@ async fn requests_are_answered_refused_and_lost() {
         }
         assert_eq!(tokio::time::timeout(TIMEOUT, events.recv()).await.unwrap(), None);
     }
+    // More than the wire takes is the request's fault, and no failure of the worker.
+    let error = client.submit(GenerateRequest { tenant: TenantSalt(vec![0; 300].into()), ..request(0) }).await.unwrap_err();
+    assert!(matches!(&error, AdmitError::Invalid(invalid) if invalid.actual.contains("tenant")), "{error}");
     let error = client.submit(request(5)).await.unwrap_err();
     assert!(error.to_string().contains("events before admission"), "{error}");
     worker.until_idle().await;
