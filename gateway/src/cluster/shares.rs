@@ -46,13 +46,13 @@ impl Shares {
             return Some(limits);
         }
         let share = *self.inner.lock().shares.get(key_id)?;
-        // The operator may have lowered the key's limits since the share was granted.
+        // The operator may have lowered the key's limits since the share was granted, or limited what was not.
         let least = |share: Option<u32>, whole: Option<u32>| match (share, whole) {
-            (_, None) => None,
-            (Some(share), Some(whole)) => Some(share.min(whole)),
-            (None, Some(whole)) => Some(whole),
+            (_, None) => Some(None),
+            (Some(share), Some(whole)) => Some(Some(share.min(whole))),
+            (None, Some(_)) => None,
         };
-        Some(KeyLimits { rpm: least(share.rpm, limits.rpm), tpm: least(share.tpm, limits.tpm) })
+        Some(KeyLimits { rpm: least(share.rpm, limits.rpm)?, tpm: least(share.tpm, limits.tpm)? })
     }
 
     /// Counts an admitted request.
@@ -106,6 +106,10 @@ mod tests {
         shares.grant(vec![KeyShare { key_id: "k".into(), rpm: Some(40), tpm: None }]);
         assert_eq!(shares.limits("k", limits), Some(KeyLimits { rpm: Some(40), tpm: None }));
         assert_eq!(shares.limits("k", KeyLimits { rpm: Some(10), tpm: None }), Some(KeyLimits { rpm: Some(10), tpm: None }));
+        let more = KeyLimits { rpm: Some(60), tpm: Some(900) };
+        assert_eq!(shares.limits("k", more), None, "of a limit that is new, no share was lent yet");
+        shares.grant(vec![KeyShare { key_id: "k".into(), rpm: Some(40), tpm: Some(0) }]);
+        assert_eq!(shares.limits("k", more), Some(KeyLimits { rpm: Some(40), tpm: Some(0) }));
         shares.retain(|key| key != "k");
         assert_eq!(shares.limits("k", limits), None);
     }
