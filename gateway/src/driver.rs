@@ -205,10 +205,12 @@ impl Driver {
 
     /// After an engine's death: submits the rest of the request to the next one that can take it.
     async fn replace_engine(&mut self, reason: &str) -> Result<Option<EngineEvent>, ApiError> {
+        let mut replica = String::new();
         if let Some(lost) = self.engine.take() {
             lost.replica.breaker().failed(self.gateway.now());
+            replica = lost.replica.key().to_owned();
         }
-        let (request, wait) = match self.journal.engine_lost(self.gateway.now()) {
+        let (request, wait) = match self.journal.engine_lost(&replica, self.gateway.now()) {
             Next::Resubmit { request, wait } => (request, wait),
             Next::Complete(usage) => return Ok(Some(EngineEvent::Done(usage))),
             Next::DeadlineOver => return Err(ApiError::Deadline { seconds: self.gateway.config.timeouts.request_s }),

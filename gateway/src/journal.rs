@@ -12,10 +12,12 @@ use std::time::Duration;
 use forge_shared::generate::{Choice, EngineEvent, GenerateRequest, Usage};
 use forge_shared::ids::RequestId;
 
-/// Engine deaths in a row, without a token between, at which the request itself is held to be the cause. Two tell it
-/// from an accident. It must stay below `worker::agent::RestartLimits::deaths_max` (3 within 60 s): past that the agent
-/// gives the replica up, and the request would have taken the server with it.
+/// Deaths of one replica in a row, without a token between, at which the request itself is held to be the cause. It must
+/// stay below `worker::agent::RestartLimits::deaths_max` (3 within 60 s): past that the agent gives the replica up, and
+/// the request would have taken the server with it.
 pub const MAX_FRUITLESS_DEATHS: u32 = 2;
+/// The same over all replicas: two workers may die one after the other for reasons of their own, before a first token.
+pub const MAX_FRUITLESS_DEATHS_IN_ALL: u32 = 3;
 
 /// How far an answer is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -88,7 +90,8 @@ pub struct RequestJournal {
     prompt_logprobs_sent: bool,
     deadline: Duration,
     submissions: u32,
-    fruitless: u32,
+    /// Replicas that died in a row without a token between.
+    fruitless: Vec<String>,
     /// Tokens of answers that ended under an engine that died, which the next engine does not count.
     carried_tokens: u32,
 }
@@ -103,7 +106,7 @@ impl RequestJournal {
             prompt_logprobs_sent: false,
             deadline,
             submissions: 1,
-            fruitless: 0,
+            fruitless: Vec::new(),
             carried_tokens: 0,
         }
     }
@@ -153,14 +156,14 @@ impl RequestJournal {
             None if position > expected || answer.finished => Err(Violation::OutOfOrder { choice, expected, got: position }),
             None => {
                 answer.emitted.push(token);
-                self.fruitless = 0;
+                self.fruitless.clear();
                 Ok(Recorded::Forward)
             }
         }
     }
 
-    /// What follows the engine's death at `now`.
-    pub fn engine_lost(&mut self, now: Duration) -> Next {
+    /// What follows the death of a replica's engine at `now`.
+    pub fn engine_lost(&mut self, replica: &str, now: Duration) -> Next {
         if self.answers.values().all(|answer| answer.finished) {
             return Next::Complete(Usage {
                 prompt_tokens: self.request.prompt_tokens.len() as u32,
@@ -172,11 +175,13 @@ impl RequestJournal {
         if now >= self.deadline {
             return Next::DeadlineOver;
         }
-        self.fruitless += 1;
-        if self.fruitless >= MAX_FRUITLESS_DEATHS {
+        self.fruitless.push(replica.to_owned());
+        let of_this = self.fruitless.iter().filter(|other| *other == replica).count();
+        let in_all = self.fruitless.len();
+        if of_this >= MAX_FRUITLESS_DEATHS as usize || in_all >= MAX_FRUITLESS_DEATHS_IN_ALL as usize {
             return Next::GiveUp;
         }
-        let wait = Duration::from_millis(10 << (2 * (self.fruitless - 1)).min(6));
+        let wait = Duration::from_millis(10 << (2 * (in_all - 1)).min(6));
         Next::Resubmit { request: Box::new(self.resubmit()), wait }
     }
 
