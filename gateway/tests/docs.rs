@@ -54,4 +54,6 @@ fn documented_limits_are_the_defaults() {
     assert_eq!(limits.body_bytes, 8 << 20);
     assert!(text.contains("8 MiB") && text.contains("1,048,576 JSON values"));
     assert_eq!(limits.json_values, 1 << 20);
+    assert_eq!(limits.idempotency_keys, 10_000);
+    assert!(text.contains("the last 10,000 |"));
 }
