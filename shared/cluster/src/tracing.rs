@@ -20,7 +20,7 @@ use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use tonic::codegen::http::HeaderMap;
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
-use tracing_subscriber::filter::{EnvFilter, FilterFn};
+use tracing_subscriber::filter::{EnvFilter, LevelFilter, Targets};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::{LookupSpan, Registry};
 use tracing_subscriber::util::SubscriberInitExt;
@@ -128,7 +128,7 @@ impl Telemetry {
     where
         S: ::tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
     {
-        let ours = FilterFn::new(|metadata| metadata.target().starts_with("forge") && *metadata.level() <= ::tracing::Level::INFO);
+        let ours = Targets::new().with_target("forge", LevelFilter::INFO);
         tracing_opentelemetry::layer().with_tracer(self.provider.tracer("forge")).with_filter(ours)
     }
 }
@@ -141,26 +141,33 @@ pub fn start(options: &TelemetryOptions) -> Result<Telemetry, TelemetryError> {
     start_with(options, Box::new(tracing_subscriber::layer::Identity::new()))
 }
 
-/// As [`start`], with a layer of the process's own, which sees every event.
+/// As [`start`], with a layer of the process's own, which sees the events that are logged.
 ///
 /// # Errors
 /// As [`start`].
 pub fn start_with(options: &TelemetryOptions, own: Box<dyn Layer<Registry> + Send + Sync>) -> Result<Telemetry, TelemetryError> {
-    let filter = EnvFilter::try_new(&options.log_filter)
-        .map_err(|error| TelemetryError::Filter { filter: options.log_filter.clone(), reason: error.to_string() })?;
     let telemetry = Telemetry::new(options)?;
+    subscriber(options, own, &telemetry)?.try_init().map_err(|_| TelemetryError::Started)?;
+    Ok(telemetry)
+}
+
+/// Where events and spans of this process go. Only spans of Forge's own pass by the log's filter: a layer without one would
+/// make every library build its most detailed events.
+fn subscriber(
+    options: &TelemetryOptions,
+    own: Box<dyn Layer<Registry> + Send + Sync>,
+    telemetry: &Telemetry,
+) -> Result<impl ::tracing::Subscriber + Send + Sync + use<>, TelemetryError> {
+    let filter = || {
+        EnvFilter::try_new(&options.log_filter)
+            .map_err(|error| TelemetryError::Filter { filter: options.log_filter.clone(), reason: error.to_string() })
+    };
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = match options.log_format {
         LogFormat::Text => lines.with_target(false).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).boxed(),
         LogFormat::Json => lines.json().boxed(),
     };
-    tracing_subscriber::registry()
-        .with(own)
-        .with(telemetry.layer())
-        .with(lines.with_filter(filter))
-        .try_init()
-        .map_err(|_| TelemetryError::Started)?;
-    Ok(telemetry)
+    Ok(tracing_subscriber::registry().with(own.with_filter(filter()?)).with(telemetry.layer()).with(lines.with_filter(filter()?)))
 }
 
 /// `traceparent` of the current span, or empty outside of a trace.

@@ -76,6 +76,34 @@ fn a_trace_travels_without_a_receiver() {
     });
 }
 
+struct Heard(std::sync::Arc<std::sync::Mutex<Vec<String>>>);
+
+impl<S: ::tracing::Subscriber> Layer<S> for Heard {
+    fn on_event(&self, event: &::tracing::Event<'_>, _context: tracing_subscriber::layer::Context<'_, S>) {
+        let metadata = event.metadata();
+        self.0.lock().unwrap().push(format!("{} {}", metadata.level(), metadata.target()));
+    }
+}
+
+#[test]
+fn a_process_s_own_layer_hears_what_is_logged_and_libraries_make_nothing_more() {
+    let heard = std::sync::Arc::default();
+    let options = TelemetryOptions { log_filter: "info,forge_test=debug".into(), ..TelemetryOptions::default() };
+    let telemetry = Telemetry::new(&options).unwrap();
+    let subscriber = subscriber(&options, Box::new(Heard(std::sync::Arc::clone(&heard))), &telemetry).unwrap();
+    ::tracing::subscriber::with_default(subscriber, || {
+        ::tracing::info!(target: "h2", "a connection");
+        ::tracing::debug!(target: "forge_test", "ours");
+        ::tracing::trace!(target: "h2", "a frame");
+        assert!(!::tracing::enabled!(target: "h2", ::tracing::Level::DEBUG), "it would be built for nobody");
+    });
+    assert_eq!(*heard.lock().unwrap(), ["INFO h2", "DEBUG forge_test"]);
+
+    let wrong = TelemetryOptions { log_filter: "info,=".into(), ..options };
+    let error = start(&wrong).map(drop).unwrap_err().to_string();
+    assert!(error.contains("log filter \"info,=\""), "{error}");
+}
+
 #[test]
 fn text_that_names_no_trace_is_dropped() {
     for text in ["", "x", "00-00000000000000000000000000000000-00f067aa0ba902b7-01", &"0".repeat(500)] {
