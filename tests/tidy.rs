@@ -168,6 +168,18 @@ fn metrics_are_registered_in_one_module() {
     assert_none(elsewhere.map(|(path, _)| format!("{} registers a metric", path.display())).collect());
 }
 
+/// Every metric has its row in the documentation.
+#[test]
+fn metrics_are_documented() {
+    let call = format!(".{}{}", "regis", "ter(\"");
+    let code = std::fs::read_to_string(root().join("shared/src/telemetry.rs")).expect("the module of metrics");
+    let page = std::fs::read_to_string(root().join("docs/observing.md")).expect("the page of metrics");
+    let names = code.split(&call).skip(1).filter_map(|rest| rest.split('"').next());
+    let (known, missing): (Vec<&str>, Vec<&str>) = names.partition(|name| page.contains(&format!("`{name}`")));
+    assert!(known.len() > 40, "{known:?}");
+    assert_none(missing.into_iter().map(|name| format!("docs/observing.md does not have {name}")).collect());
+}
+
 #[test]
 fn the_licence_is_there() {
     let text = std::fs::read_to_string(root().join("LICENSE")).expect("LICENSE is at the root");

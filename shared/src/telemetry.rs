@@ -16,6 +16,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::ids::Epoch;
+
 /// Gauge of a float.
 pub type FloatGauge = Gauge<f64, AtomicU64>;
 
@@ -24,6 +26,39 @@ pub type FloatGauge = Gauge<f64, AtomicU64>;
 pub struct ModelLabel {
     /// Served name; taken from the configuration, never from a request.
     pub model_name: String,
+}
+
+/// Labels of an engine: two replicas of a model may be in one process, and two epochs of a replica too. Sums over what is
+/// left out (`sum by (model_name)`) are those of the model.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RunLabel {
+    /// Served name.
+    pub model_name: String,
+    /// `service/index`.
+    pub replica: String,
+    /// Of its plan.
+    pub epoch: u64,
+}
+
+/// Label: a device of this node.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DeviceLabel {
+    /// Its number.
+    pub device: u32,
+}
+
+/// Label: where replicas stand.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PhaseLabel {
+    /// As `forgectl get placements` says it: placed, pulling, loading, ready, draining, failed.
+    pub phase: String,
+}
+
+/// Label: where the tie to the coordinators stands.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SessionLabel {
+    /// connecting, welcome or expired.
+    pub state: String,
 }
 
 /// Labels of a finished request.
@@ -57,6 +92,9 @@ impl MetricConstructor<Histogram> for Buckets {
 /// A histogram per model.
 pub type ModelHistogram = Family<ModelLabel, Histogram, Buckets>;
 
+/// A histogram per engine.
+pub type RunHistogram = Family<RunLabel, Histogram, Buckets>;
+
 const LATENCY_S: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
     2560.0,
@@ -88,35 +126,45 @@ pub struct Metrics {
     /// Request in to last token out.
     pub end_to_end_latency_s: ModelHistogram,
     /// Waiting before the first step.
-    pub queue_time_s: ModelHistogram,
+    pub queue_time_s: RunHistogram,
     /// Prompt lengths.
     pub request_prompt_tokens: ModelHistogram,
     /// Answer lengths.
     pub request_generation_tokens: ModelHistogram,
     /// Sequences in the running batch.
-    pub requests_running: Family<ModelLabel, Gauge>,
+    pub requests_running: Family<RunLabel, Gauge>,
     /// Sequences waiting.
-    pub requests_waiting: Family<ModelLabel, Gauge>,
+    pub requests_waiting: Family<RunLabel, Gauge>,
     /// Share of KV blocks in use, 0 to 1.
-    pub kv_cache_usage_ratio: Family<ModelLabel, FloatGauge>,
+    pub kv_cache_usage_ratio: Family<RunLabel, FloatGauge>,
     /// Prompt tokens looked up in the prefix cache.
-    pub prefix_cache_queries: Family<ModelLabel, Counter>,
+    pub prefix_cache_queries: Family<RunLabel, Counter>,
     /// Prompt tokens found there.
-    pub prefix_cache_hits: Family<ModelLabel, Counter>,
+    pub prefix_cache_hits: Family<RunLabel, Counter>,
     /// Sequences put back to wait because KV ran out.
-    pub preemptions: Family<ModelLabel, Counter>,
+    pub preemptions: Family<RunLabel, Counter>,
     /// Rows per step.
-    pub step_rows: ModelHistogram,
+    pub step_rows: RunHistogram,
     /// Nanoseconds in the model.
-    pub step_model_ns: Family<ModelLabel, Counter>,
+    pub step_model_ns: Family<RunLabel, Counter>,
     /// Nanoseconds of a step outside the model: scheduling, sampling, detokenizing, handing out.
-    pub step_other_ns: Family<ModelLabel, Counter>,
+    pub step_other_ns: Family<RunLabel, Counter>,
     /// Engine restarts by its supervisor.
-    pub engine_restarts: Family<ModelLabel, Counter>,
+    pub engine_restarts: Family<RunLabel, Counter>,
     /// Seconds the model took to load.
-    pub model_load_s: Family<ModelLabel, FloatGauge>,
+    pub model_load_s: Family<RunLabel, FloatGauge>,
     /// Requests refused for want of capacity (429).
     pub requests_rejected: Family<ModelLabel, Counter>,
+    /// Bytes of a device that this node may use (worker).
+    pub device_memory_bytes: Family<DeviceLabel, Gauge>,
+    /// Of those, bytes that are given to replicas (worker).
+    pub device_memory_used_bytes: Family<DeviceLabel, Gauge>,
+    /// Replicas by where they stand (worker).
+    pub replicas: Family<PhaseLabel, Gauge>,
+    /// Bytes of models that were pulled (worker).
+    pub pulled_bytes: Family<ModelLabel, Counter>,
+    /// 1 for the state the session is in, 0 for the others (worker).
+    pub session: Family<SessionLabel, Gauge>,
 }
 
 impl Default for Metrics {
@@ -129,6 +177,7 @@ impl Metrics {
     /// A fresh registry with every metric at zero.
     pub fn new() -> Self {
         let histogram = |buckets| ModelHistogram::new_with_constructor(Buckets(buckets));
+        let run_histogram = |buckets| RunHistogram::new_with_constructor(Buckets(buckets));
         let mut metrics = Metrics {
             registry: Arc::default(),
             http_responses: Family::default(),
@@ -140,7 +189,7 @@ impl Metrics {
             time_to_first_token_s: histogram(LATENCY_S),
             inter_token_latency_s: histogram(TOKEN_S),
             end_to_end_latency_s: histogram(LATENCY_S),
-            queue_time_s: histogram(LATENCY_S),
+            queue_time_s: run_histogram(LATENCY_S),
             request_prompt_tokens: histogram(TOKENS),
             request_generation_tokens: histogram(TOKENS),
             requests_running: Family::default(),
@@ -149,12 +198,17 @@ impl Metrics {
             prefix_cache_queries: Family::default(),
             prefix_cache_hits: Family::default(),
             preemptions: Family::default(),
-            step_rows: histogram(ROWS),
+            step_rows: run_histogram(ROWS),
             step_model_ns: Family::default(),
             step_other_ns: Family::default(),
             engine_restarts: Family::default(),
             model_load_s: Family::default(),
             requests_rejected: Family::default(),
+            device_memory_bytes: Family::default(),
+            device_memory_used_bytes: Family::default(),
+            replicas: Family::default(),
+            pulled_bytes: Family::default(),
+            session: Family::default(),
         };
         metrics.registry = Arc::new(metrics.register());
         metrics
@@ -203,12 +257,33 @@ impl Metrics {
         r.register("forge_step_other_nanoseconds", "Time of steps outside the model", self.step_other_ns.clone());
         r.register("forge_engine_restarts", "Engine restarts by its supervisor", self.engine_restarts.clone());
         r.register("forge_model_load_seconds", "Time the model took to load", self.model_load_s.clone());
+        r.register("forge_device_memory_bytes", "Memory of a device that may be used", self.device_memory_bytes.clone());
+        r.register("forge_device_memory_used_bytes", "Memory of a device given to replicas", self.device_memory_used_bytes.clone());
+        r.register("forge_replicas", "Replicas by where they stand", self.replicas.clone());
+        r.register("forge_pulled_bytes", "Bytes of models that were pulled", self.pulled_bytes.clone());
+        r.register("forge_session", "State of the session with the coordinators", self.session.clone());
         registry
     }
 
     /// The Prometheus text page (OpenMetrics 1.0).
     pub fn encode(&self) -> String {
         page(&self.registry)
+    }
+
+    /// Takes what an engine counted off the page: nothing of it is left. Handles that still exist count for nobody.
+    pub fn forget_run(&self, run: &RunLabel) {
+        self.requests_running.remove(run);
+        self.requests_waiting.remove(run);
+        self.kv_cache_usage_ratio.remove(run);
+        self.prefix_cache_queries.remove(run);
+        self.prefix_cache_hits.remove(run);
+        self.preemptions.remove(run);
+        self.queue_time_s.remove(run);
+        self.step_rows.remove(run);
+        self.step_model_ns.remove(run);
+        self.step_other_ns.remove(run);
+        self.engine_restarts.remove(run);
+        self.model_load_s.remove(run);
     }
 }
 
@@ -305,6 +380,11 @@ impl CoordinatorMetrics {
     }
 }
 
+/// The labels of an engine; `replica` is `service/index`.
+pub fn run_label(model_name: &str, replica: &str, epoch: Epoch) -> RunLabel {
+    RunLabel { model_name: model_name.to_owned(), replica: replica.to_owned(), epoch: epoch.0 }
+}
+
 /// The label of a model.
 pub fn model_label(name: &str) -> ModelLabel {
     ModelLabel { model_name: name.to_owned() }
@@ -317,18 +397,24 @@ mod tests {
     #[test]
     fn page_has_forge_and_vllm_names_of_one_handle() {
         let metrics = Metrics::new();
-        metrics.requests_running.get_or_create(&model_label("m")).set(3);
+        let run = |index: u32| RunLabel { model_name: "m".into(), replica: format!("m/{index}"), epoch: 1 };
+        metrics.requests_running.get_or_create(&run(0)).set(3);
+        metrics.requests_running.get_or_create(&run(1)).set(4);
         metrics.generation_tokens.get_or_create(&model_label("m")).inc_by(7);
         metrics.time_to_first_token_s.get_or_create(&model_label("m")).observe(0.02);
         let page = metrics.encode();
         for line in [
-            "forge_requests_running{model_name=\"m\"} 3",
-            "vllm:num_requests_running{model_name=\"m\"} 3",
+            "forge_requests_running{model_name=\"m\",replica=\"m/0\",epoch=\"1\"} 3",
+            "forge_requests_running{model_name=\"m\",replica=\"m/1\",epoch=\"1\"} 4",
+            "vllm:num_requests_running{model_name=\"m\",replica=\"m/0\",epoch=\"1\"} 3",
             "forge_generation_tokens_total{model_name=\"m\"} 7",
             "forge_time_to_first_token_seconds_count{model_name=\"m\"} 1",
         ] {
             assert!(page.contains(line), "{line} not in\n{page}");
         }
         assert!(page.ends_with("# EOF\n"));
+        metrics.forget_run(&run(0));
+        let page = metrics.encode();
+        assert!(!page.contains("m/0") && page.contains("m/1"), "{page}");
     }
 }

@@ -9,8 +9,8 @@ use forge_engine::{EngineCore, EngineOptions};
 use forge_kernels::{CpuBackend, CpuOptions, KvDType};
 use forge_model::{DecoderOptions, LoadMode, Model};
 use forge_shared::generate::{Choice, EngineEvent, GenerateRequest, Logprobs, SamplingParams, TenantSalt};
-use forge_shared::ids::RequestId;
-use forge_shared::telemetry::Metrics;
+use forge_shared::ids::{Epoch, RequestId};
+use forge_shared::telemetry::{Metrics, run_label};
 use forge_text::{GgufTokenizer, Tokenizer};
 use tokio::sync::mpsc;
 
@@ -121,7 +121,7 @@ pub fn run(model: &Model, setting: &Setting, requests: &[GenerateRequest]) -> Re
         ..EngineOptions::default()
     };
     let info = forge_model::StepModel::info(&decoder).clone();
-    let mut core = EngineCore::new(info, word_tokenizer(vocab_size)?, engine, &Metrics::new(), "test")?;
+    let mut core = EngineCore::new(info, word_tokenizer(vocab_size)?, engine, &Metrics::new(), &run_label("test", "test/0", Epoch(1)))?;
     let mut effects = Effects::default();
     let mut streams = Vec::new();
     let mut waiting = requests.iter();

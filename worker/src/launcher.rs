@@ -12,7 +12,7 @@ use forge_shared::cluster::session::Assignment;
 use forge_shared::ids::NodeId;
 use forge_shared::link::ModelCard;
 use forge_shared::plan::{Plan, RankPlan};
-use forge_shared::telemetry::{Metrics, model_label};
+use forge_shared::telemetry::{Metrics, run_label};
 use tokio::sync::oneshot;
 
 use crate::WorkerError;
@@ -64,7 +64,8 @@ impl Launch for ModelLauncher {
         let (handle, exit) = load.on_own_thread(rank, reservation.device(), watch)?;
         reservation.loaded();
         let load_s = started.elapsed().as_secs_f64();
-        self.metrics.model_load_s.get_or_create(&model_label(&card.name)).set(load_s);
+        let label = run_label(&card.name, &plan.replica.to_string(), plan.epoch);
+        self.metrics.model_load_s.get_or_create(&label).set(load_s);
         tracing::info!(replica = %plan.replica, epoch = plan.epoch.0, model = card.name, load_s, threads = rank.threads, "model loaded");
         let (engine, prefixes, counted) = (handle.clone(), handle.clone(), handle.clone());
         Ok(Launched {
@@ -165,6 +166,7 @@ impl LoadRun {
             model: decoder,
             tokenizer: model.text.tokenizer().clone(),
             card,
+            replica: plan.replica.to_string(),
             options: EngineOptions {
                 max_batch_size: plan.max_batch_size,
                 max_chunk_rows: plan.max_step_tokens,

@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use forge_shared::cluster::node::DeviceInfo;
+use forge_shared::telemetry::{DeviceLabel, Metrics};
 use parking_lot::Mutex;
 
 use crate::WorkerError;
@@ -76,6 +77,16 @@ impl Ledger {
         &self.devices
     }
 
+    /// Writes what the devices have and what is given out.
+    pub fn observe(&self, metrics: &Metrics) {
+        let gauge = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        for (device, reserved) in self.devices.iter().zip(self.reserved.lock().iter()) {
+            let label = DeviceLabel { device: device.index };
+            metrics.device_memory_bytes.get_or_create(&label).set(gauge(device.memory_bytes));
+            metrics.device_memory_used_bytes.get_or_create(&label).set(gauge(reserved.bytes));
+        }
+    }
+
     /// Takes `bytes` of a device for a run that is about to load.
     ///
     /// # Errors
@@ -141,6 +152,11 @@ mod tests {
         let first = ledger.reserve(3, 60).expect("it has 100");
         let refused = ledger.reserve(3, 60).map(drop);
         assert!(matches!(refused, Err(WorkerError::Memory { free_bytes: 40, found_bytes: None, .. })), "{refused:?}");
+        let metrics = Metrics::new();
+        ledger.observe(&metrics);
+        let page = metrics.encode();
+        assert!(page.contains("forge_device_memory_bytes{device=\"3\"} 100"), "{page}");
+        assert!(page.contains("forge_device_memory_used_bytes{device=\"3\"} 60"), "{page}");
         drop(first);
         assert!(ledger.reserve(3, 100).is_ok());
         assert!(matches!(ledger.reserve(4, 1), Err(WorkerError::Setting { .. })));

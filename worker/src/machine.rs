@@ -29,11 +29,6 @@ pub fn free_bytes() -> u64 {
     }
 }
 
-/// Bytes of memory this process has; 0 where the system does not tell.
-pub fn resident_bytes() -> u64 {
-    read_meminfo(Path::new("/proc/self/status"), "VmRSS:").unwrap_or(0)
-}
-
 fn read_meminfo(path: &Path, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(path).ok()?;
     parse_meminfo(&text, key)

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use forge_shared::cluster::service::ReplicaPhase;
 use forge_shared::cluster::session::Assignment;
 use forge_shared::spec::ModelService;
+use forge_shared::telemetry::{Metrics, model_label};
 use forge_store::{CancelFlag, ContentDigest, Digest, ForgeHome, PullEvent, PullOptions, ResolvedModel, Store};
 use parking_lot::Mutex;
 
@@ -63,12 +64,20 @@ pub struct StoredModels {
     is_offline: bool,
     /// Digests of local paths, which take a read of every byte.
     whole: Mutex<HashMap<Digest, Digest>>,
+    /// Where pulled bytes are counted.
+    metrics: Option<Metrics>,
 }
 
 impl StoredModels {
     /// Over Forge's data folder. Offline, only what is in the store can be had, whatever the environment says.
     pub fn new(home: ForgeHome, is_offline: bool) -> Self {
-        StoredModels { home, is_offline, whole: Mutex::default() }
+        StoredModels { home, is_offline, whole: Mutex::default(), metrics: None }
+    }
+
+    /// Counts pulled bytes there.
+    #[must_use]
+    pub fn counting(self, metrics: Metrics) -> Self {
+        StoredModels { metrics: Some(metrics), ..self }
     }
 
     /// How to pull, as the environment says.
@@ -128,9 +137,14 @@ impl ProvideModel for StoredModels {
         let spec = &assignment.service.spec;
         (watch.progress)(ReplicaPhase::Pulling, 0);
         let options = self.options(&watch.cancel)?;
-        let bytes = Mutex::new(HashMap::new());
+        let bytes = Mutex::new((HashMap::new(), HashMap::new()));
         let progress = |event: PullEvent| {
-            if let Some(percent) = percent(&mut bytes.lock(), &event) {
+            let (files, counted) = &mut *bytes.lock();
+            let pulled = pulled_bytes(counted, &event);
+            if let Some(metrics) = self.metrics.as_ref().filter(|_| pulled > 0) {
+                metrics.pulled_bytes.get_or_create(&model_label(&client_name(&assignment.service))).inc_by(pulled);
+            }
+            if let Some(percent) = percent(files, &event) {
                 (watch.progress)(ReplicaPhase::Pulling, percent);
             }
         };
@@ -143,10 +157,15 @@ impl ProvideModel for StoredModels {
     }
 }
 
+/// What clients call a service.
+fn client_name(service: &ModelService) -> String {
+    service.spec.model_name.clone().unwrap_or_else(|| service.metadata.name.clone())
+}
+
 /// The service's name for clients first; paths of this machine are taken and not shown.
 fn names(service: &ModelService, resolved: &ResolvedModel) -> ServedNames {
     let (name, spec) = (&service.metadata.name, &service.spec);
-    let mut names = ServedNames { listed: vec![spec.model_name.clone().unwrap_or_else(|| name.clone())], unlisted: Vec::new() };
+    let mut names = ServedNames { listed: vec![client_name(service)], unlisted: Vec::new() };
     for name in [name.as_str(), resolved.name(), &spec.model] {
         if names.listed.iter().chain(&names.unlisted).any(|known| known == name) {
             continue;
@@ -156,6 +175,18 @@ fn names(service: &ModelService, resolved: &ResolvedModel) -> ServedNames {
         list.push(name.to_owned());
     }
     names
+}
+
+/// Bytes that came since the last event of a file; what an earlier pull had left behind came then.
+fn pulled_bytes(counted: &mut HashMap<String, u64>, event: &PullEvent) -> u64 {
+    match event {
+        PullEvent::FileStarted { name, resumed_at_bytes, .. } => {
+            counted.insert(name.clone(), *resumed_at_bytes);
+            0
+        }
+        PullEvent::FileBytes { name, bytes, .. } => bytes.saturating_sub(counted.insert(name.clone(), *bytes).unwrap_or(0)),
+        _ => 0,
+    }
 }
 
 /// Share of a pull that is done, over the files that have begun.
@@ -192,5 +223,14 @@ mod tests {
         assert_eq!(percent(&mut files, &bytes("b", 90, 90)), Some(95));
         assert_eq!(percent(&mut files, &bytes("a", 10, 10)), Some(99));
         assert_eq!(percent(&mut HashMap::new(), &bytes("a", 0, 0)), None);
+    }
+
+    #[test]
+    fn pulled_bytes_are_counted_once() {
+        let mut counted = HashMap::new();
+        let bytes = |bytes| PullEvent::FileBytes { name: "a".into(), bytes, total_bytes: None };
+        let started = PullEvent::FileStarted { name: "a".into(), total_bytes: None, resumed_at_bytes: 100 };
+        let came: Vec<u64> = [started, bytes(130), bytes(130), bytes(150)].iter().map(|event| pulled_bytes(&mut counted, event)).collect();
+        assert_eq!(came, [0, 30, 0, 20]);
     }
 }

@@ -87,6 +87,8 @@ pub struct WorkerNode {
     pub events: mpsc::UnboundedReceiver<NodeEvent>,
     /// Its replicas.
     pub board: Arc<ReplicaBoard>,
+    /// How much of its devices is given out.
+    pub ledger: Arc<Ledger>,
 }
 
 impl WorkerNode {
@@ -102,12 +104,8 @@ impl WorkerNode {
     ) -> Result<Self, WorkerError> {
         let board = Arc::new(ReplicaBoard::default());
         let (event_sender, events) = mpsc::unbounded_channel();
-        let launcher = ModelLauncher {
-            node: spec.id.clone(),
-            models,
-            ledger: Ledger::new(devices, Box::new(machine::free_bytes)),
-            metrics: metrics.clone(),
-        };
+        let ledger = Ledger::new(devices, Box::new(machine::free_bytes));
+        let launcher = ModelLauncher { node: spec.id.clone(), models, ledger: ledger.clone(), metrics: metrics.clone() };
         let arguments = NodeArguments {
             node: spec.id.clone(),
             incarnation: spec.incarnation,
@@ -119,12 +117,12 @@ impl WorkerNode {
         };
         let spawned = Actor::spawn(None, NodeActor, arguments).await;
         let (actor, joined) = spawned.map_err(|error| WorkerError::Actor { actor: "node", reason: error.to_string() })?;
-        Ok(WorkerNode { actor, joined, events, board })
+        Ok(WorkerNode { actor, joined, events, board, ledger })
     }
 
     /// What it is doing.
     pub fn load(board: &ReplicaBoard) -> NodeLoad {
-        NodeLoad { resident_bytes: machine::resident_bytes(), replicas: board.loads(), requests_in_progress: 0 }
+        NodeLoad { resident_bytes: forge_cluster::resident_bytes(), replicas: board.loads(), requests_in_progress: 0 }
     }
 }
 
@@ -158,8 +156,9 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
         devices: infos,
     };
     let metrics = Metrics::new();
-    let models = Arc::new(StoredModels::new(options.home.clone(), options.is_offline));
-    let WorkerNode { actor, joined, mut events, board } = WorkerNode::start(&spec, ledger, models.clone(), metrics.clone()).await?;
+    let models = Arc::new(StoredModels::new(options.home.clone(), options.is_offline).counting(metrics.clone()));
+    let node = WorkerNode::start(&spec, ledger, models.clone(), metrics.clone()).await?;
+    let WorkerNode { actor, joined, mut events, board, ledger } = node;
     tracing::info!(name = options.name, %address, %metrics_address, incarnation = spec.incarnation.0, devices = spec.devices.len(), "the worker starts");
     let session = Session::start(SessionOptions {
         spec,
@@ -176,7 +175,14 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
     let renewal = tokio::spawn(keep_renewed(renewal, options.credentials_dir.clone()));
     let state = session.state();
     let readiness = Probes {
-        metrics: Arc::new(move || metrics.encode()),
+        metrics: {
+            let state = state.clone();
+            Arc::new(move || {
+                ledger.observe(&metrics);
+                state.borrow().observe(&metrics);
+                metrics.encode()
+            })
+        },
         readiness: Arc::new(move || match *state.borrow() {
             SessionState::Welcome => Ok(()),
             SessionState::Connecting => Err("no session with a leader yet".to_owned()),

@@ -166,7 +166,11 @@ async fn hold(mut session: Session, parts: &MemberParts, gateway: &Gateway) -> O
             _ = heartbeat.tick() => {
                 number += 1;
                 let usage = parts.shares.take_usage(&parts.keys.limited());
-                let load = NodeLoad { requests_in_progress: gateway.in_flight() as u64, ..NodeLoad::default() };
+                let load = NodeLoad {
+                    resident_bytes: forge_cluster::resident_bytes(),
+                    replicas: Vec::new(),
+                    requests_in_progress: gateway.in_flight() as u64,
+                };
                 session.up.send(NodeUp::Heartbeat { number, load, usage }).await.ok()?;
             }
         }

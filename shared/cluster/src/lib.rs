@@ -9,6 +9,9 @@ pub mod config;
 pub mod engine;
 pub mod incarnation;
 pub mod probes;
+mod resident;
 pub mod status;
 pub mod tls;
 pub mod tracing;
+
+pub use resident::resident_bytes;

@@ -18,7 +18,7 @@ use std::time::Duration;
 use forge_model::{StepModel, StepModelInfo, StepPlan};
 use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
 use forge_shared::link::PrefixUpdate;
-use forge_shared::telemetry::Metrics;
+use forge_shared::telemetry::{Metrics, RunLabel};
 use forge_text::{PrefixHasher, Tokenizer};
 use tokio::sync::mpsc::Sender;
 
@@ -52,7 +52,7 @@ pub struct EngineCore {
 }
 
 impl EngineCore {
-    /// A core for a model of these facts. `model_name` labels the metrics.
+    /// A core for a model of these facts. `run` labels the metrics.
     ///
     /// # Errors
     /// [`EngineError::Option`], or [`EngineError::Thread`] if the system gives no thread.
@@ -61,7 +61,7 @@ impl EngineCore {
         tokenizer: Tokenizer,
         options: EngineOptions,
         metrics: &Metrics,
-        model_name: &str,
+        run: &RunLabel,
     ) -> Result<Self, EngineError> {
         let limits = options.limits(&info)?;
         let blocks = BlockManager::new(info.kv_blocks, info.block_size);
@@ -72,7 +72,7 @@ impl EngineCore {
             requests: BTreeMap::new(),
             leaving: Vec::new(),
             retry: RetryEstimate::default(),
-            meter: Meter::new(metrics, model_name),
+            meter: Meter::new(metrics, run),
             listeners: Listeners::default(),
             generated_tokens: 0,
             info,

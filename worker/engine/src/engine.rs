@@ -65,7 +65,7 @@ impl Engine {
             created_s: 0,
             default_sampling: DefaultSampling::default(),
         });
-        let setup = EngineSetup { model, tokenizer: tokenizer.clone(), card, options, metrics: Metrics::new() };
+        let setup = EngineSetup { model, tokenizer: tokenizer.clone(), card, replica: "model/0".into(), options, metrics: Metrics::new() };
         let (handle, _exit) = EngineThread::spawn(setup)?;
         Ok(Engine { handle, tokenizer, requests: AtomicU64::new(0) })
     }

@@ -1,11 +1,11 @@
-//! The engine's own metrics, bound to its model's label once.
+//! The engine's own metrics, bound to its run's labels once.
 //!
 //! It counts what only the engine sees: batch, queue, KV, prefix cache, preemptions, time shares. What a client
 //! sees (first token, latencies, tokens, refusals) is counted by the gateway.
 
 use std::time::Duration;
 
-use forge_shared::telemetry::{FloatGauge, Metrics, model_label};
+use forge_shared::telemetry::{FloatGauge, Metrics, RunLabel};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
@@ -29,19 +29,18 @@ pub(crate) struct Meter {
 }
 
 impl Meter {
-    pub(crate) fn new(metrics: &Metrics, model_name: &str) -> Self {
-        let label = model_label(model_name);
+    pub(crate) fn new(metrics: &Metrics, label: &RunLabel) -> Self {
         Meter {
-            running: metrics.requests_running.get_or_create(&label).clone(),
-            waiting: metrics.requests_waiting.get_or_create(&label).clone(),
-            kv_usage_ratio: metrics.kv_cache_usage_ratio.get_or_create(&label).clone(),
-            prefix_queries: metrics.prefix_cache_queries.get_or_create(&label).clone(),
-            prefix_hits: metrics.prefix_cache_hits.get_or_create(&label).clone(),
-            preemptions: metrics.preemptions.get_or_create(&label).clone(),
-            queue_time_s: metrics.queue_time_s.get_or_create(&label).clone(),
-            step_rows: metrics.step_rows.get_or_create(&label).clone(),
-            model_ns: metrics.step_model_ns.get_or_create(&label).clone(),
-            other_ns: metrics.step_other_ns.get_or_create(&label).clone(),
+            running: metrics.requests_running.get_or_create(label).clone(),
+            waiting: metrics.requests_waiting.get_or_create(label).clone(),
+            kv_usage_ratio: metrics.kv_cache_usage_ratio.get_or_create(label).clone(),
+            prefix_queries: metrics.prefix_cache_queries.get_or_create(label).clone(),
+            prefix_hits: metrics.prefix_cache_hits.get_or_create(label).clone(),
+            preemptions: metrics.preemptions.get_or_create(label).clone(),
+            queue_time_s: metrics.queue_time_s.get_or_create(label).clone(),
+            step_rows: metrics.step_rows.get_or_create(label).clone(),
+            model_ns: metrics.step_model_ns.get_or_create(label).clone(),
+            other_ns: metrics.step_other_ns.get_or_create(label).clone(),
             seen: SchedulerCounts::default(),
         }
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use forge_model::StepModel;
 use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
 use forge_shared::link::{ModelCard, PrefixUpdate};
-use forge_shared::telemetry::Metrics;
+use forge_shared::telemetry::{Metrics, run_label};
 use forge_text::Tokenizer;
 use tokio::sync::{mpsc, oneshot};
 
@@ -30,8 +30,10 @@ pub struct EngineSetup {
     pub model: Box<dyn StepModel>,
     /// Of the same model; its end tokens end answers.
     pub tokenizer: Tokenizer,
-    /// What gateways are told; its name labels the metrics.
+    /// What gateways are told; its name labels the metrics, with the replica and the options' epoch.
     pub card: Arc<ModelCard>,
+    /// Which copy of the model it is: `service/index`.
+    pub replica: String,
     /// Settings.
     pub options: EngineOptions,
     /// Where to count.
@@ -75,9 +77,10 @@ impl EngineThread {
     /// # Errors
     /// [`EngineError::Option`], or [`EngineError::Thread`] if the system gives no thread.
     pub fn spawn(setup: EngineSetup) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), EngineError> {
-        let EngineSetup { model, tokenizer, card, options, metrics } = setup;
+        let EngineSetup { model, tokenizer, card, replica, options, metrics } = setup;
         let event_capacity = options.event_capacity;
-        let core = EngineCore::new(model.info().clone(), tokenizer, options, &metrics, &card.name)?;
+        let run = run_label(&card.name, &replica, options.epoch);
+        let core = EngineCore::new(model.info().clone(), tokenizer, options, &metrics, &run)?;
         let (commands, inbox) = sync_channel(COMMAND_CAPACITY);
         let (exit_sender, exit) = oneshot::channel();
         let shared = Arc::new(Shared::new(core.scheduler().blocks().total()));

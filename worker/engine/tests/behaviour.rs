@@ -336,13 +336,13 @@ fn metrics_follow_the_scheduler() {
     harness.step();
     let page = metrics.encode();
     for line in [
-        "forge_requests_running{model_name=\"fake\"} 2",
-        "forge_requests_waiting{model_name=\"fake\"} 0",
-        "forge_prefix_cache_queries_total{model_name=\"fake\"} 80",
-        "forge_prefix_cache_hits_total{model_name=\"fake\"} 0",
-        "forge_queue_duration_seconds_count{model_name=\"fake\"} 2",
-        "forge_step_rows_sum{model_name=\"fake\"} 82.0",
-        "forge_kv_cache_usage_ratio{model_name=\"fake\"} 0.09375",
+        "forge_requests_running{model_name=\"fake\",replica=\"fake/0\",epoch=\"1\"} 2",
+        "forge_requests_waiting{model_name=\"fake\",replica=\"fake/0\",epoch=\"1\"} 0",
+        "forge_prefix_cache_queries_total{model_name=\"fake\",replica=\"fake/0\",epoch=\"1\"} 80",
+        "forge_prefix_cache_hits_total{model_name=\"fake\",replica=\"fake/0\",epoch=\"1\"} 0",
+        "forge_queue_duration_seconds_count{model_name=\"fake\",replica=\"fake/0\",epoch=\"1\"} 2",
+        "forge_step_rows_sum{model_name=\"fake\",replica=\"fake/0\",epoch=\"1\"} 82.0",
+        "forge_kv_cache_usage_ratio{model_name=\"fake\",replica=\"fake/0\",epoch=\"1\"} 0.09375",
     ] {
         assert!(page.contains(line), "{line} not in\n{page}");
     }

@@ -10,7 +10,8 @@ use common::*;
 use forge_engine::{EngineCore, EngineOptions};
 use forge_model::StepModelInfo;
 use forge_shared::generate::*;
-use forge_shared::telemetry::Metrics;
+use forge_shared::ids::Epoch;
+use forge_shared::telemetry::{Metrics, run_label};
 
 const VOCAB: usize = 49_152;
 const BATCH: usize = 32;
@@ -43,7 +44,7 @@ fn logits(rows: usize, step: usize) -> Vec<f32> {
 fn other_time(params: SamplingParams) -> Duration {
     let info = StepModelInfo { vocab_size: VOCAB, max_model_len: 2048, ..info(16, 4096, 512) };
     let options = EngineOptions { max_batch_size: BATCH, ..EngineOptions::default() };
-    let mut core = EngineCore::new(info, tokenizer(), options, &Metrics::new(), "m").unwrap();
+    let mut core = EngineCore::new(info, tokenizer(), options, &Metrics::new(), &run_label("m", "m/0", Epoch(1))).unwrap();
     let mut receivers = Vec::new();
     for i in 0..BATCH as u32 {
         let (sender, receiver) = tokio::sync::mpsc::channel(1000);

@@ -26,7 +26,8 @@ fn spawn(change: impl FnOnce(&mut FakeModel)) -> (EngineHandle, oneshot::Receive
         created_s: 0,
         default_sampling: DefaultSampling::default(),
     });
-    let setup = EngineSetup { model: Box::new(model), tokenizer: tokenizer(), card, options, metrics: Metrics::new() };
+    let setup =
+        EngineSetup { model: Box::new(model), tokenizer: tokenizer(), card, replica: "fake/0".into(), options, metrics: Metrics::new() };
     EngineThread::spawn(setup).unwrap()
 }
 

@@ -10,7 +10,7 @@ use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport};
 use forge_shared::cluster::session::Assignment;
 use forge_shared::ids::{Incarnation, NodeId};
 use forge_shared::link::EngineLink;
-use forge_shared::telemetry::{Metrics, model_label};
+use forge_shared::telemetry::{Metrics, PhaseLabel, RunLabel, run_label};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use tokio::sync::mpsc;
 
@@ -83,6 +83,10 @@ pub struct NodeArguments {
     pub events: mpsc::UnboundedSender<NodeEvent>,
 }
 
+/// What runs are counted by.
+const PHASES: [ReplicaPhase; 6] =
+    [ReplicaPhase::Placed, ReplicaPhase::Pulling, ReplicaPhase::Loading, ReplicaPhase::Ready, ReplicaPhase::Draining, ReplicaPhase::Failed];
+
 /// See the module documentation.
 pub struct NodeActor;
 
@@ -105,6 +109,20 @@ struct Child {
 impl NodeState {
     fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// The labels of what a run's engines count.
+    fn label(&self, run: &RunId) -> Option<RunLabel> {
+        self.board.get(run).map(|link| run_label(&link.card().name, &run.replica, run.epoch))
+    }
+
+    /// Counts the runs by where they stand; one that has ended is none any more.
+    fn count_phases(&self) {
+        for phase in PHASES {
+            let count = self.agent.phases().filter(|found| *found == phase).count();
+            let label = PhaseLabel { phase: format!("{phase:?}").to_ascii_lowercase() };
+            self.metrics.replicas.get_or_create(&label).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     fn tell(&self, event: NodeEvent) {
@@ -196,7 +214,12 @@ async fn feed(myself: &ActorRef<NodeMessage>, state: &mut NodeState, input: Agen
                     let _ = child.actor.cast(ReplicaMessage::Stop(Duration::from_millis(timeout_ms)));
                 }
             }
-            AgentAction::Forget(run) => state.board.remove(&run),
+            AgentAction::Forget(run) => {
+                if let Some(label) = state.label(&run) {
+                    state.metrics.forget_run(&label);
+                }
+                state.board.remove(&run);
+            }
             AgentAction::Report(report) => {
                 if report.status.phase == ReplicaPhase::Failed
                     && let Some(link) = state.board.get(&RunId { replica: report.replica.to_string(), epoch: report.epoch })
@@ -212,6 +235,7 @@ async fn feed(myself: &ActorRef<NodeMessage>, state: &mut NodeState, input: Agen
             AgentAction::Drained => state.tell(NodeEvent::Drained),
         }
     }
+    state.count_phases();
     if let Some(at_ms) = state.agent.next_tick_ms() {
         let wait = Duration::from_millis(at_ms.saturating_sub(state.now_ms()) + 1);
         myself.send_after(wait, || NodeMessage::Tick);
@@ -229,7 +253,7 @@ async fn start(
     let link = state.board.open(&run, &assignment);
     if is_restart {
         link.count_restart();
-        state.metrics.engine_restarts.get_or_create(&model_label(&link.card().name)).inc();
+        state.metrics.engine_restarts.get_or_create(&run_label(&link.card().name, &run.replica, run.epoch)).inc();
     }
     let arguments = ReplicaArguments { assignment, launcher: state.launcher.clone(), link, node: myself.clone() };
     let (actor, _) = Actor::spawn_linked(None, ReplicaActor, arguments, myself.get_cell()).await?;

@@ -192,7 +192,7 @@ async fn a_dying_engine_is_restarted_behind_the_same_link() {
     assert_eq!(world.phase(1, ReplicaPhase::Ready).await.restarts, 1);
     let status = link.status();
     assert!(status.ready && status.restarts == 1, "{status:?}");
-    assert!(world.metrics.encode().contains("forge_engine_restarts_total{model_name=\"m\"} 1"));
+    assert!(world.metrics.encode().contains("forge_engine_restarts_total{model_name=\"m\",replica=\"m/0\",epoch=\"1\"} 1"));
 }
 
 #[tokio::test]

@@ -246,6 +246,11 @@ impl Agent {
         self.runs.get(run).map(|held| &held.state)
     }
 
+    /// Where each run stands, as it was last reported.
+    pub fn phases(&self) -> impl Iterator<Item = ReplicaPhase> {
+        self.runs.values().map(|held| held.status.phase)
+    }
+
     /// When `Tick` is next due, milliseconds.
     pub fn next_tick_ms(&self) -> Option<u64> {
         let due = |held: &Held| match held.state {

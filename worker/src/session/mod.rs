@@ -16,6 +16,7 @@ use forge_shared::cluster::node::{NodeLoad, NodeSpec};
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 use forge_shared::plan::ModelFacts;
 use forge_shared::spec::ModelService;
+use forge_shared::telemetry::{Metrics, SessionLabel};
 use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use ractor::ActorRef;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -64,6 +65,15 @@ pub enum SessionState {
     Welcome,
     /// The cluster has given this node up; it serves nothing until it is taken in again.
     Expired,
+}
+
+impl SessionState {
+    /// Writes which one it is.
+    pub fn observe(self, metrics: &Metrics) {
+        for (state, name) in [(Self::Connecting, "connecting"), (Self::Welcome, "welcome"), (Self::Expired, "expired")] {
+            metrics.session.get_or_create(&SessionLabel { state: name.to_owned() }).set(i64::from(state == self));
+        }
+    }
 }
 
 /// A running session.

@@ -14,8 +14,8 @@ use std::time::Duration;
 use forge_engine::{EngineCore, EngineOptions};
 use forge_model::{ModelError, StepModel, StepModelInfo, StepPlan};
 use forge_shared::generate::*;
-use forge_shared::ids::RequestId;
-use forge_shared::telemetry::Metrics;
+use forge_shared::ids::{Epoch, RequestId};
+use forge_shared::telemetry::{Metrics, run_label};
 use forge_text::{GgufTokenizer, Tokenizer};
 use tokio::sync::mpsc;
 
@@ -196,7 +196,7 @@ impl Harness {
     }
 
     pub fn with_metrics(info: StepModelInfo, options: EngineOptions, metrics: &Metrics) -> Self {
-        let core = EngineCore::new(info.clone(), tokenizer(), options, metrics, "fake").unwrap();
+        let core = EngineCore::new(info.clone(), tokenizer(), options, metrics, &run_label("fake", "fake/0", Epoch(1))).unwrap();
         Harness { core, model: FakeModel::new(info), steps: 0, logits: Vec::new() }
     }
 
