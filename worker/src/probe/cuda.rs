@@ -3,11 +3,14 @@
 //! Invariant: a machine without a driver, with a broken or a hanging one has no GPUs; it never fails and never waits
 //! longer than [`TIMEOUT`].
 
+use std::ffi::CStr;
 use std::sync::mpsc;
 use std::time::Duration;
 
 /// A driver that has not answered by then has none to offer.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The driver's library, by the name its version 2 and later have.
+const LIBRARY: &CStr = c"libcuda.so.1";
 /// More than any machine has.
 const DEVICES_MAX: i32 = 64;
 
@@ -30,12 +33,17 @@ pub fn cuda_devices() -> Vec<CudaDevice> {
     if !std::path::Path::new("/proc/driver/nvidia").exists() && !std::path::Path::new("/dev/nvidiactl").exists() {
         return Vec::new();
     }
+    devices_of(LIBRARY, TIMEOUT)
+}
+
+/// What a driver's library tells within this time.
+fn devices_of(library: &'static CStr, timeout: Duration) -> Vec<CudaDevice> {
     let (sender, found) = mpsc::channel();
     let ask = std::thread::Builder::new().name("forge-gpu-probe".into()).spawn(move || {
         // Too late is the same as never.
-        let _ = sender.send(ask_driver());
+        let _ = sender.send(ask_driver(library));
     });
-    match ask.map(|_| found.recv_timeout(TIMEOUT)) {
+    match ask.map(|_| found.recv_timeout(timeout)) {
         Ok(Ok(Ok(devices))) => devices,
         Ok(Ok(Err(reason))) => {
             tracing::warn!(reason, "the GPU driver does not tell its devices");
@@ -49,13 +57,13 @@ pub fn cuda_devices() -> Vec<CudaDevice> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ask_driver() -> Result<Vec<CudaDevice>, String> {
+fn ask_driver(_library: &CStr) -> Result<Vec<CudaDevice>, String> {
     Ok(Vec::new())
 }
 
 #[cfg(target_os = "linux")]
-fn ask_driver() -> Result<Vec<CudaDevice>, String> {
-    use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+fn ask_driver(library_name: &CStr) -> Result<Vec<CudaDevice>, String> {
+    use std::ffi::{c_char, c_int, c_uint, c_void};
 
     type Init = unsafe extern "C" fn(c_uint) -> c_int;
     type Count = unsafe extern "C" fn(*mut c_int) -> c_int;
@@ -70,14 +78,14 @@ fn ask_driver() -> Result<Vec<CudaDevice>, String> {
 
     // SAFETY: the name is a C string; the library's constructors are the driver's own. It is never closed: the driver
     // keeps threads of its own.
-    let library = unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    let library = unsafe { libc::dlopen(library_name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if library.is_null() {
-        return Err("libcuda.so.1 cannot be loaded".into());
+        return Err(format!("{library_name:?} cannot be loaded"));
     }
     let symbol = |name: &CStr| -> Result<*mut c_void, String> {
         // SAFETY: the library is open and the name is a C string.
         let found = unsafe { libc::dlsym(library, name.as_ptr()) };
-        if found.is_null() { Err(format!("libcuda.so.1 has no {name:?}")) } else { Ok(found) }
+        if found.is_null() { Err(format!("{library_name:?} has no {name:?}")) } else { Ok(found) }
     };
     // SAFETY: the CUDA driver API has had these signatures since version 3.2 (`_v2` where it says so).
     let (init, count, get, name, memory, attribute) = unsafe {
@@ -122,3 +130,7 @@ fn ask_driver() -> Result<Vec<CudaDevice>, String> {
     }
     Ok(found)
 }
+
+#[cfg(all(test, target_os = "linux"))]
+#[path = "cuda_tests.rs"]
+mod tests;
