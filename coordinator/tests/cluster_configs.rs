@@ -85,6 +85,26 @@ fn a_model_too_large_for_a_device_fills_the_declared_nodes() {
 }
 
 #[test]
+fn one_replica_over_all_nodes_has_every_layer_once_on_every_tensor_rank() {
+    for (folder, workers) in [("2x8-gpu", 2usize), ("8x8-gpu", 8)] {
+        let layout = Layout { tensor: 8, pipeline: workers };
+        let planned = plan_service(&cluster(folder, workers), &service(1, layout), &facts()).unwrap();
+        assert_eq!((planned.plans.len(), planned.plans[0].ranks.len()), (1, workers * 8), "{folder}");
+        let ranks = &planned.plans[0].ranks;
+        let devices: BTreeSet<_> = ranks.iter().map(|rank| (rank.node.0.clone(), rank.device)).collect();
+        assert_eq!(devices.len(), workers * 8, "{folder}: a device was given twice");
+        for tensor_rank in 0..8 {
+            let mut layers: Vec<_> =
+                ranks.iter().filter(|rank| rank.tensor_rank == tensor_rank).flat_map(|rank| rank.layers.clone()).collect();
+            layers.sort_unstable();
+            assert_eq!(layers, (0..80).collect::<Vec<_>>(), "{folder}: tensor rank {tensor_rank}");
+        }
+        let stages: BTreeSet<_> = ranks.iter().map(|rank| (rank.layers.start, rank.node.0.clone())).collect();
+        assert_eq!(stages.len(), workers, "{folder}: a stage is on several nodes");
+    }
+}
+
+#[test]
 fn one_device_alone_is_refused_with_numbers() {
     let error = plan_service(&cluster("2x8-gpu", 2), &service(1, Layout::default()), &facts()).unwrap_err();
     assert!(matches!(error, forge_cluster::api::ClusterError::NotPlaceable(_)), "{error:?}");
