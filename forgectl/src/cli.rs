@@ -47,6 +47,9 @@ pub struct Common {
     /// Form of log lines
     #[arg(long, global = true, value_enum, default_value_t, env = "FORGE_LOG_FORMAT", hide_env_values = true)]
     pub log_format: LogFormat,
+    /// OTLP receiver for traces, as http://host:4317
+    #[arg(long, global = true, value_name = "URL", env = "FORGE_OTLP_ENDPOINT", hide_env_values = true)]
+    pub otlp_endpoint: Option<String>,
 }
 
 /// All commands.

@@ -30,18 +30,20 @@ mod time;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
 use cli::{Cli, Command};
 use failure::Result;
+use logging::{LogOptions, command_span};
+use tracing::Span;
 
 /// Runs the program with the process's arguments.
 pub fn main() -> ExitCode {
     let program = program_name();
     let parsed = Cli::command().name(program).bin_name(program).try_get_matches();
-    let parsed = parsed.and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed = parsed.and_then(|matches| Ok((typed(&matches), Cli::from_arg_matches(&matches)?)));
     let outcome = match parsed {
-        Ok(cli) => dispatch(&cli, program),
+        Ok((typed, cli)) => dispatch(&cli, program, &typed),
         // Help and wrong usage: clap words both, to standard output and error, with 0 and 2.
         Err(error) => error.exit(),
     };
@@ -63,9 +65,28 @@ fn program_name() -> &'static str {
     }
 }
 
-fn dispatch(cli: &Cli, program: &str) -> Result<()> {
-    let default_level = if matches!(cli.command, Command::Serve(_)) { "info" } else { "warn" };
-    logging::start(cli.common.log_level.as_deref().unwrap_or(default_level), cli.common.log_format)?;
+/// The names of the command and its subcommands: `cluster status`.
+fn typed(matches: &ArgMatches) -> String {
+    let mut names = Vec::new();
+    let mut next = matches.subcommand();
+    while let Some((name, inner)) = next {
+        names.push(name);
+        next = inner.subcommand();
+    }
+    names.join(" ")
+}
+
+fn dispatch(cli: &Cli, program: &str, typed: &str) -> Result<()> {
+    let is_server = matches!(cli.command, Command::Serve(_));
+    let default_level = if is_server { "info" } else { "warn" };
+    let _logging = logging::start(&LogOptions {
+        filter: cli.common.log_level.as_deref().unwrap_or(default_level),
+        format: cli.common.log_format,
+        otlp_endpoint: cli.common.otlp_endpoint.as_deref(),
+    })?;
+    // A server's work is its clients', whose requests are traces of their own.
+    let span = if is_server { Span::none() } else { command_span(typed) };
+    let _entered = span.entered();
     match &cli.command {
         Command::Serve(args) => commands::serve::serve(args),
         Command::Run(args) => commands::run::run(args),

@@ -10,6 +10,7 @@ use std::time::Duration;
 use forge_shared::generate::{AdmitError, EngineEvent, GenerateRequest};
 use forge_shared::link::EventStream;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tracing::{Instrument, Span};
 
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
@@ -35,6 +36,7 @@ pub(crate) struct Driver {
     engine: Option<AtEngine>,
     deadline: Pin<Box<Sleep>>,
     ended: bool,
+    span: Span,
 }
 
 /// A request at a replica's engine.
@@ -54,6 +56,8 @@ pub(crate) struct Admission {
     pub(crate) numerics_id: Option<Arc<str>>,
     /// The client set no bound on its answer, which is then what the context leaves, also of a replica that takes over.
     pub(crate) may_be_shortened: bool,
+    /// The request's: engines' spans are below it.
+    pub(crate) span: Span,
 }
 
 impl Driver {
@@ -67,7 +71,7 @@ impl Driver {
         request: GenerateRequest,
         admission: Admission,
     ) -> Result<Driver, ApiError> {
-        let Admission { affinity, deadline, numerics_id, may_be_shortened } = admission;
+        let Admission { affinity, deadline, numerics_id, may_be_shortened, span } = admission;
         let remaining = deadline.saturating_duration_since(Instant::now());
         let journal = RequestJournal::admit(request.clone(), gateway.now() + remaining);
         let mut driver = Driver {
@@ -80,6 +84,7 @@ impl Driver {
             engine: None,
             deadline: Box::pin(sleep_until(deadline)),
             ended: false,
+            span,
         };
         driver.gateway.retries.lock().earn();
         let mut tried = Vec::new();
@@ -153,7 +158,8 @@ impl Driver {
         // Counted from now on, so that prompts submitted at the same time spread over the replicas.
         let guard = replica.occupy();
         let attempt = replica.attempt();
-        let submitted = bounded(&self.gateway, &mut self.deadline, replica.link.submit(request)).await;
+        let submission = replica.link.submit(request).instrument(self.span.clone());
+        let submitted = bounded(&self.gateway, &mut self.deadline, submission).await;
         let now = self.gateway.now();
         match &submitted {
             Ok(Err(AdmitError::Unavailable { .. })) => attempt.failed(now),

@@ -14,6 +14,7 @@ use futures::StreamExt;
 use futures::future::try_join_all;
 use futures::stream::{SelectAll, Stream, unfold};
 use tokio::sync::OwnedSemaphorePermit;
+use tracing::Span;
 
 use crate::driver::{Admission, Driver};
 use crate::error::ApiError;
@@ -123,6 +124,8 @@ pub(crate) struct Work {
     pub(crate) may_be_shortened: bool,
     pub(crate) arrived: Instant,
     pub(crate) seat: Seat,
+    /// What is done for it is below this span.
+    pub(crate) span: Span,
 }
 
 impl Generation {
@@ -132,7 +135,7 @@ impl Generation {
     /// # Errors
     /// The first refusal of a prompt; the others are cancelled.
     pub(crate) async fn start(work: Work) -> Result<Generation, ApiError> {
-        let Work { gateway, model, tenant, requests, affinity, numerics_id: wanted_numerics, may_be_shortened, arrived, seat } = work;
+        let Work { gateway, model, tenant, requests, affinity, numerics_id: wanted_numerics, may_be_shortened, arrived, seat, span } = work;
         let tokens_of = |request: &GenerateRequest| {
             request.prompt_tokens.len() as u64 + u64::from(request.params.max_tokens) * request.choices.len() as u64
         };
@@ -143,12 +146,12 @@ impl Generation {
         let answers_per_prompt = requests.first().map_or(0, |request| request.choices.len());
         let answers = answers_per_prompt * requests.len();
         let request_id = requests.first().map_or_else(|| RequestId(String::new()), |request| request.id.clone());
-        let account = Account { gateway: gateway.clone(), model: model.clone(), tenant, reserved_tokens, request_id };
+        let account = Account { gateway: gateway.clone(), model: model.clone(), tenant, reserved_tokens, request_id, span: span.clone() };
         let mut meter = Meter::new(account, arrived, answers);
         let deadline = tokio::time::Instant::from_std(arrived + gateway.config.timeouts.request());
         let open_prompts = requests.len();
         let admissions = requests.into_iter().map(|request| {
-            let admission = Admission { affinity, deadline, numerics_id: wanted_numerics.clone(), may_be_shortened };
+            let admission = Admission { affinity, deadline, numerics_id: wanted_numerics.clone(), may_be_shortened, span: span.clone() };
             Driver::admit(gateway.clone(), model.clone(), request, admission)
         });
         let drivers = try_join_all(admissions).await.inspect_err(|error| meter.refused(error))?;

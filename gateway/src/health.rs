@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use forge_shared::generate::{Choice, EngineEvent, GenerateRequest, SamplingParams, TenantSalt};
 use forge_shared::ids::RequestId;
 use serde_json::{Value, json};
+use tracing::Span;
 use uuid::Uuid;
 
 use crate::driver::{Admission, Driver};
@@ -158,8 +159,13 @@ async fn probe(gateway: &Arc<GatewayState>, model: &Arc<Model>) -> Result<(), Ap
     };
     let bound = Duration::from_secs(seconds);
     let generated = async {
-        let admission =
-            Admission { affinity: 0, deadline: tokio::time::Instant::now() + bound, numerics_id: None, may_be_shortened: false };
+        let admission = Admission {
+            affinity: 0,
+            deadline: tokio::time::Instant::now() + bound,
+            numerics_id: None,
+            may_be_shortened: false,
+            span: Span::none(),
+        };
         let mut driver = Driver::admit(gateway.clone(), model.clone(), request, admission).await?;
         while let Some(event) = driver.next().await {
             if matches!(event?, EngineEvent::Token(_)) {

@@ -46,6 +46,7 @@ pub mod router;
 mod routes;
 mod server;
 mod sse;
+mod trace;
 mod write_stall;
 
 pub use config::{GatewayConfig, RequestLimits, Timeouts};

@@ -4,25 +4,28 @@
 //! every answer that had not ended, as aborted or failed.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use forge_cluster::tracing::trace_id;
 use forge_shared::generate::{FinishReason, Usage};
 use forge_shared::ids::RequestId;
 use forge_shared::telemetry::{FinishLabel, Metrics};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::Histogram;
+use tracing::Span;
 
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
 use crate::keys::Tenant;
 use crate::models::Model;
+use crate::trace::{self, Answered};
 
 /// What the meter knows of an answer.
 #[derive(Debug, Clone, Default)]
 struct AnswerMeter {
     tokens: u32,
     last_token: Option<Instant>,
-    finished: bool,
+    finish_reason: Option<&'static str>,
 }
 
 /// Whose request it is, and at which model.
@@ -34,6 +37,8 @@ pub(crate) struct Account {
     pub(crate) reserved_tokens: u64,
     /// For the log line at the end.
     pub(crate) request_id: RequestId,
+    /// The request's trace.
+    pub(crate) span: Span,
 }
 
 /// Metrics and rate limits of one request.
@@ -43,7 +48,7 @@ pub(crate) struct Meter {
     prompt_tokens: usize,
     answers: Vec<AnswerMeter>,
     accepted: bool,
-    first_token_seen: bool,
+    first_token: Option<Duration>,
     failed: bool,
     cached_tokens: u32,
     /// Handles of what is counted per token, looked up once.
@@ -64,7 +69,7 @@ impl Meter {
             prompt_tokens: 0,
             answers: vec![AnswerMeter::default(); answers],
             accepted: false,
-            first_token_seen: false,
+            first_token: None,
             failed: false,
             cached_tokens: 0,
         }
@@ -102,8 +107,10 @@ impl Meter {
     pub(crate) fn token(&mut self, index: usize) {
         let now = Instant::now();
         self.tokens.inc();
-        if !std::mem::replace(&mut self.first_token_seen, true) {
-            self.time_to_first_token_s.observe(now.duration_since(self.arrived).as_secs_f64());
+        if self.first_token.is_none() {
+            let waited = now.duration_since(self.arrived);
+            self.first_token = Some(waited);
+            self.time_to_first_token_s.observe(waited.as_secs_f64());
         }
         let answer = &mut self.answers[index];
         answer.tokens += 1;
@@ -113,10 +120,11 @@ impl Meter {
     }
 
     pub(crate) fn finished(&mut self, index: usize, reason: &FinishReason) {
-        self.answers[index].finished = true;
+        let word = if *reason == FinishReason::Length { "length" } else { "stop" };
+        self.answers[index].finish_reason = Some(word);
         let tokens = f64::from(self.answers[index].tokens);
         self.metrics().request_generation_tokens.get_or_create(&self.account.model.label).observe(tokens);
-        self.count_end(if *reason == FinishReason::Length { "length" } else { "stop" });
+        self.count_end(word);
     }
 
     pub(crate) fn done(&mut self, usage: Usage) {
@@ -138,18 +146,29 @@ impl Drop for Meter {
         let Account { gateway, tenant, reserved_tokens, .. } = &self.account;
         gateway.rates.lock().settle(tenant.name(), *reserved_tokens, used, gateway.now());
         gateway.keys.count_tokens(tenant, used);
+        let reason = if self.failed { "error" } else { "abort" };
+        let reason_of = |answer: &AnswerMeter| answer.finish_reason.unwrap_or(reason).to_owned();
+        trace::end(
+            &self.account.span,
+            Answered {
+                prompt_tokens: self.prompt_tokens,
+                generated_tokens: generated,
+                finish_reasons: if self.accepted { self.answers.iter().map(reason_of).collect() } else { vec!["error".into()] },
+                first_token: self.first_token,
+                is_failed: self.failed || !self.accepted,
+            },
+        );
         if !self.accepted {
             return;
         }
         self.metrics().requests_in_progress.get_or_create(&self.account.model.label).dec();
-        let ended = self.answers.iter().all(|answer| answer.finished);
+        let ended = self.answers.iter().all(|answer| answer.finish_reason.is_some());
         tracing::info!(
             id = %self.account.request_id, model = %self.account.model.label.model_name, prompt_tokens = self.prompt_tokens,
             cached_tokens = self.cached_tokens, generated_tokens = generated, duration_ms = self.arrived.elapsed().as_millis(),
-            outcome = if ended { "done" } else if self.failed { "error" } else { "abort" }, "request ended"
+            outcome = if ended { "done" } else { reason }, trace = trace_id(&self.account.span), "request ended"
         );
-        let reason = if self.failed { "error" } else { "abort" };
-        for _ in self.answers.iter().filter(|answer| !answer.finished) {
+        for _ in self.answers.iter().filter(|answer| answer.finish_reason.is_none()) {
             self.count_end(reason);
         }
     }

@@ -29,6 +29,8 @@ pub(crate) struct RequestContext {
     pub(crate) arrived: Instant,
     /// Whose it is.
     pub(crate) tenant: Tenant,
+    /// Of the client's trace, or empty.
+    pub(crate) traceparent: String,
 }
 
 /// Gives every response its request id and time, and counts it by route and status.
@@ -36,7 +38,8 @@ pub(crate) async fn observe(State(gateway): State<Arc<GatewayState>>, mut reques
     let arrived = Instant::now();
     let request_id = request_id(request.headers());
     let matched = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
-    request.extensions_mut().insert(Arrival { request_id: request_id.clone(), arrived });
+    let traceparent = forge_cluster::tracing::from_headers(request.headers());
+    request.extensions_mut().insert(Arrival { request_id: request_id.clone(), arrived, traceparent });
     let mut response = next.run(request).await;
     let status = response.status().as_u16();
     // The pattern, never the path: a label per path would let clients fill the memory.
@@ -57,6 +60,7 @@ pub(crate) async fn observe(State(gateway): State<Arc<GatewayState>>, mut reques
 struct Arrival {
     request_id: String,
     arrived: Instant,
+    traceparent: String,
 }
 
 /// The client's request id if it is short and printable, else a fresh one.
@@ -93,9 +97,9 @@ pub(crate) async fn authorize(State(gateway): State<Arc<GatewayState>>, mut requ
         }
     }
     let arrival = request.extensions_mut().remove::<Arrival>();
-    let arrival = arrival.unwrap_or_else(|| Arrival { request_id: String::new(), arrived: Instant::now() });
-    let Arrival { request_id, arrived } = arrival;
-    request.extensions_mut().insert(RequestContext { request_id, arrived, tenant: tenant.clone() });
+    let none = || Arrival { request_id: String::new(), arrived: Instant::now(), traceparent: String::new() };
+    let Arrival { request_id, arrived, traceparent } = arrival.unwrap_or_else(none);
+    request.extensions_mut().insert(RequestContext { request_id, arrived, tenant: tenant.clone(), traceparent });
     let response = next.run(request).await;
     if limited { with_rates(&gateway, &tenant, response) } else { response }
 }

@@ -24,7 +24,7 @@ pub use process::{ProcessConfig, ProcessLayers};
 pub const DEFAULT_SERVICE_NAME: &str = "default";
 
 /// Variables that are no key of a service and belong to other parts of Forge.
-const OTHER_VARIABLES: [&str; 10] = [
+const OTHER_VARIABLES: [&str; 11] = [
     "FORGE_SERVER",
     "FORGE_CONTEXT",
     "FORGE_HOME",
@@ -32,6 +32,7 @@ const OTHER_VARIABLES: [&str; 10] = [
     "FORGE_HF_REVISION",
     "FORGE_LOG",
     "FORGE_LOG_FORMAT",
+    "FORGE_OTLP_ENDPOINT",
     "FORGE_CONFIG",
     "FORGE_CPU_PATH",
     "FORGE_FAULT",

@@ -22,6 +22,7 @@ use crate::prepare::{Prepared, fit};
 use crate::request::Common;
 use crate::response::Head;
 use crate::sse::{self, Chunks};
+use crate::trace::{self, Asked};
 
 /// Tokens of the prompt that decide which replica is preferred.
 const AFFINITY_TOKENS: usize = 256;
@@ -55,7 +56,18 @@ impl Order<'_> {
             request = %self.context.request_id, id = self.id, model = %self.model.card.name, tenant = self.context.tenant.name(),
             prompts = requests.len(), n = self.common.n, stream = self.common.stream, labels = ?self.common.log_labels, "request"
         );
+        let span = trace::begin(&Asked {
+            traceparent: &self.context.traceparent,
+            operation: if self.prompt_param == "messages" { "chat" } else { "text_completion" },
+            model: &self.model.card.name,
+            id: self.id,
+            choices: self.common.n,
+            max_tokens: requests.first().map_or(0, |request| request.params.max_tokens),
+            temperature: requests.first().map_or(0.0, |request| request.params.temperature),
+            top_p: requests.first().map_or(1.0, |request| request.params.top_p),
+        });
         Generation::start(Work {
+            span,
             gateway: self.gateway.clone(),
             model: self.model.clone(),
             tenant: self.context.tenant.clone(),

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use ::tracing::Span;
 use opentelemetry::propagation::TextMapPropagator;
-use opentelemetry::trace::{TraceContextExt, TracerProvider};
-use opentelemetry::{Context, KeyValue};
+use opentelemetry::trace::{Status, TraceContextExt, TraceId, TracerProvider};
+use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
@@ -106,10 +106,11 @@ impl Telemetry {
     pub fn new(options: &TelemetryOptions) -> Result<Self, TelemetryError> {
         let attributes = [KeyValue::new("service.instance.id", options.instance.clone())];
         let resource = Resource::builder().with_service_name(options.service.clone()).with_attributes(attributes).build();
-        let builder = SdkTracerProvider::builder().with_resource(resource);
+        // Also without a receiver: another process of the trace may have one, and takes no part in what its caller left out.
+        let sampler = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
+        let builder = SdkTracerProvider::builder().with_resource(resource).with_sampler(sampler);
         let provider = match &options.otlp_endpoint {
-            // Contexts are made and passed on; nothing is recorded.
-            None => builder.with_sampler(Sampler::AlwaysOff).build(),
+            None => builder.build(),
             Some(endpoint) => {
                 let wrong = |reason: String| TelemetryError::Endpoint { endpoint: endpoint.clone(), reason };
                 if !endpoint.starts_with("http://") {
@@ -117,7 +118,7 @@ impl Telemetry {
                 }
                 let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT_TIMEOUT).build();
                 let exporter = exporter.map_err(|error| wrong(error.to_string()))?;
-                builder.with_sampler(Sampler::ParentBased(Box::new(Sampler::AlwaysOn))).with_batch_exporter(exporter).build()
+                builder.with_batch_exporter(exporter).build()
             }
         };
         Ok(Telemetry { provider, is_exporting: options.otlp_endpoint.is_some() })
@@ -182,6 +183,29 @@ pub fn set_parent(span: &Span, traceparent: &str) {
         // Without the layer (a program that uses this crate as a library) there is no trace to be part of.
         let _ = span.set_parent(context);
     }
+}
+
+/// Adds to a span what is known only now, under a name of OpenTelemetry's conventions. Log lines do not show it.
+pub fn set_attribute(span: &Span, key: &'static str, value: impl Into<Value>) {
+    span.set_attribute(key, value.into());
+}
+
+/// As [`set_attribute`], for a list of texts.
+pub fn set_texts(span: &Span, key: &'static str, texts: Vec<String>) {
+    let texts: Vec<StringValue> = texts.into_iter().map(StringValue::from).collect();
+    span.set_attribute(key, Value::Array(Array::String(texts)));
+}
+
+/// Marks a span as failed.
+pub fn set_error(span: &Span, reason: &str) {
+    span.set_status(Status::error(reason.to_owned()));
+}
+
+/// Hex of the trace that a span belongs to, or empty: by it the log lines of several hosts are found.
+pub fn trace_id(span: &Span) -> String {
+    let context = span.context();
+    let trace_id = context.span().span_context().trace_id();
+    if trace_id == TraceId::INVALID { String::new() } else { trace_id.to_string() }
 }
 
 /// Writes the current span into a call's metadata.

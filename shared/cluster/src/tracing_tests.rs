@@ -47,6 +47,7 @@ async fn spans_of_one_trace_reach_the_receiver() {
         let mut metadata = MetadataMap::new();
         inject(&mut metadata);
         assert!(from_metadata(&metadata).starts_with(&format!("00-{TRACE}-")), "{metadata:?}");
+        set_texts(&span, "gen_ai.response.finish_reasons", vec!["stop".into()]);
         let inner = ::tracing::info_span!(target: "forge_test", "decode");
         inner.in_scope(|| assert!(current_traceparent().contains(TRACE)));
     });
@@ -73,6 +74,10 @@ fn a_trace_travels_without_a_receiver() {
         let span = ::tracing::info_span!(target: "forge_test", "answer");
         set_parent(&span, &format!("00-{TRACE}-00f067aa0ba902b7-01"));
         span.in_scope(|| assert!(current_traceparent().contains(TRACE), "{}", current_traceparent()));
+        assert_eq!(trace_id(&span), TRACE);
+        // What begins here is part of a trace that another process may send.
+        let own = ::tracing::info_span!(target: "forge_test", "begin");
+        assert!(own.in_scope(current_traceparent).ends_with("-01"));
     });
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use forge_cluster::engine::request::{from_wire, replica_from_wire};
 use forge_cluster::tls::{Peer, SharedCredentials, TlsIncoming};
+use forge_cluster::tracing::{set_attribute, set_error};
 use forge_proto::engine as wire;
 use forge_proto::engine::engine_server::{Engine, EngineServer};
 use forge_shared::cluster::node::Role;
@@ -85,20 +86,27 @@ impl Engine for EngineService {
         Peer::require(&request, &CALLERS)?;
         let traceparent = forge_cluster::tracing::from_metadata(request.metadata());
         let submission = from_wire(request.into_inner())?;
-        let span = tracing::info_span!("engine.submit", request = %submission.request.id, replica = %submission.replica);
+        let span = tracing::info_span!("answer", request = %submission.request.id, replica = %submission.replica, otel.kind = "server");
         forge_cluster::tracing::set_parent(&span, &traceparent);
+        set_attribute(&span, "gen_ai.provider.name", "forge");
+        set_attribute(&span, "gen_ai.response.id", submission.request.id.0.clone());
         let begin = tokio::time::Instant::now();
         let link = match find(&self.board, &submission.replica, submission.epoch) {
             Ok(link) => link,
             Err(reason) => return Ok(Response::new(Replies::refused(AdmitError::Unavailable { reason }).boxed())),
         };
-        let admitted = tokio::time::timeout(submission.timeout, link.submit(submission.request).instrument(span)).await;
+        let admitted = tokio::time::timeout(submission.timeout, link.submit(submission.request).instrument(span.clone())).await;
         let replies = match admitted {
             Ok(Ok(events)) => {
                 let left = submission.timeout.saturating_sub(begin.elapsed());
-                Replies::admitted(link.card().numerics_id.clone(), events, left)
+                let card = link.card();
+                set_attribute(&span, "gen_ai.response.model", card.name.clone());
+                Replies::admitted(card.numerics_id.clone(), events, left, span)
             }
-            Ok(Err(error)) => Replies::refused(error),
+            Ok(Err(error)) => {
+                set_error(&span, &error.to_string());
+                Replies::refused(error)
+            }
             Err(_) => Replies::refused(AdmitError::Unavailable { reason: "the request's time is over".into() }),
         };
         Ok(Response::new(replies.boxed()))
