@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every check of the repository, from a clean checkout: formatting, lints, build, unit, property, parity and layering
-# tests, documentation, examples, and conformance with the real clients against a real server.
+# tests, a cluster of real processes, documentation, examples, and conformance with the real clients against a real server.
 #
-# Needs cargo, python3 with venv, and curl; everything else it installs below the target directory. Stages can be
+# Needs cargo, python3 with venv, and curl (and uses root and iproute2 where they are); everything else it installs below the target directory. Stages can be
 # named to run only them: tests/all.sh lint test. docs/testing.md says what each one checks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,6 +34,14 @@ stage_test() {
     CI="${CI:-true}" cargo test --workspace --locked
 }
 
+# Every program as a process of its own; says whether in network namespaces or, where there are none, on the loopback.
+stage_cluster() {
+    default_model
+    cargo build --workspace --bins --locked
+    python3 tests/cluster/configs.py --programs "$target/debug" --model "$FORGE_TEST_SMOLLM2"
+    python3 tests/cluster/run.py --programs "$target/debug" --model "$FORGE_TEST_SMOLLM2" --network "${FORGE_TEST_NETWORK:-any}"
+}
+
 stage_docs() {
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 }
@@ -58,10 +66,10 @@ stage_conformance() {
 }
 
 stages=("$@")
-[ "${#stages[@]}" -gt 0 ] || stages=(lint build test docs examples conformance)
+[ "${#stages[@]}" -gt 0 ] || stages=(lint build test cluster docs examples conformance)
 began=$SECONDS
 for stage in "${stages[@]}"; do
-    declare -F "stage_$stage" >/dev/null || { echo "no stage $stage: lint build test docs examples conformance" >&2; exit 2; }
+    declare -F "stage_$stage" >/dev/null || { echo "no stage $stage: lint build test cluster docs examples conformance" >&2; exit 2; }
     echo "== $stage"
     start=$SECONDS
     "stage_$stage"
