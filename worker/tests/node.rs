@@ -128,7 +128,17 @@ async fn a_new_epoch_serves_beside_the_old_one_which_drains_with_its_requests() 
     assert_eq!(generate(&*new, &[3, 4, 5], 40).await, expected);
     node.assign(vec![]);
     node.wait("s/0", 2, ReplicaPhase::Stopped).await;
-    assert!(node.worker.board.loads().is_empty());
+    forgotten(&node).await;
+}
+
+/// The report goes out first, since it still needs the board.
+async fn forgotten(node: &Node) {
+    let forgotten = async {
+        while !node.worker.board.loads().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(common::PATIENCE, forgotten).await.expect("the board forgets it");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,13 +150,7 @@ async fn a_node_that_is_given_up_stops_serving_and_can_be_taken_in_again() {
     node.wait("s/0", 1, ReplicaPhase::Ready).await;
     node.worker.actor.cast(NodeMessage::Expired).expect("it lives");
     node.wait("s/0", 1, ReplicaPhase::Stopped).await;
-    // The report goes out first, since it still needs the board.
-    let forgotten = async {
-        while !node.worker.board.loads().is_empty() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(common::PATIENCE, forgotten).await.expect("the board forgets it");
+    forgotten(&node).await;
     node.assign(vec![plan]);
     node.wait("s/0", 1, ReplicaPhase::Ready).await;
 

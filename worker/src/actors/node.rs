@@ -215,10 +215,11 @@ async fn feed(myself: &ActorRef<NodeMessage>, state: &mut NodeState, input: Agen
                 }
             }
             AgentAction::Forget(run) => {
-                if let Some(label) = state.label(&run) {
+                let label = state.label(&run);
+                state.board.remove(&run);
+                if let Some(label) = label {
                     state.metrics.forget_run(&label);
                 }
-                state.board.remove(&run);
             }
             AgentAction::Report(report) => {
                 if report.status.phase == ReplicaPhase::Failed
