@@ -199,6 +199,11 @@ impl History {
         Ok(self.first + index as u64)
     }
 
+    /// Whether everything from `position` on is here.
+    pub fn has(&self, position: u64) -> bool {
+        position >= self.first
+    }
+
     /// Events from `position` on, within bounds.
     ///
     /// # Errors
@@ -261,6 +266,7 @@ mod tests {
         let end = history.end();
         history.reset(Revision(90));
         assert_eq!(history.read(end, KindSet::ALL, BatchBounds::default()).map(|_| ()), Err(Overtaken));
+        assert!(!history.has(end) && history.has(history.end()));
         assert_eq!(history.position(Revision(6)), Err(Overtaken));
         assert_eq!(history.position(Revision(90)), Ok(history.end()));
     }

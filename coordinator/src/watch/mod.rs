@@ -83,10 +83,10 @@ impl Hub {
         self.published.notify_one();
     }
 
-    /// The state was replaced by a snapshot: every watcher begins again.
+    /// The state was replaced by a snapshot: every watcher begins again. The caller holds the state's lock, so this must not
+    /// wait for the listing, whose maker waits for the state: the history alone says that the last one is over.
     pub fn reset(&self, revision: Revision) {
         self.history.write().reset(revision);
-        *self.listing.lock() = None;
         self.published.notify_one();
     }
 
@@ -125,8 +125,7 @@ impl Hub {
         let mut kept = self.listing.lock();
         if let Some(listing) = kept.as_ref() {
             let history = self.history.read();
-            let is_recent = history.end() - listing.position <= LISTING_EVENTS;
-            if is_recent && history.position(listing.revision).is_ok() {
+            if history.has(listing.position) && history.end() - listing.position <= LISTING_EVENTS {
                 return listing.clone();
             }
         }

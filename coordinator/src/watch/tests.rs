@@ -160,6 +160,59 @@ async fn a_snapshot_resets_watchers() {
     assert!(batch.is_reset && batch.revision == Revision(50));
 }
 
+/// A state whose lock is held elsewhere when a listing is made of it.
+struct Held {
+    state: Mutex<Revision>,
+    asked: std::sync::mpsc::Sender<()>,
+}
+
+impl Source for Held {
+    fn visit(&self, see: &mut See<'_>) {
+        self.asked.send(()).expect("the test waits");
+        let revision = self.state.lock();
+        see(*revision, &Vec::new);
+    }
+}
+
+#[test]
+fn a_snapshot_does_not_wait_for_a_watcher_that_begins() {
+    let hub = Hub::new(HistoryBounds::default(), Revision(1));
+    let (asked, is_asked) = std::sync::mpsc::channel();
+    let source = Arc::new(Held { state: Mutex::new(Revision(1)), asked });
+    let (done, is_done) = std::sync::mpsc::channel();
+    let mut held = source.state.lock();
+    let beginning = std::thread::spawn({
+        let (hub, source) = (hub.clone(), source.clone());
+        move || hub.listing(source.as_ref()).revision
+    });
+    is_asked.recv_timeout(Duration::from_secs(20)).expect("a listing is begun");
+    // On a thread of its own, so that a deadlock fails the test.
+    std::thread::spawn({
+        let hub = hub.clone();
+        move || {
+            hub.reset(Revision(9));
+            done.send(()).expect("the test waits");
+        }
+    });
+    is_done.recv_timeout(Duration::from_secs(20)).expect("the reset needs the state's lock alone");
+    *held = Revision(9);
+    drop(held);
+    assert_eq!(beginning.join().expect("it ends"), Revision(9));
+}
+
+#[tokio::test]
+async fn a_listing_of_before_a_snapshot_is_given_to_nobody_even_at_the_same_revision() {
+    let world = World::new(HistoryBounds::default());
+    world.write(2);
+    assert!(soon(&mut world.watch(KindSet::ALL, None)).await.is_reset_end);
+    world.hub.reset(Revision(2));
+    let mut watcher = world.watch(KindSet::ALL, None);
+    assert!(soon(&mut watcher).await.is_reset_end);
+    world.write(1);
+    let batch = soon(&mut watcher).await;
+    assert_eq!((revisions(&batch), batch.is_reset), (vec![3], false));
+}
+
 #[tokio::test]
 async fn a_revision_that_never_comes_is_reset() {
     let world = World::new(HistoryBounds::default());
