@@ -55,10 +55,27 @@ pub(crate) struct Leading {
 }
 
 impl Leading {
-    /// Ends every session, saying where to go.
+    /// A leader's memory at the beginning of a term: it gives every known node one full lease.
+    pub(crate) fn new(coordinator: &Coordinator, term: u64) -> Leading {
+        let mut leases = LeaseTable::new(coordinator.0.options.lease.as_millis() as u64);
+        leases.follow(coordinator.now_ms(), &coordinator.0.replicated.read());
+        Leading {
+            term,
+            sessions: Sessions::default(),
+            leases: Mutex::new(leases),
+            shares: Mutex::new(ShareTable::new()),
+            controller: Mutex::new(Controller::default()),
+            wake: Notify::new(),
+            ended: CancellationToken::new(),
+            counter: AtomicU64::new(0),
+        }
+    }
+
+    /// Ends every session, saying where to go. The token first: a session that begins meanwhile looks at it once it is in the
+    /// table, so that either it or this finds the other.
     pub(crate) fn end(&self, leader: Option<String>) {
-        self.sessions.end_all(leader);
         self.ended.cancel();
+        self.sessions.end_all(leader);
     }
 
     /// A request id of the leader's own, never given out before.
@@ -106,22 +123,7 @@ async fn lead(coordinator: &Coordinator, term: u64) {
         tracing::debug!(%error, "the new leader waits for its first word");
         tokio::time::sleep(TICK).await;
     }
-    let options = &coordinator.0.options;
-    let lease_ms = options.lease.as_millis() as u64;
-    let leading = {
-        let mut leases = LeaseTable::new(lease_ms);
-        leases.follow(coordinator.now_ms(), &coordinator.0.replicated.read());
-        Arc::new(Leading {
-            term,
-            sessions: Sessions::default(),
-            leases: Mutex::new(leases),
-            shares: Mutex::new(ShareTable::new()),
-            controller: Mutex::new(Controller::default()),
-            wake: Notify::new(),
-            ended: CancellationToken::new(),
-            counter: AtomicU64::new(0),
-        })
-    };
+    let leading = Arc::new(Leading::new(coordinator, term));
     *coordinator.0.leading.write() = Some(leading.clone());
     tracing::info!(term, "leading");
 

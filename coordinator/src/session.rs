@@ -4,6 +4,9 @@
 //! Invariants: a heartbeat never waits for a command; of a replica's reports that wait to be proposed the newest is enough;
 //! a node that says nothing for three leases has no session.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,7 +114,13 @@ impl Running {
         let silence = self.coordinator.0.options.lease * 3;
         loop {
             let message = tokio::select! {
+                biased;
                 () = self.handle.ended.cancelled() => break,
+                () = self.leading.ended.cancelled() => {
+                    // Where the session's end was told already, this one finds no reader.
+                    let _ = self.down.try_send(NodeDown::Moved { leader: self.coordinator.leader_address() });
+                    break;
+                }
                 () = self.coordinator.0.stop.cancelled() => break,
                 message = tokio::time::timeout(silence, received.recv()) => message,
             };
