@@ -1,7 +1,8 @@
 //! One node's session: begins with its joining, carries heartbeats and reports to the leader, ends with the lease, the
 //! connection or the leadership.
 //!
-//! Invariants: a heartbeat never waits for a command; of a replica's reports that wait to be proposed the newest is enough;
+//! Invariants: a heartbeat never waits for a command, and is answered, with another lease, only while the state has this
+//! process of the node as ready; of a replica's reports that wait to be proposed the newest is enough;
 //! a node that says nothing for three leases has no session.
 
 #[cfg(test)]
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use forge_cluster::api::{STREAM_DEPTH, Session};
 use forge_shared::cluster::command::Command;
-use forge_shared::cluster::node::{NodeSpec, Role};
+use forge_shared::cluster::node::{NodePhase, NodeRecord, NodeSpec, Role};
 use forge_shared::cluster::service::ReplicaReport;
 use forge_shared::cluster::session::{KeyShare, NodeDown, NodeUp};
 use forge_shared::ids::{Epoch, ReplicaId, ServiceName};
@@ -145,8 +146,11 @@ impl Running {
     async fn take(&self, message: NodeUp) -> Then {
         match message {
             NodeUp::Heartbeat { number, load, usage } => {
-                let now_ms = self.coordinator.now_ms();
-                self.leading.leases.lock().renew(&self.spec.id, self.spec.incarnation, now_ms);
+                if !self.renew() {
+                    // Its replicas are elsewhere, or soon will be. It may come again, and is then told what it is to run.
+                    let _ = self.down.try_send(NodeDown::Moved { leader: None });
+                    return Then::Ends;
+                }
                 self.leading.sessions.heard(&self.handle, load, Instant::now());
                 let shares: Vec<KeyShare> = if self.spec.role == Role::Gateway {
                     let state = self.coordinator.0.replicated.read();
@@ -192,6 +196,15 @@ impl Running {
                 Then::Ends
             }
         }
+    }
+
+    /// Renews the node's lease. False where the node is lost, removed or another process of it joined.
+    fn renew(&self) -> bool {
+        let NodeSpec { id, incarnation, .. } = &self.spec;
+        let state = self.coordinator.0.replicated.read();
+        let is_known = |node: &NodeRecord| node.phase == NodePhase::Ready && node.spec.incarnation == *incarnation;
+        let is_present = state.nodes().get(id).is_some_and(is_known);
+        is_present && self.leading.leases.lock().renew(id, *incarnation, self.coordinator.now_ms())
     }
 
     /// What a worker found of a service's model is for the controller to judge.

@@ -81,3 +81,13 @@ async fn it_ends_with_the_leadership_though_nobody_finds_it_in_the_table() {
     assert!(matches!(world.told().await, NodeDown::Moved { .. }));
     world.ends().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_node_gets_no_lease_for_its_heartbeat() {
+    let mut world = World::new().await;
+    assert!(matches!(world.beat(1).await, NodeDown::Ack { number: 1, .. }));
+    let lost = Command::LoseNode { node: "a".into(), incarnation: forge_shared::ids::Incarnation(1), reason: "test".into() };
+    submit(&world.coordinator, "lose", lost).await.expect("applied");
+    assert!(matches!(world.beat(2).await, NodeDown::Moved { .. }));
+    world.ends().await;
+}
