@@ -127,7 +127,7 @@ fn member(id: u64, folder: PathBuf, ports: Vec<u16>) -> Result<(), Failure> {
     options.bootstrap = Some(vec![1, 2, 3]);
     let raft = raft::start(options, Box::new(Count(0)), transport.clone())?;
     transport.attach(raft.clone());
-    let service = RaftService::server("bench", raft.clone(), Arc::new(|_| Ok(None)));
+    let service = RaftService::server("bench", raft.clone(), Arc::new(|_| Ok(Box::new(|_| Ok(())))));
     runtime.spawn(tonic::transport::Server::builder().tcp_nodelay(true).add_service(service).serve(([127, 0, 0, 1], own).into()));
     runtime.spawn(async move {
         let mut status = raft.status();

@@ -2,14 +2,15 @@
 //!
 //! What it is not: it carries nothing; [`crate::raft::transport`] does.
 //!
-//! Invariants: a peer is dialled under the name and address that the log gives its id, and believed only with a
-//! coordinator's certificate of that name; it speaks for its own id alone.
+//! Invariants: a peer is dialled under the name and address that the log gives its number; it is believed as long as it
+//! belongs to the group, only with a coordinator's certificate of that name, and speaks for its own number alone.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use forge_cluster::tls::{ChannelOptions, Peer, PeerName, SharedCredentials, channel};
 use forge_proto::raft::raft_server::RaftServer;
+use forge_shared::cluster::command::MemberRecord;
 use forge_shared::cluster::node::Role;
 use futures::FutureExt;
 use parking_lot::RwLock;
@@ -19,23 +20,63 @@ use crate::coordinator::Coordinator;
 use crate::member_file::MemberFile;
 use crate::raft::PeerTransport;
 use crate::raft::transport::{Connector, GrpcTransport, RaftService, SenderCheck};
+use crate::replicated::Replicated;
 
-/// Names and addresses of members by id. Members that the log names; and those that were there when this one came, for it
-/// must answer them before its log says who they are.
-type Book = Arc<RwLock<HashMap<u64, (String, String)>>>;
+/// Who belongs to the group, as far as this member knows.
+#[derive(Debug)]
+struct Book {
+    /// This member.
+    own_id: u64,
+    /// Those that were there when this one came: it must answer them before its log says who they are.
+    first: BTreeMap<u64, MemberRecord>,
+    /// The log's list as applied here.
+    listed: BTreeMap<u64, MemberRecord>,
+}
+
+impl Book {
+    fn new(member: &MemberFile) -> Book {
+        let first = member.peers.iter().map(|peer| (peer.id, peer.clone())).collect();
+        Book { own_id: member.member_id, first, listed: BTreeMap::new() }
+    }
+
+    /// A member's name and address. Members are written into the log before they belong to the group: once this one is
+    /// there, all are that came before it, and those missing have been removed.
+    fn get(&self, id: u64) -> Option<&MemberRecord> {
+        let first = || self.first.get(&id).filter(|_| !self.listed.contains_key(&self.own_id));
+        self.listed.get(&id).or_else(first)
+    }
+
+    /// Takes the log's list; members that are to be dialled anew, or no more.
+    fn learn(&mut self, listed: &BTreeMap<u64, MemberRecord>) -> Vec<u64> {
+        let known: BTreeMap<u64, MemberRecord> =
+            self.first.keys().chain(self.listed.keys()).filter_map(|&id| Some((id, self.get(id)?.clone()))).collect();
+        self.listed.clone_from(listed);
+        known.into_iter().filter(|(id, before)| self.get(*id) != Some(before)).map(|(id, _)| id).collect()
+    }
+
+    /// Whether who has a coordinator's certificate of this name may speak as this member.
+    fn check(&self, name: &str, id: u64, is_removed: impl FnOnce(u64) -> bool) -> Result<(), String> {
+        match self.get(id) {
+            Some(member) if member.name == name => Ok(()),
+            Some(member) => Err(format!("member {id} is {}, and the certificate is that of {name}", member.name)),
+            None if is_removed(id) => Err(format!("member {id} was removed from the group: stop it, or let it join anew with an empty folder")),
+            // This member was away when it was let in, and learns of it from its messages.
+            None => Ok(()),
+        }
+    }
+}
 
 /// One coordinator's links to the others.
 pub(crate) struct Peers {
     group_id: String,
-    book: Book,
+    book: Arc<RwLock<Book>>,
     transport: Arc<GrpcTransport>,
 }
 
 impl Peers {
     /// Links that are dialled from the current runtime.
     pub(crate) fn new(member: &MemberFile, credentials: &SharedCredentials) -> Peers {
-        let known = member.peers.iter().map(|peer| (peer.id, (peer.name.clone(), peer.address.clone())));
-        let book: Book = Arc::new(RwLock::new(known.collect()));
+        let book = Arc::new(RwLock::new(Book::new(member)));
         let connector = connector(book.clone(), credentials.clone());
         let transport = GrpcTransport::new(member.group_id.clone(), connector, tokio::runtime::Handle::current());
         Peers { group_id: member.group_id.clone(), book, transport }
@@ -48,7 +89,8 @@ impl Peers {
 
     /// The receiving end.
     pub(crate) fn service(&self, coordinator: &Coordinator) -> RaftServer<RaftService> {
-        RaftService::server(self.group_id.clone(), coordinator.raft().clone(), sender_check(self.book.clone()))
+        let check = sender_check(self.book.clone(), coordinator.0.replicated.clone());
+        RaftService::server(self.group_id.clone(), coordinator.raft().clone(), check)
     }
 
     /// Follows the log's list of members, until the coordinator stops.
@@ -59,7 +101,8 @@ impl Peers {
         coordinator.clone().0.tasks.spawn(async move {
             loop {
                 changes.borrow_and_update();
-                learn(&book, &transport, &coordinator);
+                let changed = book.write().learn(coordinator.0.replicated.read().members());
+                changed.into_iter().for_each(|id| transport.forget(id));
                 tokio::select! {
                     () = coordinator.0.stop.cancelled() => return,
                     changed = changes.changed() => if changed.is_err() { return },
@@ -69,34 +112,85 @@ impl Peers {
     }
 }
 
-fn learn(book: &Book, transport: &GrpcTransport, coordinator: &Coordinator) {
-    let state = coordinator.0.replicated.read();
-    let mut book = book.write();
-    for (id, member) in state.members() {
-        let now = (member.name.clone(), member.address.clone());
-        // A member that moved is dialled anew.
-        if book.insert(*id, now.clone()).is_some_and(|before| before != now) {
-            transport.forget(*id);
-        }
-    }
-}
-
-fn connector(book: Book, credentials: SharedCredentials) -> Connector {
+fn connector(book: Arc<RwLock<Book>>, credentials: SharedCredentials) -> Connector {
     Arc::new(move |to| {
-        let known = book.read().get(&to).cloned();
-        let made = known.ok_or_else(|| format!("the address of member {to} is not known")).and_then(|(name, address)| {
-            let peer = PeerName::One(Role::Coordinator, name);
-            channel(&address, &peer, &credentials, ChannelOptions::default()).map_err(|error| error.to_string())
+        let known = book.read().get(to).cloned();
+        let made = known.ok_or_else(|| format!("the address of member {to} is not known")).and_then(|member| {
+            let peer = PeerName::One(Role::Coordinator, member.name);
+            channel(&member.address, &peer, &credentials, ChannelOptions::default()).map_err(|error| error.to_string())
         });
         futures::future::ready(made).boxed()
     })
 }
 
-fn sender_check(book: Book) -> SenderCheck {
+fn sender_check(book: Arc<RwLock<Book>>, replicated: Arc<Replicated>) -> SenderCheck {
     Arc::new(move |extensions| {
         let request = Request::from_parts(Default::default(), extensions.clone(), ());
         let caller = Peer::require(&request, &[Role::Coordinator]).map_err(|error| Status::permission_denied(error.to_string()))?;
-        let id = book.read().iter().find(|(_, (name, _))| *name == caller.name).map(|(id, _)| *id);
-        id.map(Some).ok_or_else(|| Status::permission_denied(format!("{caller} is no member that is known here")))
+        let (book, replicated) = (book.clone(), replicated.clone());
+        Ok(Box::new(move |id| {
+            let is_removed = |id| replicated.read().is_removed_member(id);
+            book.read().check(&caller.name, id, is_removed).map_err(Status::permission_denied)
+        }))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(id: u64, name: &str) -> (u64, MemberRecord) {
+        (id, MemberRecord { id, name: name.into(), address: format!("{name}-{id}:7000") })
+    }
+
+    fn book(own_id: u64, first: &[(u64, MemberRecord)]) -> Book {
+        let peers = first.iter().map(|(_, member)| member.clone()).collect();
+        Book::new(&MemberFile { member_id: own_id, group_id: "g".into(), is_founder: false, peers })
+    }
+
+    #[test]
+    fn a_member_that_came_under_a_name_used_before_is_believed_and_the_one_before_is_not() {
+        let mut book = book(3, &[member(1, "c1"), member(2, "c2")]);
+        let gone = |id| id == 2;
+        assert_eq!(book.check("c2", 2, |_| false), Ok(()));
+        let list = BTreeMap::from([member(1, "c1"), member(3, "c3"), member(57, "c2")]);
+        assert_eq!(book.learn(&list), [2], "it is dialled no more");
+        assert_eq!(book.check("c2", 57, gone), Ok(()));
+        assert!(book.check("c2", 2, gone).expect_err("removed").contains("removed"));
+        assert!(book.check("c1", 57, gone).expect_err("another's number").contains("certificate"));
+        assert!(book.get(2).is_none() && book.get(57).is_some());
+    }
+
+    #[test]
+    fn one_that_comes_hears_those_before_it_until_its_log_has_named_all() {
+        let first = [member(1, "c1"), member(57, "c2")];
+        let mut book = book(60, &first);
+        let mut list = BTreeMap::new();
+        // The log's beginning, in which an earlier process had the name.
+        for (id, record) in [member(1, "c1"), member(2, "c2")] {
+            list.insert(id, record);
+            assert!(book.learn(&list).is_empty());
+            assert_eq!(book.check("c2", 57, |_| false), Ok(()));
+            assert_eq!(book.get(57), Some(&first[1].1));
+        }
+        let list = BTreeMap::from([member(1, "c1"), member(60, "c3")]);
+        assert_eq!(book.learn(&list), [2, 57], "what the whole list lacks is gone");
+    }
+
+    #[test]
+    fn who_was_let_in_while_this_one_was_away_is_heard() {
+        let mut book = book(1, &[]);
+        book.learn(&BTreeMap::from([member(1, "c1"), member(2, "c2")]));
+        assert_eq!(book.check("c4", 90, |_| false), Ok(()));
+    }
+
+    #[test]
+    fn one_that_moved_is_dialled_anew() {
+        let mut book = book(1, &[]);
+        let mut list = BTreeMap::from([member(1, "c1"), member(2, "c2")]);
+        assert!(book.learn(&list).is_empty());
+        assert!(book.learn(&list).is_empty());
+        list.entry(2).and_modify(|member| member.address = "elsewhere:7000".into());
+        assert_eq!(book.learn(&list), [2]);
+    }
 }

@@ -48,7 +48,15 @@ struct Server {
 }
 
 fn anyone() -> SenderCheck {
-    Arc::new(|_| Ok(None))
+    Arc::new(|_| Ok(Box::new(|_| Ok(()))))
+}
+
+fn only(id: u64) -> SenderCheck {
+    Arc::new(move |_| {
+        let refused =
+            move |from| tonic::Status::permission_denied(format!("the certificate is member {id}'s, and the message says {from}"));
+        Ok(Box::new(move |from| if from == id { Ok(()) } else { Err(refused(from)) }))
+    })
 }
 
 impl Addresses {
@@ -155,7 +163,7 @@ async fn three_members_over_tcp_lose_their_leader_and_a_learner_gets_a_snapshot_
 #[tokio::test]
 async fn strangers_and_bad_messages_are_refused_and_the_member_goes_on() {
     let addresses = Addresses::default();
-    let server = addresses.start(1, "test", Some(vec![1]), tempfile::tempdir().unwrap(), Arc::new(|_| Ok(Some(7)))).await;
+    let server = addresses.start(1, "test", Some(vec![1]), tempfile::tempdir().unwrap(), only(7)).await;
     assert_eq!(leader([&server]).await.member_id(), 1);
     let address = addresses.0.lock().unwrap()[&1];
     let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();

@@ -28,8 +28,11 @@ use super::{PeerTransport, RaftError, RaftHandle};
 /// Makes a channel to a member; called again after each failure. The error is for the log.
 pub type Connector = Arc<dyn Fn(u64) -> BoxFuture<'static, Result<Channel, String>> + Send + Sync>;
 
-/// Says which member is at the other end of a connection (`None`: any), from what TLS left in the request's extensions.
-pub type SenderCheck = Arc<dyn Fn(&tonic::Extensions) -> Result<Option<u64>, Status> + Send + Sync>;
+/// Says who is at the other end of a connection, from what TLS left in the request's extensions.
+pub type SenderCheck = Arc<dyn Fn(&tonic::Extensions) -> Result<Speaker, Status> + Send + Sync>;
+
+/// Whether a sender may speak as this member now. Asked for every batch: members are removed while their streams are open.
+pub type Speaker = Box<dyn Fn(u64) -> Result<(), Status> + Send + Sync>;
 
 /// Of a snapshot's chunk.
 pub const CHUNK_BYTES: usize = 1 << 20;
@@ -286,15 +289,6 @@ impl RaftService {
     }
 }
 
-fn check_sender(from: u64, allowed: Option<u64>) -> Result<(), Status> {
-    match allowed {
-        Some(allowed) if allowed != from => {
-            Err(Status::permission_denied(format!("the certificate is member {allowed}'s, and the message says {from}")))
-        }
-        _ => Ok(()),
-    }
-}
-
 fn refusal(error: RaftError) -> Status {
     match error {
         RaftError::Message(_) | RaftError::TooLarge { .. } => Status::invalid_argument(error.to_string()),
@@ -307,7 +301,7 @@ fn refusal(error: RaftError) -> Status {
 #[tonic::async_trait]
 impl Raft for RaftService {
     async fn messages(&self, request: Request<Streaming<wire::MessageBatch>>) -> Result<Response<wire::Received>, Status> {
-        let allowed = (self.check)(request.extensions())?;
+        let speaker = (self.check)(request.extensions())?;
         let mut batches = request.into_inner();
         while let Ok(batch) = timeout(IDLE, batches.message()).await {
             let Some(batch) = batch? else { break };
@@ -315,19 +309,19 @@ impl Raft for RaftService {
             if batch.messages.len() > MAX_BATCH_MESSAGES {
                 return Err(Status::invalid_argument(format!("{} messages; at most {MAX_BATCH_MESSAGES}", batch.messages.len())));
             }
-            for message in &batch.messages {
-                check_sender(message.from, allowed)?;
-            }
+            // They are all of one member, but a batch can say otherwise.
+            let senders: BTreeSet<u64> = batch.messages.iter().map(|message| message.from).collect();
+            senders.into_iter().try_for_each(&speaker)?;
             self.handle.receive(batch.messages).map_err(refusal)?;
         }
         Ok(Response::new(wire::Received {}))
     }
 
     async fn install_snapshot(&self, request: Request<Streaming<wire::SnapshotChunk>>) -> Result<Response<wire::Received>, Status> {
-        let allowed = (self.check)(request.extensions())?;
+        let speaker = (self.check)(request.extensions())?;
+        let mut chunks = request.into_inner();
         // One at a time: each may take as much memory as a snapshot may.
         let _one = self.arriving.try_lock().map_err(|_| Status::resource_exhausted("another snapshot is arriving; try again"))?;
-        let mut chunks = request.into_inner();
         let mut arriving = Arriving::new(self.handle.limits.max_snapshot_bytes);
         loop {
             let chunk = timeout(CHUNK_DEADLINE, chunks.message()).await;
@@ -335,7 +329,7 @@ impl Raft for RaftService {
             let Some(chunk) = chunk else { return Err(Status::invalid_argument("the snapshot ends before its last chunk")) };
             self.check_cluster(&chunk.cluster_id)?;
             if let Some(message) = &chunk.message {
-                check_sender(message.from, allowed)?;
+                speaker(message.from)?;
             }
             if let Some((message, data)) = arriving.take(chunk).map_err(Status::invalid_argument)? {
                 self.handle.receive_snapshot(message, data).await.map_err(refusal)?;

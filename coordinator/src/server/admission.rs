@@ -103,6 +103,11 @@ impl AdmissionService {
         let id = member.id;
         let submission = coordinator.own(format!("add-member-{id}"), Command::PutMember { member });
         coordinator.submit(submission, timeout).await?;
+        // The reply to a request of long ago may be remembered, and its member removed since.
+        if coordinator.0.replicated.read().is_removed_member(id) {
+            let reason = format!("member {id} was removed: join with an empty folder for its data and its certificate");
+            return Err(CoordinatorError::Forbidden { reason });
+        }
         if coordinator.raft_status().members.iter().any(|member| member.id == id) {
             return Ok(id);
         }

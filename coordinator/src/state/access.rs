@@ -1,16 +1,16 @@
-//! Who may come in: join tokens, API keys, members of the raft group.
+//! Who may come in: join tokens and API keys.
 //!
 //! Invariant: a secret is never here, only its hash; a token lets in as many nodes as it says, in its life, of its role.
 //! A token that is used up stays known for its life, so that who was let in and did not hear it can ask again.
 
-use forge_shared::cluster::command::{ApiKeyRecord, CommandError, JoinToken, MemberRecord};
+use forge_shared::cluster::command::{ApiKeyRecord, CommandError, JoinToken};
 use forge_shared::cluster::event::{Change, Kind, Object};
 use forge_shared::cluster::node::Role;
 use serde::{Deserialize, Serialize};
 
 use super::clock::Clock;
 use super::notices::Weight;
-use super::{ClusterState, Effect, MAX_KEYS, MAX_MEMBERS, MAX_TOKEN_LIFE_MS, MAX_TOKEN_USES, MAX_TOKENS, Step, checks};
+use super::{ClusterState, Effect, MAX_KEYS, MAX_TOKEN_LIFE_MS, MAX_TOKEN_USES, MAX_TOKENS, Step, checks};
 
 /// A token and the end of its life by the state's own count.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,42 +147,6 @@ impl ClusterState {
         key.revoked_s = Some(now_s);
         step.changes.push(Change::Put { object: Object::Key(Box::new(key.clone())) });
         self.notice(step, Weight::Normal, "KeyRevoked", format!("key/{name}"), format!("key {name} was revoked"));
-        Ok(Effect::CHANGED)
-    }
-
-    pub(super) fn put_member(&mut self, member: &MemberRecord, step: &mut Step) -> Result<Effect, CommandError> {
-        checks::label("member.name", &member.name)?;
-        checks::address("member.address", &member.address)?;
-        if member.id == 0 {
-            return checks::invalid("member.id", "must not be 0");
-        }
-        if let Some(other) = self.members.values().find(|other| other.id != member.id && other.name == member.name) {
-            let reason = format!("it is member {}; choose another name, or remove that member first", other.id);
-            return Err(CommandError::Conflict { kind: "member".into(), name: member.name.clone(), reason });
-        }
-        match self.members.get(&member.id) {
-            Some(known) if known == member => return Ok(Effect::NONE),
-            Some(known) if known.name != member.name => {
-                let name = known.name.clone();
-                step.changes.push(Change::Deleted { kind: Kind::Member, name });
-            }
-            Some(_) => {}
-            None => checks::bounded("members", self.members.len(), MAX_MEMBERS)?,
-        }
-        self.members.insert(member.id, member.clone());
-        step.changes.push(Change::Put { object: Object::Member(member.clone()) });
-        let message = format!("coordinator {} is member {}, at {}", member.name, member.id, member.address);
-        self.notice(step, Weight::Normal, "MemberChanged", format!("member/{}", member.name), message);
-        Ok(Effect::CHANGED)
-    }
-
-    pub(super) fn remove_member(&mut self, id: u64, step: &mut Step) -> Result<Effect, CommandError> {
-        let Some(member) = self.members.remove(&id) else {
-            return Err(checks::not_found("member", &id.to_string(), std::iter::empty()));
-        };
-        step.changes.push(Change::Deleted { kind: Kind::Member, name: member.name.clone() });
-        let message = format!("coordinator {} is no member any more", member.name);
-        self.notice(step, Weight::Normal, "MemberRemoved", format!("member/{}", member.name), message);
         Ok(Effect::CHANGED)
     }
 }

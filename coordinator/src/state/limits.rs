@@ -27,6 +27,8 @@ pub const MAX_TOKEN_USES: u32 = 10_000;
 pub const MAX_TOKEN_LIFE_MS: u64 = 30 * 24 * 3_600_000;
 /// Members of the raft group, learners included.
 pub const MAX_MEMBERS: usize = 16;
+/// Remembered numbers of removed members; what is older is known by being smaller.
+pub const MAX_REMOVED_MEMBERS: usize = 256;
 /// Idempotency records of all tenants.
 pub const MAX_IDEMPOTENCY: usize = 20_000;
 /// Idempotency records of one tenant.

@@ -18,6 +18,7 @@ mod idempotency;
 mod limits;
 #[cfg(test)]
 mod log_tests;
+mod members;
 mod nodes;
 mod notices;
 mod plans;
@@ -52,6 +53,7 @@ pub use services::{changes_replicas, check_wish};
 use access::KeptToken;
 use clock::Clock;
 use idempotency::Idempotency;
+use members::RemovedMembers;
 use nodes::RemovedNode;
 use notices::Notices;
 use replies::Replies;
@@ -96,6 +98,8 @@ pub struct ClusterState {
     keys: BTreeMap<String, ApiKeyRecord>,
     tokens: BTreeMap<String, KeptToken>,
     members: BTreeMap<u64, MemberRecord>,
+    #[serde(default)]
+    removed_members: RemovedMembers,
     idempotency: Idempotency,
     notices: Notices,
     /// Replies to commands from outside …
@@ -140,6 +144,7 @@ impl ClusterState {
             keys: BTreeMap::new(),
             tokens: BTreeMap::new(),
             members: BTreeMap::new(),
+            removed_members: RemovedMembers::default(),
             idempotency: Idempotency::default(),
             notices: Notices::default(),
             asked: Replies::default(),

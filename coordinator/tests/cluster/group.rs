@@ -6,6 +6,7 @@ use forge_cluster::api::{ClusterApi, WatchItem};
 use forge_cluster::client::{MemberAction, RemoteCluster};
 use forge_cluster::status::from_status;
 use forge_cluster::tls::{ChannelOptions, PeerName, SharedCredentials, channel};
+use forge_coordinator::RunOptions;
 use forge_proto::cluster::ExecuteRequest;
 use forge_proto::cluster::cluster_client::ClusterClient;
 use forge_shared::cluster::command::Command;
@@ -13,7 +14,7 @@ use forge_shared::cluster::event::{Change, Kind};
 use forge_shared::cluster::node::Role;
 use tokio::sync::mpsc;
 
-use crate::support::{Cluster, SOON, credentials, execute, now_s, service, wish};
+use crate::support::{Cluster, SOON, credentials, execute, now_s, service, start, wish};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_coordinators_serve_one_state() {
@@ -132,6 +133,45 @@ async fn members_are_removed_and_added_and_hand_over() {
         assert!(begun.elapsed() < SOON, "the new one votes: {status:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_replaced_under_its_name_leads_and_the_one_before_is_not_heard() {
+    let mut cluster = Cluster::of_three().await;
+    let admin = cluster.admin();
+    let first_id = cluster.members[0].coordinator.group_status().member_id;
+    let second = cluster.members[1].coordinator.group_status().member_id;
+    if cluster.leader().await == 1 {
+        admin.change_members(MemberAction::TransferLeadership(first_id), SOON).await.expect("handed over");
+    }
+    admin.change_members(MemberAction::Remove(second), SOON).await.expect("removed");
+    // The one before goes on, and asks for votes.
+    let before = cluster.members.remove(1);
+    let token = cluster.token(Role::Coordinator, 1).await;
+    let options = cluster.options("c2").await;
+    let folders = (cluster.path("c2-again/data"), cluster.path("c2-again/tls"));
+    let again = RunOptions { data_dir: folders.0, tls_dir: folders.1, join_token: Some(token), ..options };
+    cluster.members.push(start(again).await);
+    let heir = cluster.members[2].coordinator.group_status().member_id;
+    assert_ne!(heir, second);
+    let begun = Instant::now();
+    while admin.change_members(MemberAction::TransferLeadership(heir), Duration::from_secs(5)).await.is_err() {
+        assert!(begun.elapsed() < SOON, "it votes and leads: {:?}", cluster.members[0].coordinator.group_status());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    // A member that came when the one before was there, and has missed something, catches up with its successor.
+    let third = cluster.members.remove(1);
+    let options = RunOptions { listen: third.address.parse().expect("one"), address: third.address.clone(), ..cluster.options("c3").await };
+    third.kill().await;
+    let applied = execute(&admin, Command::ApplyService { service: Box::new(wish("a", 1)) }).await;
+    cluster.members.push(start(options).await);
+    let begun = Instant::now();
+    while cluster.members[2].coordinator.group_status().revision < applied.revision {
+        assert!(begun.elapsed() < SOON, "it follows: {:?}", cluster.members[2].coordinator.group_status());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    before.kill().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
