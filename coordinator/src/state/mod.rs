@@ -14,6 +14,7 @@ mod access;
 mod checks;
 mod clock;
 mod fuzz;
+mod history;
 mod idempotency;
 mod limits;
 #[cfg(test)]

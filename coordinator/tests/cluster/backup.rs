@@ -4,14 +4,17 @@ use forge_cluster::api::ClusterApi;
 use forge_coordinator::{CoordinatorError, read_backup, restore};
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::{Kind, Object};
+use forge_shared::cluster::node::Role;
 
-use crate::support::{Cluster, SOON, execute, service, start, wish};
+use crate::support::{Cluster, SOON, Worker, execute, service, start, wait_ready, wish, worker_spec};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_becomes_a_new_group_that_old_members_do_not_enter() {
     let mut cluster = Cluster::of_three().await;
     let admin = cluster.admin();
+    let before = Worker::start(cluster.client(Role::Worker, "a"), worker_spec("a", 1));
     let applied = execute(&admin, Command::ApplyService { service: Box::new(wish("kept", 2)) }).await;
+    wait_ready(&admin, "kept", &["a", "a"]).await;
     let mut parts = admin.backup(SOON).await.expect("a backup");
     let mut file = Vec::new();
     while let Some(part) = parts.recv().await {
@@ -60,6 +63,13 @@ async fn a_backup_becomes_a_new_group_that_old_members_do_not_enter() {
     for companion in companions {
         companion.kill().await;
     }
+
+    // Its leader's requests are new ones though its terms are the old group's, and its epochs nobody has seen.
+    before.kill();
+    let _after = Worker::start(cluster.client(Role::Worker, "b"), worker_spec("b", 1));
+    wait_ready(&admin, "kept", &["b", "b"]).await;
+    let kept = service(&admin, "kept").await.expect("it is there");
+    assert!(kept.replicas.iter().all(|replica| replica.plan.epoch.0 > header.revision.0 + (1 << 36)), "{kept:?}");
 
     // And it grows again.
     cluster.add("c5").await;

@@ -323,8 +323,9 @@ impl Agent {
         let status = ReplicaStatus::placed();
         let mut held = Held { assignment, state: RunState::Queued, status, found_memory_bytes: None, deaths_ms: VecDeque::new() };
         if run.epoch < *newest && held.assignment.drain_ms.is_none() {
+            // Said, for whoever assigned it counts on it: a group that was restored from an older backup plans it anew.
             let reason = format!("plan of {run}, and this node has seen epoch {newest} of it");
-            return vec![AgentAction::Refused { reason }];
+            return vec![held.phase(ReplicaPhase::Failed, 0, &reason), AgentAction::Refused { reason }];
         }
         *newest = run.epoch.max(*newest);
         if held.assignment.drain_ms.is_some() {

@@ -131,7 +131,9 @@ fn older_sets_and_epochs_start_nothing() {
     agent.handle(0, set(5, vec![assignment(0, 4)]));
     assert!(matches!(agent.handle(1, set(4, vec![]))[..], [AgentAction::Refused { .. }]));
     let actions = agent.handle(2, set(6, vec![assignment(0, 4), assignment(0, 3)]));
-    assert!(matches!(actions[..], [AgentAction::Refused { .. }]), "{actions:?}");
+    // Whoever assigned it must not go on counting on it.
+    assert!(matches!(actions[..], [AgentAction::Report(_), AgentAction::Refused { .. }]), "{actions:?}");
+    assert_eq!(phases(&actions), [ReplicaPhase::Failed]);
 }
 
 #[test]
