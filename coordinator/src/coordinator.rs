@@ -284,8 +284,19 @@ impl Coordinator {
         self.0.raft.status().borrow().clone()
     }
 
+    /// Whether raft's thread has stood still (its disk, most likely) for so long that others may have elected a leader, of
+    /// whom this member cannot know.
+    pub(crate) fn is_stalled(&self) -> bool {
+        let raft = &self.0.options.raft;
+        let ticks = u32::try_from(2 * raft.election_ticks).unwrap_or(u32::MAX);
+        self.0.raft.busy_for() > raft.tick.saturating_mul(ticks)
+    }
+
     /// What this leader holds in memory.
     pub(crate) fn leading(&self) -> Result<Arc<Leading>, CoordinatorError> {
+        if self.is_stalled() {
+            return Err(CoordinatorError::NotLeader { leader: None });
+        }
         let leading = self.0.leading.read().clone();
         leading.ok_or_else(|| CoordinatorError::NotLeader { leader: self.leader_address() })
     }

@@ -130,7 +130,7 @@ async fn lead(coordinator: &Coordinator, term: u64) {
     let mut changes = coordinator.0.replicated.changes();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut pass = Pass { coordinator, leading: &leading, assigned: None, promoted: Instant::now() };
+    let mut pass = Pass { coordinator, leading: &leading, assigned: None, promoted: Instant::now(), was_stalled: false };
     loop {
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
@@ -150,10 +150,22 @@ struct Pass<'a> {
     /// Revision of the last assignments.
     assigned: Option<Revision>,
     promoted: Instant,
+    /// Raft's thread stood still at the last pass.
+    was_stalled: bool,
 }
 
 impl Pass<'_> {
     async fn run(&mut self) {
+        if self.coordinator.is_stalled() {
+            // Sessions have ended, and what would be proposed now of the nodes' silence would be carried out afterwards.
+            if !std::mem::replace(&mut self.was_stalled, true) {
+                tracing::warn!("the raft thread stands still: is the disk slow? Nothing is decided until it goes on");
+            }
+            return;
+        }
+        if std::mem::take(&mut self.was_stalled) {
+            self.leading.leases.lock().begin_anew(self.coordinator.now_ms());
+        }
         let mut commands = Vec::new();
         for intent in self.decide() {
             match intent {

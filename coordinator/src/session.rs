@@ -2,7 +2,7 @@
 //! connection or the leadership.
 //!
 //! Invariants: a heartbeat never waits for a command, and is answered, with another lease, only while the state has this
-//! process of the node as ready; of a replica's reports that wait to be proposed the newest is enough;
+//! process of the node as ready and raft's thread goes on; of a replica's reports that wait to be proposed the newest is enough;
 //! a node that says nothing for three leases has no session.
 
 #[cfg(test)]
@@ -146,8 +146,9 @@ impl Running {
     async fn take(&self, message: NodeUp) -> Then {
         match message {
             NodeUp::Heartbeat { number, load, usage } => {
-                if !self.renew() {
-                    // Its replicas are elsewhere, or soon will be. It may come again, and is then told what it is to run.
+                // A leader that stands still may be one no more, and must not hold its nodes: the next one counts them as lost.
+                if self.coordinator.is_stalled() || !self.renew() {
+                    // It may come again, here or elsewhere, and is then told what it is to run.
                     let _ = self.down.try_send(NodeDown::Moved { leader: None });
                     return Then::Ends;
                 }

@@ -105,6 +105,13 @@ impl RaftHandle {
         self.status.clone()
     }
 
+    /// How long the member's thread has been at one turn: next to nothing, unless the disk stands still. What
+    /// [`RaftHandle::status`] says is as old as that, and others have heard nothing of this member since.
+    #[must_use]
+    pub fn busy_for(&self) -> Duration {
+        self.inbox.busy_for()
+    }
+
     /// This member's id.
     #[must_use]
     pub fn member_id(&self) -> u64 {

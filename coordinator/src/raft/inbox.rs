@@ -2,7 +2,7 @@
 //!
 //! Invariant: putting never blocks; what is over a bound is refused (proposals, reads) or dropped (messages).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
@@ -53,6 +53,8 @@ struct State {
     /// Proposals that the member took and has not answered: they count against the same bound.
     open_proposals: usize,
     is_stopping: bool,
+    /// Since when the thread has been at work on what it took; `None` while it waits here.
+    busy_since: Option<Instant>,
     /// Set when the thread has ended, with the reason unless it was asked to.
     ended: Option<Option<String>>,
 }
@@ -179,6 +181,7 @@ impl Inbox {
     pub fn take(&self, until: Instant, open_proposals: usize) -> Option<Waiting> {
         let mut state = self.state.lock();
         state.open_proposals = open_proposals;
+        state.busy_since = None;
         while state.waiting.is_empty() && !state.is_stopping {
             if self.bell.wait_until(&mut state, until).timed_out() {
                 break;
@@ -189,7 +192,13 @@ impl Inbox {
         }
         let waiting = std::mem::take(&mut state.waiting);
         state.open_proposals += waiting.proposals.len();
+        state.busy_since = Some(Instant::now());
         Some(waiting)
+    }
+
+    /// How long the thread has been at work on what it took last.
+    pub fn busy_for(&self) -> Duration {
+        self.state.lock().busy_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// The thread has ended: everything that waits is dropped, and its askers learn so.
