@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::contact::{Contact, follow_contact};
 use crate::error::CoordinatorError;
 use crate::leader::{self, Leading};
 use crate::raft::{self, MemberChange, PeerTransport, RaftError, RaftHandle, RaftOptions, RaftStatus};
@@ -81,6 +82,7 @@ pub(crate) struct Inner {
     pub(crate) replicated: Arc<Replicated>,
     /// While this member leads and may act.
     pub(crate) leading: RwLock<Option<Arc<Leading>>>,
+    pub(crate) contact: Contact,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
     /// The leader's clock for leases: it does not jump with the machine's.
@@ -106,12 +108,14 @@ impl Coordinator {
         let replicated = Replicated::new(ClusterState::new(&options.cluster_id));
         let machine = Box::new(Machine(replicated.clone()));
         let raft = raft::start(options.raft.clone(), machine, transport).map_err(CoordinatorError::Raft)?;
+        let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
+            contact: Contact::new(&stop),
             options,
             raft,
             replicated,
             leading: RwLock::new(None),
-            stop: CancellationToken::new(),
+            stop,
             tasks: TaskTracker::new(),
             began: Instant::now(),
         });
@@ -119,6 +123,7 @@ impl Coordinator {
         let inner = &coordinator.0;
         inner.tasks.spawn(inner.replicated.hub.clone().run(inner.stop.clone()));
         inner.tasks.spawn(leader::follow_leadership(coordinator.clone()));
+        inner.tasks.spawn(follow_contact(coordinator.clone()));
         inner.tasks.spawn(follow_metrics(coordinator.clone()));
         Ok(coordinator)
     }
@@ -144,6 +149,9 @@ impl Coordinator {
         }
         if status.leader.is_none() {
             return Err("there is no leader: is a majority of the coordinators running and connected?".into());
+        }
+        if self.is_stalled() {
+            return Err("the raft thread stands still: is the disk slow?".into());
         }
         if status.applied_index < status.commit_index {
             return Err(format!("applied {} of {} committed entries", status.applied_index, status.commit_index));

@@ -9,6 +9,7 @@
 
 mod access;
 mod backup;
+mod contact;
 pub mod control;
 mod coordinator;
 mod dry_run;

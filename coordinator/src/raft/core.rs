@@ -419,6 +419,11 @@ impl RaftCore {
     /// Who leads, if known.
     #[must_use]
     pub fn leader(&self) -> Option<u64> {
+        // Who has no vote never asks for votes, and raft-rs goes on naming a leader that it no longer hears.
+        let raft = &self.raw.raft;
+        if !raft.promotable() && raft.election_elapsed >= 2 * self.options.election_ticks {
+            return None;
+        }
         Some(self.raw.raft.leader_id).filter(|&id| id != raft::INVALID_ID)
     }
 

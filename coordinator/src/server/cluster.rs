@@ -89,12 +89,12 @@ impl Cluster for ClusterService {
         };
         let after = (after_revision > 0).then_some(Revision(after_revision));
         let watcher = self.0.coordinator.watcher(wished.and(access::visible(caller.role)), after);
-        let stop = self.0.coordinator.0.stop.clone().cancelled_owned();
+        let ended = self.0.coordinator.in_contact().map_err(refuse)?.cancelled_owned();
         let batches = futures::stream::unfold((watcher, place), async |(mut watcher, place): (Watcher, _)| {
             let batch = batch(watcher.next().await);
             Some((Ok(batch), (watcher, place)))
         });
-        Ok(Response::new(Box::pin(batches.take_until(stop))))
+        Ok(Response::new(Box::pin(batches.take_until(ended))))
     }
 
     async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<PlanReply>, Status> {

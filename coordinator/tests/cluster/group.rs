@@ -7,7 +7,7 @@ use forge_cluster::client::{MemberAction, RemoteCluster};
 use forge_cluster::status::from_status;
 use forge_cluster::tls::{ChannelOptions, PeerName, SharedCredentials, channel};
 use forge_coordinator::RunOptions;
-use forge_proto::cluster::ExecuteRequest;
+use forge_proto::cluster::{ExecuteRequest, WatchRequest};
 use forge_proto::cluster::cluster_client::ClusterClient;
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::{Change, Kind};
@@ -172,6 +172,27 @@ async fn a_coordinator_replaced_under_its_name_leads_and_the_one_before_is_not_h
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     before.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watches_end_at_a_coordinator_that_hears_of_no_leader() {
+    let mut cluster = Cluster::of_three().await;
+    let leader = cluster.leader().await;
+    let alone = cluster.members.remove((leader + 1) % 3);
+    let identity = SharedCredentials::new(credentials(&cluster.ca, Role::Admin, "operator", now_s(), Duration::from_secs(600)));
+    let to = channel(&alone.address, &PeerName::Any(Role::Coordinator), &identity, ChannelOptions::default()).expect("a channel");
+    let mut client = ClusterClient::new(to);
+    let request = WatchRequest { after_revision: 0, kinds: vec!["service".into()] };
+    let mut batches = client.watch(request.clone()).await.expect("it is heard").into_inner();
+    batches.message().await.expect("a batch").expect("what there is");
+    for other in cluster.members.drain(..) {
+        other.kill().await;
+    }
+    let ended = tokio::time::timeout(SOON, async { while let Ok(Some(_)) = batches.message().await {} }).await;
+    ended.expect("the watch ends");
+    let refused = client.watch(request).await.expect_err("others may know more");
+    assert!(from_status(&refused, "coordinator.forge").is_retryable, "{refused:?}");
+    alone.kill().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
