@@ -59,7 +59,9 @@ impl Book {
         match self.get(id) {
             Some(member) if member.name == name => Ok(()),
             Some(member) => Err(format!("member {id} is {}, and the certificate is that of {name}", member.name)),
-            None if is_removed(id) => Err(format!("member {id} was removed from the group: stop it, or let it join anew with an empty folder")),
+            None if is_removed(id) => {
+                Err(format!("member {id} was removed from the group: stop it, or let it join anew with an empty folder"))
+            }
             // This member was away when it was let in, and learns of it from its messages.
             None => Ok(()),
         }

@@ -1,7 +1,9 @@
 //! Log lines of replicas and nodes, through the workers' engine services.
 //!
 //! Invariant: operators reach workers through a coordinator alone; a worker that is away takes its own lines with it and
-//! no others.
+//! no others; streams of lines at once are bounded, and each ends, at the latest after hours.
+
+use std::time::Duration;
 
 use forge_cluster::tls::{ChannelOptions, PeerName, channel};
 use forge_proto::cluster::{LogLine, LogsRequest};
@@ -23,6 +25,13 @@ const MAX_TAIL: u32 = 10_000;
 /// Replicas whose lines are merged.
 const MAX_SOURCES: usize = 256;
 
+/// Workers that are asked at once.
+const ASKED_AT_ONCE: usize = 16;
+/// For a worker to begin.
+const BEGIN_WITHIN: Duration = Duration::from_secs(5);
+/// Who follows lines for so long asks anew.
+const FOLLOWED_FOR: Duration = Duration::from_secs(12 * 3600);
+
 /// Where lines come from.
 struct Source {
     node: NodeId,
@@ -33,22 +42,35 @@ struct Source {
 
 /// Begins to follow what the request names.
 pub(super) async fn follow(shared: &Shared, request: LogsRequest) -> Result<Answers<LogLine>, Status> {
+    let full = |_| refuse(CoordinatorError::Busy { reason: "this coordinator carries as many streams of log lines as it takes".into() });
+    let place = shared.logs.clone().try_acquire_owned().map_err(full)?;
     let sources = sources(shared, &request).map_err(refuse)?;
     let mut streams = Vec::new();
     let mut failed = None;
-    for source in sources {
-        match open(shared, &source, &request).await {
-            Ok(stream) => streams.push(stream),
-            Err(error) => {
-                tracing::warn!(node = %source.node, %error, "a worker gives no log lines");
-                failed = Some(error);
+    for some in sources.chunks(ASKED_AT_ONCE) {
+        let mut asked = Vec::with_capacity(some.len());
+        for source in some {
+            asked.push(open(shared, source, &request));
+        }
+        for opened in futures::future::join_all(asked).await {
+            match opened {
+                Ok(stream) => streams.push(stream),
+                Err(error) => {
+                    tracing::warn!(%error, "a worker gives no log lines");
+                    failed = Some(error);
+                }
             }
         }
     }
-    match (streams.is_empty(), failed) {
-        (true, Some(error)) => Err(error),
-        _ => Ok(futures::stream::select_all(streams).boxed()),
+    if let (true, Some(error)) = (streams.is_empty(), failed) {
+        return Err(error);
     }
+    let stop = shared.coordinator.0.stop.clone();
+    let over = async move {
+        let _ = tokio::time::timeout(FOLLOWED_FOR, stop.cancelled()).await;
+        drop(place);
+    };
+    Ok(futures::stream::select_all(streams).take_until(over).boxed())
 }
 
 async fn open(shared: &Shared, source: &Source, request: &LogsRequest) -> Result<Answers<LogLine>, Status> {
@@ -56,7 +78,10 @@ async fn open(shared: &Shared, source: &Source, request: &LogsRequest) -> Result
     let unusable = |error: forge_cluster::tls::TlsError| refuse(CoordinatorError::Start { reason: error.to_string() });
     let channel = channel(&source.address, &peer, &shared.credentials, ChannelOptions::default()).map_err(unusable)?;
     let asked = EngineLogsRequest { replica: source.replica.clone(), follow: request.follow, tail: request.tail.min(MAX_TAIL) };
-    let lines = EngineClient::new(channel).logs(asked).await.map_err(|status| away(source, &status))?.into_inner();
+    let mut client = EngineClient::new(channel);
+    let late = |_| away(source, &Status::deadline_exceeded(format!("no answer within {BEGIN_WITHIN:?}")));
+    let begun = tokio::time::timeout(BEGIN_WITHIN, client.logs(asked)).await.map_err(late)?;
+    let lines = begun.map_err(|status| away(source, &status))?.into_inner();
     let node = source.node.0.clone();
     let lines = lines.map(move |line| {
         let line = line?;

@@ -39,6 +39,8 @@ const STREAMS_PER_CONNECTION: u32 = 2048;
 const CALLS: usize = 2048;
 /// Watches over all connections.
 const WATCHES: usize = 32_768;
+/// Streams of log lines over all connections.
+const LOGS: usize = 256;
 /// A connection without a sign of life is asked for one this often.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// Without one for this long it is closed.
@@ -55,6 +57,7 @@ pub(crate) struct Shared {
     pub(crate) ca: Arc<ClusterCa>,
     pub(crate) calls: Arc<Semaphore>,
     pub(crate) watches: Arc<Semaphore>,
+    pub(crate) logs: Arc<Semaphore>,
 }
 
 /// What the services are reached by and sign with.
@@ -80,6 +83,7 @@ pub(crate) async fn serve(port: Port, coordinator: Coordinator) -> Result<(), Co
         ca: Arc::new(ca),
         calls: Arc::new(Semaphore::new(CALLS)),
         watches: Arc::new(Semaphore::new(WATCHES)),
+        logs: Arc::new(Semaphore::new(LOGS)),
     };
     let stopped = coordinator.0.stop.clone();
     let ending = stopped.clone().cancelled_owned();

@@ -55,7 +55,8 @@ impl ClusterState {
             return checks::invalid("member.id", "must not be 0");
         }
         if self.is_removed_member(member.id) {
-            let reason = format!("member {} was removed, and its number is given to nobody again: join with an empty data folder", member.id);
+            let reason =
+                format!("member {} was removed, and its number is given to nobody again: join with an empty data folder", member.id);
             return Err(CommandError::Conflict { kind: "member".into(), name: member.name.clone(), reason });
         }
         if let Some(other) = self.members.values().find(|other| other.id != member.id && other.name == member.name) {
