@@ -1,6 +1,7 @@
 //! The coordinators themselves: status, membership, join tokens, backups.
 
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -132,13 +133,18 @@ pub fn join_token(args: &JoinTokenArgs) -> Result<()> {
     })
 }
 
+/// A new file for its owner alone: a backup holds what keys and tokens are checked against.
+fn create_private(file: &Path) -> std::io::Result<std::fs::File> {
+    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file)
+}
+
 /// `forgectl cluster backup`.
 ///
 /// # Errors
 /// A file that is there already, a backup that broke off (nothing is left of it).
 pub fn backup(file: &Path, server: &ServerArgs) -> Result<()> {
     let failed = |error: std::io::Error| Failure::of(&error).while_doing(&format!("cannot write {}", file.display()));
-    let mut out = std::fs::OpenOptions::new().write(true).create_new(true).open(file).map_err(failed)?;
+    let mut out = create_private(file).map_err(failed)?;
     let written = with_cluster(server, |cluster| async move {
         let mut pieces = cluster.backup(TIMEOUT).await?;
         let mut bytes = 0;
@@ -156,5 +162,21 @@ pub fn backup(file: &Path, server: &ServerArgs) -> Result<()> {
             let _ = std::fs::remove_file(file);
             Err(failure)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_backup_is_for_its_owner_alone_and_over_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("backup");
+        create_private(&file).expect("new");
+        assert_eq!(std::fs::metadata(&file).expect("there").permissions().mode() & 0o777, 0o600);
+        assert!(create_private(&file).is_err());
     }
 }
