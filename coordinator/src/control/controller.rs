@@ -15,6 +15,7 @@ use forge_shared::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
 use forge_shared::plan::{ModelFacts, Plan, Refusal};
 use forge_shared::spec::ModelService;
 
+use super::commit::Commit;
 use super::failures::Failures;
 use super::inspect::Inspections;
 use super::lease::LeaseTable;
@@ -22,9 +23,6 @@ use super::rollout::{Replaced, Work};
 use super::{EXECUTABLE_RANKS, drain_ms, present, wish_of};
 use crate::placement::{self, Cluster, Placement, Wish};
 use crate::state::ClusterState;
-
-/// Plans and removals in one proposal: what is left comes with the next.
-const COMMIT_PLANS: usize = 512;
 
 /// What the leader is to do.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,14 +65,6 @@ pub struct Controller {
     proposed_nodes: BTreeMap<(NodeId, Incarnation), u64>,
     /// The state that a placement was proposed for, and when to propose it again.
     proposed_plans: Option<(Revision, u64)>,
-}
-
-/// A placement in the making.
-#[derive(Default)]
-struct Commit {
-    plans: Vec<PlannedReplica>,
-    removed: Vec<(ReplicaId, Epoch)>,
-    refusals: Vec<Refusal>,
 }
 
 impl Controller {
@@ -161,30 +151,27 @@ impl Controller {
         // Built when the first service needs it: most calls find nothing to do.
         let mut cluster: Option<Cluster> = None;
         for (name, service) in state.services() {
+            if commit.is_full() {
+                break;
+            }
             let is_over = |replica: &ReplicaRecord| self.is_drained(now_ms, service, replica);
-            if service.is_deleted {
-                commit.removed.extend(Work::of_deleted(service, is_over).removed);
-                continue;
-            }
-            let work = Work::of(now_ms, state, (name, service), &self.failures, is_over);
-            commit.removed.extend(work.removed.iter().cloned());
-            let is_full = commit.plans.len() + commit.removed.len() >= COMMIT_PLANS;
             let mut refusal = None;
-            if work.places() && !is_full {
-                let cluster = cluster.get_or_insert_with(|| Cluster::of(state));
-                refusal = self.place_service(cluster, name, service, &work, &mut commit);
+            if service.is_deleted {
+                remove(&mut commit, Work::of_deleted(service, is_over).removed);
+            } else {
+                let mut work = Work::of(now_ms, state, (name, service), &self.failures, is_over);
+                remove(&mut commit, std::mem::take(&mut work.removed));
+                if work.places() && !commit.is_full() {
+                    let cluster = cluster.get_or_insert_with(|| Cluster::of(state));
+                    refusal = self.place_service(cluster, name, service, &work, &mut commit);
+                }
+                if commit.is_full() || (work.waits && refusal.is_none() && has_gap(service)) {
+                    refusal = service.refusal.clone();
+                }
             }
-            if is_full || (work.waits && refusal.is_none() && has_gap(service)) {
-                refusal = service.refusal.clone();
-            }
-            commit.refusals.extend(refusal);
+            commit.say(name, service.refusal.as_ref(), refusal);
         }
-        let said: Vec<&Refusal> = state.services().values().filter_map(|service| service.refusal.as_ref()).collect();
-        if commit.plans.is_empty() && commit.removed.is_empty() && said.iter().copied().eq(&commit.refusals) {
-            return None;
-        }
-        let Commit { plans, removed, refusals } = commit;
-        Some(Command::CommitPlans { basis: state.revision(), plans, removed, refusals })
+        commit.into_command(state.revision())
     }
 
     fn place_service(
@@ -197,39 +184,48 @@ impl Controller {
     ) -> Option<Refusal> {
         let Facts::Known { facts } = &service.facts else {
             // Nothing can be planned, and only a drained node makes a ready replica go without a successor.
-            commit.removed.extend(work.ready.iter().map(|replaced| replaced.id(name)));
+            remove(commit, work.ready.iter().map(|replaced| replaced.id(name)));
             return None;
         };
         let mut placing = Placing { cluster, name, service, facts, epoch: service.last_epoch, plans: Vec::new() };
+        let mut placed = 0;
         let (failed, often) = self.failures.nodes(name);
         let mut refusal = None;
         for &index in &work.missing {
+            if commit.is_full() {
+                return None;
+            }
             let refused = placing.one(index, &failed).or_else(|_| placing.one(index, &often)).err();
             // Where a predecessor still finishes its requests its memory comes free soon.
             refusal = refusal.or(refused.filter(|_| !work.waits));
+            placed += placing.give(placed, commit);
         }
         for replaced in &work.unready {
+            if commit.is_full() {
+                return None;
+            }
             let old = service.replicas.iter().find(|replica| replica.plan.epoch == replaced.epoch);
             old.iter().for_each(|old| placing.cluster.release(&old.plan));
             if let Err(refused) = placing.one(replaced.index, &often) {
                 old.iter().for_each(|old| placing.cluster.take(&old.plan));
                 refusal = refusal.or(Some(refused));
             }
+            placed += placing.give(placed, commit);
         }
         if let Some(replaced) = &work.ready {
             let elsewhere: Vec<NodeId> = often.iter().chain(&replaced.nodes).cloned().collect();
             if let Err(refused) = placing.one(replaced.index, &elsewhere) {
                 if replaced.is_on_draining {
-                    commit.removed.push(replaced.id(name));
+                    remove(commit, [replaced.id(name)]);
                     refusal = refusal.or(Some(refused));
                 } else if placing.fits_instead(replaced, &often) {
-                    commit.removed.push(replaced.id(name));
+                    remove(commit, [replaced.id(name)]);
                 } else {
                     refusal = refusal.or(Some(refused));
                 }
             }
         }
-        commit.plans.extend(placing.plans.into_iter().map(|plan| PlannedReplica { plan, generation: service.generation }));
+        placing.give(placed, commit);
         refusal
     }
 }
@@ -237,6 +233,16 @@ impl Controller {
 /// Whether a wished replica is not there, or does not run.
 fn has_gap(service: &ServiceRecord) -> bool {
     service.replicas.iter().filter(|replica| crate::state::runs(replica)).count() < service.service.spec.replicas as usize
+}
+
+/// Removes as many as there is room for.
+fn remove(commit: &mut Commit, replicas: impl IntoIterator<Item = (ReplicaId, Epoch)>) {
+    for (replica, epoch) in replicas {
+        if commit.is_full() {
+            return;
+        }
+        commit.remove(replica, epoch);
+    }
 }
 
 impl Replaced {
@@ -264,6 +270,12 @@ impl Placing<'_> {
         }
         self.plans.extend(plans);
         refusal.map_or(Ok(()), Err)
+    }
+
+    /// Puts what was placed after the first `given` plans into the commit; how many these were.
+    fn give(&self, given: usize, commit: &mut Commit) -> usize {
+        let plans = self.plans[given..].iter().cloned();
+        plans.map(|plan| commit.plan(PlannedReplica { plan, generation: self.service.generation })).count()
     }
 
     /// Whether a replica's successor fits where it is now, once it is gone.

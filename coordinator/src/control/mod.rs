@@ -7,6 +7,7 @@
 //! Invariant: decisions are idempotent. Asked again in the same state the controller asks for nothing new, and whatever it
 //! proposes is checked once more when it is applied.
 
+mod commit;
 mod controller;
 mod failures;
 mod inspect;

@@ -72,6 +72,8 @@ impl Leader {
                 Intent::Propose(command) => {
                     self.proposed += 1;
                     let is_commit = matches!(command, Command::CommitPlans { .. });
+                    let bytes = serde_json::to_vec(&command).expect("JSON").len();
+                    assert!(bytes < crate::raft::RaftLimits::default().entry_bytes * 3 / 4, "{bytes} bytes of one command");
                     match self.world.run(command.clone()) {
                         // Facts that were recorded in the same round.
                         Err(CommandError::Stale { .. }) if is_commit && asked > 1 => {}
@@ -596,4 +598,22 @@ proptest! {
         let bytes = leader.world.state.encode();
         prop_assert_eq!(ClusterState::decode(&bytes).map(|state| state.encode()), Ok(bytes));
     }
+}
+
+#[test]
+fn what_is_too_much_for_one_entry_is_said_and_removed_in_several() {
+    let mut leader = Leader::of(&[("a", 1_000)]);
+    let names: Vec<String> = (0..900).map(|number| format!("a-service-with-a-name-{number}")).collect();
+    for name in &names {
+        // The model's facts are known at once: nobody is asked nine hundred times.
+        leader.apply(name, ModelServiceSpec { replicas: 1, kv_memory: Some(ByteSize(1 << 40)), ..Default::default() });
+        leader.world.record_facts(name, facts(100)).expect("facts");
+    }
+    leader.settle(600_000);
+    assert!(names.iter().all(|name| leader.service(name).refusal.is_some()));
+    for name in &names {
+        leader.world.run(Command::DeleteService { name: name.as_str().into() }).expect("deleted");
+    }
+    leader.settle(600_000);
+    assert!(leader.world.state.services().is_empty());
 }

@@ -156,7 +156,7 @@ impl Log {
         let state = &self.state;
         let basis = Revision(state.revision().0.saturating_sub(u64::from(c.is_multiple_of(8)) * u64::from(b % 4)));
         let Some(service) = state.services().get(name) else {
-            return Command::CommitPlans { basis, plans: vec![], removed: vec![], refusals: vec![] };
+            return Command::CommitPlans { basis, plans: vec![], removed: vec![], refusals: vec![], settled: vec![] };
         };
         let removed = service.replicas.iter().chain(service.leaving.iter().map(|leaving| &leaving.replica));
         let removed =
@@ -174,7 +174,7 @@ impl Log {
             plans.iter_mut().for_each(|plan| plan.ranks[0].memory.kv_bytes <<= 6);
         }
         let plans = plans.into_iter().map(|plan| PlannedReplica { plan, generation: service.generation }).collect();
-        Command::CommitPlans { basis, plans, removed, refusals: vec![] }
+        Command::CommitPlans { basis, plans, removed, refusals: vec![], settled: vec![] }
     }
 
     fn report(&self, a: u8, b: u8, c: u8) -> Command {

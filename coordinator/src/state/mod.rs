@@ -199,7 +199,9 @@ impl ClusterState {
             Command::ScaleService { name, replicas } => self.scale_service(name, *replicas, step),
             Command::DeleteService { name } => self.delete_service(name, step),
             Command::RecordFacts { name, generation, facts } => self.record_facts(name, *generation, facts.as_deref(), step),
-            Command::CommitPlans { basis, plans, removed, refusals } => self.commit_plans(*basis, plans, removed, refusals, step),
+            Command::CommitPlans { basis, plans, removed, refusals, settled } => {
+                self.commit_plans(*basis, plans::Commit { plans, removed, refusals, settled }, step)
+            }
             Command::ReportReplica { node, incarnation, report } => self.report_replica(node, *incarnation, report, step),
             Command::JoinNode { spec } => self.join_node(spec, step),
             Command::LoseNode { node, incarnation, reason } => self.lose_node(node, *incarnation, reason, step),

@@ -20,6 +20,15 @@ use super::notices::Weight;
 use super::services::leave;
 use super::{ClusterState, Effect, MAX_COMMIT, Step, checks, standing};
 
+/// What a leader wants of the services; see [`forge_shared::cluster::command::Command::CommitPlans`].
+#[derive(Clone, Copy)]
+pub(super) struct Commit<'a> {
+    pub plans: &'a [PlannedReplica],
+    pub removed: &'a [(ReplicaId, Epoch)],
+    pub refusals: &'a [Refusal],
+    pub settled: &'a [ServiceName],
+}
+
 /// Services as they would be, and what is to be said of it.
 #[derive(Default)]
 struct Draft {
@@ -33,16 +42,15 @@ impl ClusterState {
     pub(super) fn commit_plans(
         &mut self,
         basis: Revision,
-        plans: &[PlannedReplica],
-        removed: &[(ReplicaId, Epoch)],
-        refusals: &[Refusal],
+        Commit { plans, removed, refusals, settled }: Commit<'_>,
         step: &mut Step,
     ) -> Result<Effect, CommandError> {
         if basis < self.placement_revision || basis > self.revision {
             let reason = format!("the placement is for revision {basis}, and the state has changed at {}", self.placement_revision);
             return Err(CommandError::Stale { reason });
         }
-        for (field, count) in [("plans", plans.len()), ("removed", removed.len()), ("refusals", refusals.len())] {
+        let counts = [("plans", plans.len()), ("removed", removed.len()), ("refusals", refusals.len()), ("settled", settled.len())];
+        for (field, count) in counts {
             bounded(field, count, MAX_COMMIT + 1)?;
         }
         let mut draft = Draft::default();
@@ -52,7 +60,7 @@ impl ClusterState {
         for planned in plans {
             self.draft_plan(&mut draft, planned)?;
         }
-        self.draft_refusals(&mut draft, refusals)?;
+        self.draft_refusals(&mut draft, refusals, settled)?;
         self.check_memory(&draft)?;
         let changed: Vec<_> = draft.services.into_iter().filter(|(name, record)| self.services.get(name) != Some(record)).collect();
         if changed.is_empty() {
@@ -141,23 +149,21 @@ impl ClusterState {
         Ok(())
     }
 
-    fn draft_refusals(&self, draft: &mut Draft, refusals: &[Refusal]) -> Result<(), CommandError> {
-        let mut by_service: BTreeMap<&ServiceName, &Refusal> = BTreeMap::new();
+    fn draft_refusals(&self, draft: &mut Draft, refusals: &[Refusal], settled: &[ServiceName]) -> Result<(), CommandError> {
+        let mut seen: BTreeSet<&ServiceName> = BTreeSet::new();
+        for name in refusals.iter().map(|refusal| &refusal.replica.service).chain(settled) {
+            if !seen.insert(name) {
+                return invalid("refusals", format!("service {name} is there twice"));
+            }
+        }
+        for name in settled {
+            self.drafted(draft, name)?.refusal = None;
+        }
         for refusal in refusals {
             check_refusal(refusal)?;
-            if by_service.insert(&refusal.replica.service, refusal).is_some() {
-                return invalid("refusals", format!("service {} is there twice", refusal.replica.service));
-            }
-            self.drafted(draft, &refusal.replica.service)?;
-        }
-        for (name, known) in &self.services {
-            let said = draft.services.get(name).unwrap_or(known).refusal.clone();
-            let now = by_service.get(name).copied();
-            if said.as_ref() == now {
-                continue;
-            }
-            self.drafted(draft, name)?.refusal = now.cloned();
-            if let (None, Some(refusal)) = (said, now) {
+            let name = &refusal.replica.service;
+            let said = self.drafted(draft, name)?.refusal.replace(refusal.clone());
+            if said.is_none() {
                 draft.notices.push((Weight::Warning, "NotPlaceable", format!("service/{name}"), refusal.to_string()));
             }
         }

@@ -28,7 +28,7 @@ fn plan_on(node: &str, replica: ReplicaId, epoch: u64, mib: u64) -> Plan {
 fn commit(world: &World, plans: Vec<Plan>, removed: Vec<(ReplicaId, Epoch)>) -> Command {
     let generation = |plan: &Plan| world.state.services().get(&plan.replica.service).map_or(1, |service| service.generation);
     let plans = plans.into_iter().map(|plan| PlannedReplica { generation: generation(&plan), plan }).collect();
-    Command::CommitPlans { basis: world.state.revision(), plans, removed, refusals: Vec::new() }
+    Command::CommitPlans { basis: world.state.revision(), plans, removed, refusals: Vec::new(), settled: Vec::new() }
 }
 
 /// Two workers of 1,000 MiB and a service of known facts.
@@ -311,16 +311,35 @@ fn a_node_that_lied_about_its_memory_is_believed_no_more_than_was_found() {
 }
 
 #[test]
-fn refusals_replace_what_was_said() {
+fn refusals_are_said_once_and_until_they_are_settled() {
     let mut world = ready(1);
     let refusal = Refusal { replica: id("demo", 0), wrong_setting: None, constraints: vec![], nearest: vec![] };
-    let basis = world.state.revision();
-    let say = |basis, refusals| Command::CommitPlans { basis, plans: vec![], removed: vec![], refusals };
-    assert!(world.run(say(basis, vec![refusal.clone()])).expect("said").changed);
-    assert!(world.changes.iter().any(|change| matches!(change, Change::Put { object: Object::Notice(n) } if n.reason == "NotPlaceable")));
-    assert_eq!(demo(&world).refusal, Some(refusal));
-    let basis = world.state.revision();
-    world.run(say(basis, vec![])).expect("unsaid");
+    let say = |world: &World, refusals, settled| Command::CommitPlans {
+        basis: world.state.revision(),
+        plans: vec![],
+        removed: vec![],
+        refusals,
+        settled,
+    };
+    let is_noticed = |world: &World| {
+        world.changes.iter().any(|change| matches!(change, Change::Put { object: Object::Notice(n) } if n.reason == "NotPlaceable"))
+    };
+    let said = say(&world, vec![refusal.clone()], vec![]);
+    assert!(world.run(said).expect("said").changed);
+    assert!(is_noticed(&world));
+    assert_eq!(demo(&world).refusal.as_ref(), Some(&refusal));
+    let nothing = say(&world, vec![], vec![]);
+    assert!(!world.run(nothing).expect("of others").changed);
+    assert_eq!(demo(&world).refusal.as_ref(), Some(&refusal));
+    let twice = say(&world, vec![refusal.clone()], vec!["demo".into()]);
+    world.run(twice).expect_err("one or the other");
+    let other = Refusal { wrong_setting: Some("x".into()), ..refusal };
+    let said = say(&world, vec![other.clone()], vec![]);
+    world.run(said).expect("said otherwise");
+    assert!(!is_noticed(&world));
+    assert_eq!(demo(&world).refusal, Some(other));
+    let settled = say(&world, vec![], vec!["demo".into()]);
+    world.run(settled).expect("unsaid");
     assert_eq!(demo(&world).refusal, None);
 }
 

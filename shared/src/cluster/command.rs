@@ -51,8 +51,11 @@ pub enum Command {
         /// Replicas that go one step further towards their end, each under the epoch that is meant: a ready one drains, a
         /// leaving one drains, a draining one is gone, and so is one that was never ready.
         removed: Vec<(ReplicaId, Epoch)>,
-        /// Why replicas cannot be placed, of all services; replaces what was said before.
+        /// Why replicas cannot be placed, of services of which something else, or nothing, was said before.
         refusals: Vec<Refusal>,
+        /// Services of which nothing is refused any more.
+        #[serde(default)]
+        settled: Vec<ServiceName>,
     },
     /// What a worker says of a replica. Of another epoch or incarnation: changes nothing.
     ReportReplica { node: NodeId, incarnation: Incarnation, report: ReplicaReport },
