@@ -87,7 +87,7 @@ fn a_model_too_large_for_a_device_fills_the_declared_nodes() {
 #[test]
 fn one_replica_over_all_nodes_has_every_layer_once_on_every_tensor_rank() {
     for (folder, workers) in [("2x8-gpu", 2usize), ("8x8-gpu", 8)] {
-        let layout = Layout { tensor: 8, pipeline: workers };
+        let layout = Layout { tensor: 8, pipeline: workers, ..Layout::default() };
         let planned = plan_service(&cluster(folder, workers), &service(1, layout), &facts()).unwrap();
         assert_eq!((planned.plans.len(), planned.plans[0].ranks.len()), (1, workers * 8), "{folder}");
         let ranks = &planned.plans[0].ranks;
