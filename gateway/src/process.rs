@@ -36,7 +36,11 @@ const KNOWN_WITHIN: Duration = Duration::from_secs(120);
 pub async fn run(file: GatewayFile<GatewayConfig>, shutdown: impl Future<Output = ()> + Send) -> Result<(), GatewayError> {
     let cannot = |reason: String| GatewayError::Cluster { reason };
     let membership = &file.membership;
-    let entry = membership.enter(Role::Gateway, &file.name, JOIN_WITHIN).await.map_err(cannot)?;
+    let mut shutdown = std::pin::pin!(shutdown);
+    let entry = tokio::select! {
+        entry = membership.enter(Role::Gateway, &file.name, JOIN_WITHIN) => entry.map_err(cannot)?,
+        () = &mut shutdown => return Ok(()),
+    };
     let credentials = SharedCredentials::new(entry.credentials);
     let mut addresses = file.coordinators.clone();
     addresses.extend(entry.coordinators);
@@ -55,6 +59,7 @@ async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), GatewayError> {
     let cannot = |reason: String| GatewayError::Cluster { reason };
+    let mut shutdown = std::pin::pin!(shutdown);
     let config = file.gateway.clone();
     let listeners = Listeners::bind(&config).await?;
     let now_ms = SystemClock.unix_s().saturating_mul(1000);
@@ -81,6 +86,7 @@ async fn serve(
             cannot(format!("no coordinator of {} told what is served within {seconds} s", file.coordinators.join(", ")))
         })?,
         reason = member.refused() => return Err(cannot(reason)),
+        () = &mut shutdown => return Ok(()),
     }
     config.check(keys.required())?;
     tracing::info!(api = %listeners.api(), metrics = %listeners.metrics(), "the gateway listens");

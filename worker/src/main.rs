@@ -10,13 +10,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use forge_cluster::config::{self, WorkerConfig};
+use forge_cluster::signals;
 use forge_cluster::tls::SharedCredentials;
 use forge_cluster::tracing::start_with;
 use forge_shared::cluster::node::Role;
 use forge_store::ForgeHome;
 use forge_worker::logs::LogRing;
 use forge_worker::process::{WorkerOptions, run};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// A join may have to wait for a group that is just being set up.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -31,13 +31,19 @@ struct Arguments {
     /// Sets a key, over file and environment.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     assignments: Vec<String>,
-    /// Seconds for requests under way after SIGTERM.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    drain_timeout_s: u64,
 }
 
 fn main() -> ExitCode {
-    match start(&Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let config: WorkerConfig = match config::load(arguments.config.as_deref(), &arguments.assignments) {
+        Ok(config) => config,
+        Err(error) => {
+            let help = error.help().map(|help| format!("\n  {help}")).unwrap_or_default();
+            eprintln!("error: {error}{help}");
+            return ExitCode::from(2);
+        }
+    };
+    match start(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -46,25 +52,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(arguments: &Arguments) -> Result<()> {
-    let config: WorkerConfig = config::load(arguments.config.as_deref(), &arguments.assignments)?;
+fn start(config: WorkerConfig) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")?;
-    runtime.block_on(work(config, Duration::from_secs(arguments.drain_timeout_s)))?;
+    runtime.block_on(work(config))?;
     // Blocking work that is left (a pull that was cancelled) must not hold the process.
     runtime.shutdown_timeout(Duration::from_secs(2));
     Ok(())
 }
 
-async fn work(config: WorkerConfig, drain_timeout: Duration) -> Result<()> {
+async fn work(config: WorkerConfig) -> Result<()> {
     // From here on a signal drains, also while it joins.
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stop = async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    let mut stop = std::pin::pin!(stop);
+    let mut stop = std::pin::pin!(signals::first_of_two().context("signals")?);
     let logs = Arc::new(LogRing::default());
     let _telemetry = start_with(&config.telemetry.options("forge-worker", &config.name), Box::new(logs.layer()))?;
     std::fs::create_dir_all(&config.data_dir).with_context(|| format!("dataDir: cannot make {}", config.data_dir.display()))?;
@@ -91,7 +89,7 @@ async fn work(config: WorkerConfig, drain_timeout: Duration) -> Result<()> {
         credentials: SharedCredentials::new(entry.credentials),
         devices: config.devices.clone(),
         reserve_bytes: config.reserve.0,
-        drain_timeout,
+        drain_timeout: Duration::from_secs(config.drain_timeout_s),
     };
     run(options, logs, stop).await.map_err(anyhow::Error::from)
 }

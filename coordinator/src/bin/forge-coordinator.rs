@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use clap::Parser;
 use forge_cluster::config::{self, CoordinatorConfig};
+use forge_cluster::signals;
 use forge_coordinator::{CoordinatorError, MemberFile, RunOptions, prepare, restore};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// A member of the cluster's raft group: holds the cluster's state and decides what runs where.
 #[derive(Debug, Parser)]
@@ -70,6 +70,7 @@ fn fail(error: &CoordinatorError) -> ExitCode {
 
 async fn run(config: &CoordinatorConfig, founds_group: bool) -> Result<(), CoordinatorError> {
     let start = |reason: String| CoordinatorError::Start { reason };
+    let mut asked = std::pin::pin!(signals::first_of_two().map_err(|error| start(format!("signals: {error}")))?);
     // Kept to the end: it sends the last spans.
     let _telemetry = forge_cluster::tracing::start(&config.telemetry.options("forge-coordinator", &config.name))
         .map_err(|error| start(error.to_string()))?;
@@ -88,33 +89,11 @@ async fn run(config: &CoordinatorConfig, founds_group: bool) -> Result<(), Coord
         lease: Duration::from_millis(config.lease_ms),
         heartbeat: Duration::from_millis(config.heartbeat_ms),
     };
-    let prepared = prepare(options).await?;
-    let no_signals = |error: std::io::Error| start(format!("signals: {error}"));
-    let mut terminate = signal(SignalKind::terminate()).map_err(no_signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signals)?;
-    let (first, asked) = tokio::sync::oneshot::channel();
-    tokio::spawn(async move {
-        let mut first = Some(first);
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            match first.take().map(|first| first.send(())) {
-                Some(Ok(())) => {}
-                Some(Err(())) | None => {
-                    tracing::warn!("stopping at once");
-                    std::process::exit(130);
-                }
-            }
-        }
-    });
-    prepared
-        .run(async {
-            // An error is the end of the task above, which only the end of the process brings.
-            let _ = asked.await;
-        })
-        .await
+    let prepared = tokio::select! {
+        prepared = prepare(options) => prepared?,
+        () = &mut asked => return Ok(()),
+    };
+    prepared.run(asked).await
 }
 
 fn resolve(key: &str, address: &str) -> Result<SocketAddr, CoordinatorError> {

@@ -9,8 +9,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use forge_cluster::config::{self, GatewayFile};
+use forge_cluster::signals;
 use forge_gateway::{GatewayConfig, GatewayError, process};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Speaks the OpenAI API for a cluster: finds its models, keys and replicas through the coordinators.
 #[derive(Debug, Parser)]
@@ -56,24 +56,9 @@ fn main() -> ExitCode {
 async fn run(file: GatewayFile<GatewayConfig>) -> Result<(), GatewayError> {
     let start = |reason: String| GatewayError::Cluster { reason };
     // From here on, so that a signal while joining is not lost.
-    let mut terminate = signal(SignalKind::terminate()).map_err(|error| start(format!("no signals: {error}")))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| start(format!("no signals: {error}")))?;
+    let shutdown = signals::first_of_two().map_err(|error| start(format!("no signals: {error}")))?;
     let telemetry = forge_cluster::tracing::start(&file.telemetry.options("forge-gateway", &file.name));
     let telemetry = telemetry.map_err(|error| start(error.to_string()))?;
-    let shutdown = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("draining; another signal ends at once");
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            std::process::exit(130);
-        });
-    };
     let result = process::run(file, shutdown).await;
     drop(telemetry);
     result

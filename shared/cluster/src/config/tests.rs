@@ -120,6 +120,30 @@ fn contradictions_are_named() {
         ProcessLayers { assignments, ..ProcessLayers::default() }.resolve::<WorkerConfig>()
     };
     assert!(worker(&["coordinators="]).unwrap_err().to_string().contains("coordinators"));
+    assert!(worker(&["drainTimeoutS=4000"]).unwrap_err().to_string().contains("3600"));
+    let unknown = worker(&["drainTimeout=5"]).unwrap_err();
+    assert!(unknown.to_string().contains("drainTimeout") && unknown.help().is_some_and(|help| help.contains("drainTimeoutS")), "{unknown}");
     let devices = worker(&[r#"devices=[{"cores":2,"memory":"1GiB"}]"#, "reserve=1GiB"]).unwrap();
     assert_eq!((devices.declared()[0].memory_bytes, devices.reserve.0), (1 << 30, 1 << 30));
+}
+
+#[test]
+fn unknown_keys_of_files_are_named_with_the_nearest_valid_one() {
+    fn refused<T: ProcessConfig + std::fmt::Debug>(body: &str) -> (String, Option<String>) {
+        let text = format!("apiVersion: forge/v1\nkind: {}\n{body}\n", T::KIND);
+        let layers = ProcessLayers { file: Some((text, Format::Yaml, "file.yaml".into())), ..ProcessLayers::default() };
+        let error = layers.resolve::<T>().unwrap_err();
+        (error.to_string(), error.help())
+    }
+    let cases = [
+        (refused::<CoordinatorConfig>("leasMs: 3000"), "leasMs", "leaseMs"),
+        (refused::<CoordinatorConfig>("membership:\n  tokenfile: t"), "membership.tokenfile", "membership.tokenFile"),
+        (refused::<WorkerConfig>("devices:\n- cores: 2\n  memroy: 1GiB"), "devices[0].memroy", "memory"),
+        (refused::<WorkerConfig>("offline: true"), "offline", "isOffline"),
+        (refused::<AnyGateway>("coordinator: [a:1]"), "coordinator", "coordinators"),
+    ];
+    for ((error, help), key, nearest) in cases {
+        assert!(error.contains("file.yaml") && error.contains(key), "{error}");
+        assert!(help.as_ref().is_some_and(|help| help.contains(nearest)), "{key}: {help:?}");
+    }
 }

@@ -11,6 +11,8 @@ use super::{Membership, TelemetryConfig, check_address, check_name};
 
 /// Devices a node may declare.
 const MAX_DEVICES: usize = 64;
+/// Longest time for requests under way.
+const MAX_DRAIN_S: u64 = 3_600;
 
 /// What a worker must know to start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +38,8 @@ pub struct WorkerConfig {
     pub reserve: ByteSize,
     /// Never fetch models: serve only what is in the store.
     pub is_offline: bool,
+    /// Time running requests have after SIGTERM, seconds.
+    pub drain_timeout_s: u64,
     /// Certificates and join token.
     pub membership: Membership,
     /// Logs and traces.
@@ -94,6 +98,7 @@ impl Default for WorkerConfig {
             devices: Vec::new(),
             reserve: ByteSize(256 << 20),
             is_offline: false,
+            drain_timeout_s: 30,
             membership: Membership::default(),
             telemetry: TelemetryConfig::default(),
         }
@@ -134,6 +139,9 @@ impl ProcessConfig for WorkerConfig {
         }
         if self.devices.iter().any(|device| device.cores == 0 || device.memory.0 == 0) {
             return Err(("devices", "every device needs cores and memory of at least 1".into()));
+        }
+        if self.drain_timeout_s > MAX_DRAIN_S {
+            return Err(("drainTimeoutS", format!("must be at most {MAX_DRAIN_S}: an hour")));
         }
         self.membership.check()
     }
