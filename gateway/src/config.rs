@@ -179,6 +179,9 @@ fn check_origin(origin: &str) -> Result<(), GatewayError> {
 
 #[cfg(test)]
 mod tests {
+    use forge_cluster::config::GatewayFile;
+    use forge_shared::config::{Format, ProcessLayers};
+
     use super::*;
 
     #[test]
@@ -208,5 +211,10 @@ mod tests {
     fn unknown_keys_are_refused_by_name() {
         let error = serde_json::from_str::<GatewayConfig>(r#"{"prot": 8000}"#).unwrap_err();
         assert!(error.to_string().contains("prot"), "{error}");
+        let text = "apiVersion: forge/v1\nkind: Gateway\ngateway:\n  prot: 8000\n";
+        let layers = ProcessLayers { file: Some((text.into(), Format::Yaml, "g.yaml".into())), ..ProcessLayers::default() };
+        let error = layers.resolve::<GatewayFile<GatewayConfig>>().unwrap_err();
+        assert!(error.to_string().contains("g.yaml") && error.to_string().contains("gateway.prot"), "{error}");
+        assert!(error.help().is_some_and(|help| help.contains("gateway.port")), "{:?}", error.help());
     }
 }

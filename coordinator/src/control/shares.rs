@@ -17,7 +17,7 @@ use forge_shared::cluster::node::{NodePhase, Role};
 use forge_shared::cluster::session::{KeyShare, KeyUsage};
 use forge_shared::ids::NodeId;
 
-use crate::state::ClusterState;
+use crate::state::{ClusterState, MAX_KEYS};
 
 /// Of an equal part, what a gateway is lent without any demand: a quarter.
 const FLOOR_DIVISOR: u64 = 4;
@@ -27,6 +27,8 @@ const HYSTERESIS_DIVISOR: u64 = 8;
 const DEMAND_KEPT: (u64, u64) = (7, 8);
 /// Demand is counted in this part of a request, so that what decays does not vanish at once.
 const DEMAND_UNIT: u64 = 1_024;
+/// Longest id of a key, bytes.
+const MAX_KEY_ID: usize = 64;
 
 /// What one gateway holds of one key's two budgets.
 #[derive(Debug, Clone, Copy, Default)]
@@ -75,6 +77,10 @@ impl ShareTable {
             }
         }
         for (key, usage) in named {
+            // No key has such an id, and no cluster so many: a gateway that names them takes no more memory than others.
+            if key.len() > MAX_KEY_ID || known.len() >= MAX_KEYS && !known.contains_key(key) {
+                continue;
+            }
             let held = known.entry(key.to_owned()).or_default();
             held.held = [usage.held_rpm, usage.held_tpm].map(|share| u64::from(share.unwrap_or(0)));
             held.confirm();
@@ -201,6 +207,20 @@ mod tests {
         };
         world.run(Command::PutKey { key: Box::new(key) }).expect("kept");
         world
+    }
+
+    #[test]
+    fn a_gateway_that_names_what_are_no_keys_takes_no_more_memory() {
+        let mut table = ShareTable::new();
+        let gateway = NodeId::from("g1");
+        let used = |key_id: String| KeyUsage { key_id, requests: 1 << 40, tokens: 0, refused: 0, held_rpm: Some(1), held_tpm: None };
+        for beat in 0..4 {
+            let usage: Vec<_> = (0..MAX_KEYS).map(|number| used(format!("{}", beat * MAX_KEYS + number))).collect();
+            table.heard(&gateway, &usage);
+        }
+        table.heard(&gateway, &[used("x".repeat(1_000))]);
+        let kept = &table.gateways[&gateway];
+        assert!(kept.len() <= MAX_KEYS && kept.keys().all(|key| key.len() <= MAX_KEY_ID), "{} keys", kept.len());
     }
 
     /// A gateway as far as shares go: what it holds, and grants on their way to it.

@@ -2,6 +2,7 @@
 
 mod access;
 mod backup;
+mod bad_input;
 mod embedded;
 mod group;
 mod nodes;
