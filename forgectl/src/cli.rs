@@ -98,7 +98,7 @@ pub enum Command {
     Uncordon(NodeArgs),
     /// Change how many replicas a model has
     Scale(ScaleArgs),
-    /// Delete a model service; running requests finish
+    /// Delete a model service, whose running requests finish, or forget a node that is lost
     Delete(DeleteArgs),
     /// Watch nodes, replicas, queues, tokens/s and KV use
     Top(TopArgs),

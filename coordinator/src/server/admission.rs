@@ -134,7 +134,7 @@ fn check_free(coordinator: &Coordinator, role: Role, name: &str, address: &str) 
         Role::Worker | Role::Gateway => match state.nodes().get(&NodeId::from(name)) {
             Some(record) if record.spec.role != role => conflict("node", "another role has this name: choose another"),
             Some(record) if record.phase == NodePhase::Ready => {
-                conflict("node", "it is connected: choose another name, or stop it and `forgectl delete node` it first")
+                conflict("node", &format!("it is connected: choose another name, or stop it and `forgectl delete node {name}`"))
             }
             Some(_) | None => Ok(()),
         },

@@ -140,7 +140,7 @@ impl ClusterState {
     pub(super) fn remove_node(&mut self, id: &NodeId, step: &mut Step) -> Result<Effect, CommandError> {
         let known = self.node_mut(id)?;
         if known.phase != NodePhase::Lost {
-            let reason = "it lives; drain it, stop its process, and remove it then".to_owned();
+            let reason = "it lives: `forgectl drain` it, stop its process, and delete it then".to_owned();
             return Err(conflict(id, reason));
         }
         let removed = RemovedNode { incarnation: known.spec.incarnation, removed_at: step.index.0 };

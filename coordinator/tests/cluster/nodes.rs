@@ -104,6 +104,26 @@ async fn of_two_workers_with_one_name_the_newer_process_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_forgotten_once_it_is_lost() {
+    let cluster = Cluster::found().await;
+    let admin = cluster.admin();
+    let worker = join(&cluster, "a", 1);
+    while phase(&admin, "a").await.is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let remove = async |id: &str| admin.execute(id.into(), Command::RemoveNode { node: "a".into() }, SOON).await;
+    let refused = remove("remove-1").await;
+    let words = refused.expect_err("it lives").to_string();
+    assert!(words.contains("drain"), "{words}");
+    worker.kill();
+    while phase(&admin, "a").await != Some(NodePhase::Lost) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(remove("remove-2").await.expect("it is lost").changed);
+    assert_eq!(phase(&admin, "a").await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_worker_speaks_for_itself_alone() {
     let cluster = Cluster::found().await;
     let other = cluster.client(Role::Worker, "a").session(worker_spec("b", 1), Duration::from_secs(5)).await;

@@ -297,8 +297,9 @@ pub struct ScaleArgs {
 /// `delete`.
 #[derive(Debug, Args)]
 pub struct DeleteArgs {
-    /// Which model service
-    pub name: String,
+    /// Which model service, or `node` or `model` and its name
+    #[arg(value_name = "NAME", num_args = 1..=2, required = true)]
+    pub target: Vec<String>,
     #[command(flatten)]
     pub server: ServerArgs,
 }

@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 use forge_cluster::api::{ClusterApi, ClusterLoads};
 use forge_cluster::config::{CoordinatorConfig, load};
 use forge_cluster::tls::{ClusterCa, Credentials};
+use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::Object;
 use forge_shared::cluster::node::{DeviceInfo, DeviceKind, NodeLoad, NodePhase, NodeRecord, NodeSpec, ReplicaLoad, Role};
-use forge_shared::ids::{Incarnation, NodeId};
+use forge_shared::ids::{Incarnation, NodeId, ServiceName};
 
 use super::connect::connect;
 use super::contexts::ContextStore;
 use super::get::table;
 use super::init::init_with;
 use super::top::Rates;
+use super::verbs::deletion;
 use crate::cli::cluster::{InitArgs, Listed, ServerArgs};
 
 fn init_args(dir: &Path) -> InitArgs {
@@ -84,6 +86,18 @@ async fn a_cluster_is_found_by_context_and_flags_and_missed_with_a_remedy() {
     let failure = crate::failure::Failure::from(error);
     assert_eq!(format!("{:?}", failure.code()), format!("{:?}", std::process::ExitCode::from(4)));
     assert!(failure.to_string().contains("127.0.0.1:1"), "{failure}");
+}
+
+#[test]
+fn models_and_nodes_are_deleted_by_kind() {
+    let of = |words: &str| deletion(&words.split(' ').map(str::to_owned).collect::<Vec<_>>());
+    let service = |name: &str| Command::DeleteService { name: ServiceName::from(name) };
+    assert_eq!(of("demo").unwrap(), service("demo"));
+    assert_eq!(of("node").unwrap(), service("node"), "one word is a model's name, whatever it is");
+    assert_eq!(of("model demo").unwrap(), service("demo"));
+    assert_eq!(of("node w1").unwrap(), Command::RemoveNode { node: NodeId::from("w1") });
+    let error = of("key k1").unwrap_err().to_string();
+    assert!(error.contains("delete node NAME"), "{error}");
 }
 
 #[test]

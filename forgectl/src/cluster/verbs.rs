@@ -7,7 +7,7 @@ use forge_shared::ids::{NodeId, ServiceName};
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
 use crate::cli::cluster::{DeleteArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs};
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::output::print_text;
 use crate::time::Utc;
 
@@ -62,11 +62,32 @@ pub fn scale(args: &ScaleArgs) -> Result<()> {
 /// `forgectl delete`.
 ///
 /// # Errors
-/// A service that is not known, no leader.
+/// A service or node that is not known, a node that lives, no leader.
 pub fn delete(args: &DeleteArgs) -> Result<()> {
-    let command = Command::DeleteService { name: ServiceName(args.name.clone()) };
-    let done = format!("{} is deleted; its replicas finish what they are answering", args.name);
-    change(&args.server, command, &done, &format!("{} was being deleted already", args.name))
+    match deletion(&args.target)? {
+        Command::RemoveNode { node } => {
+            let done = format!("node {node} is forgotten; its name is free");
+            change(&args.server, Command::RemoveNode { node }, &done, "it was forgotten already")
+        }
+        command => {
+            let name = args.target.last().map(String::as_str).unwrap_or_default();
+            let done = format!("{name} is deleted; its replicas finish what they are answering");
+            change(&args.server, command, &done, &format!("{name} was being deleted already"))
+        }
+    }
+}
+
+/// The command of `delete NAME`, `delete model NAME` or `delete node NAME`.
+pub(super) fn deletion(target: &[String]) -> Result<Command> {
+    match target {
+        [name] => Ok(Command::DeleteService { name: ServiceName(name.clone()) }),
+        [kind, name] if kind == "model" => Ok(Command::DeleteService { name: ServiceName(name.clone()) }),
+        [kind, name] if kind == "node" => Ok(Command::RemoveNode { node: NodeId(name.clone()) }),
+        _ => {
+            Err(Failure::usage(format!("cannot delete {:?}", target.join(" ")))
+                .help("write `delete NAME` for a model, or `delete node NAME`"))
+        }
+    }
 }
 
 /// `forgectl logs`.
