@@ -6,27 +6,25 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forge_cluster::api::{ClusterApi, ClusterError, Session};
+use forge_cluster::api::{ClusterApi, ClusterError};
 use forge_cluster::engine::EngineDialer;
 use forge_shared::cluster::command::{Applied, Command, IdempotencyRecord};
 use forge_shared::cluster::event::Kind;
-use forge_shared::cluster::node::{NodeLoad, NodeSpec};
-use forge_shared::cluster::session::{NodeDown, NodeUp};
+use forge_shared::cluster::node::NodeSpec;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::directory::Directory;
 use super::replicas::Replicas;
+use super::session;
 use super::shares::Shares;
 use crate::gateway::Gateway;
 use crate::keys::KeyRing;
 use crate::model_table::NameClash;
 
-/// For beginning a session.
-const SESSION_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two tries.
-const SESSION_RETRY: Duration = Duration::from_millis(500);
+/// Between two tries to watch.
+const WATCH_RETRY: Duration = Duration::from_millis(500);
 /// For writing down an idempotency key before a request is admitted.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -66,7 +64,7 @@ impl ClusterMember {
         let (known_sender, known) = watch::channel(false);
         let (refused_sender, refused) = watch::channel(None);
         let following = tokio::spawn(follow(parts.clone(), gateway.clone(), known_sender));
-        let session = tokio::spawn(keep_session(parts, gateway, refused_sender));
+        let session = tokio::spawn(session::keep(parts, gateway, refused_sender));
         ClusterMember { tasks: vec![following, session], known, refused }
     }
 
@@ -112,7 +110,7 @@ async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>
                 }
                 None => {
                     tracing::error!("the watch of the cluster ended; beginning again");
-                    tokio::time::sleep(SESSION_RETRY).await;
+                    tokio::time::sleep(WATCH_RETRY).await;
                     items = parts.api.watch(vec![Kind::Node, Kind::Service, Kind::Key], None);
                     continue;
                 }
@@ -124,56 +122,6 @@ async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>
             tracing::warn!(%clash, "ask for the other service by its own name");
         }
         clashes = found;
-    }
-}
-
-async fn keep_session(parts: MemberParts, gateway: Gateway, refused: watch::Sender<Option<String>>) {
-    loop {
-        match parts.api.session(parts.spec.clone(), SESSION_TIMEOUT).await {
-            Ok(session) => {
-                if let Some(reason) = hold(session, &parts, &gateway).await {
-                    tracing::error!(reason, "the coordinators refuse this gateway");
-                    refused.send_replace(Some(reason));
-                    return;
-                }
-            }
-            Err(error) => tracing::warn!(%error, "no session with the coordinators; serving goes on with what is known"),
-        }
-        tokio::time::sleep(SESSION_RETRY).await;
-    }
-}
-
-/// One session, to its end; the reason where the gateway must not begin another.
-async fn hold(mut session: Session, parts: &MemberParts, gateway: &Gateway) -> Option<String> {
-    let mut heartbeat = tokio::time::interval(Duration::from_millis(500));
-    let mut number = 0;
-    loop {
-        tokio::select! {
-            message = session.down.recv() => match message? {
-                NodeDown::Welcome { heartbeat_ms, .. } => {
-                    heartbeat = tokio::time::interval(Duration::from_millis(heartbeat_ms.clamp(50, 10_000)));
-                    tracing::info!(heartbeat_ms, "session with the coordinators begun");
-                }
-                NodeDown::Refused { reason } => return Some(reason),
-                NodeDown::Ack { shares, .. } => parts.shares.grant(shares),
-                NodeDown::Moved { leader } => {
-                    tracing::info!(?leader, "the leader moved");
-                    return None;
-                }
-                // For workers.
-                NodeDown::Assignments { .. } | NodeDown::Inspect { .. } => {}
-            },
-            _ = heartbeat.tick() => {
-                number += 1;
-                let usage = parts.shares.take_usage(&parts.keys.limited());
-                let load = NodeLoad {
-                    resident_bytes: forge_cluster::resident_bytes(),
-                    replicas: Vec::new(),
-                    requests_in_progress: gateway.in_flight() as u64,
-                };
-                session.up.send(NodeUp::Heartbeat { number, load, usage }).await.ok()?;
-            }
-        }
     }
 }
 

@@ -6,6 +6,7 @@
 mod directory;
 mod member;
 mod replicas;
+mod session;
 mod shares;
 
 pub use directory::{Directory, Wanted};

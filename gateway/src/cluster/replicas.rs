@@ -4,8 +4,8 @@
 //! Invariant: a replica is served only when its card and text are known, and never after the directory dropped it.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use forge_cluster::engine::{EngineDialer, EngineTarget, ReplicaClient};
@@ -30,12 +30,32 @@ const TEXT_RETRY: Duration = Duration::from_millis(500);
 pub(super) struct Replicas {
     dialer: Arc<dyn EngineDialer>,
     dialed: HashMap<String, Dialed>,
-    texts: Arc<Texts>,
+    texts: Arc<Shared<ModelText>>,
     changed: Arc<Notify>,
 }
 
-/// Models' text parts by digest: replicas of one model share them.
-type Texts = Mutex<HashMap<String, ModelText>>;
+/// Models' text parts by digest: replicas of one model share them, and with the last of these replicas they go.
+struct Shared<T>(Mutex<HashMap<String, Weak<T>>>);
+
+impl<T> Default for Shared<T> {
+    fn default() -> Self {
+        Shared(Mutex::default())
+    }
+}
+
+impl<T> Shared<T> {
+    fn get(&self, digest: &str) -> Option<Arc<T>> {
+        self.0.lock().get(digest)?.upgrade()
+    }
+
+    fn keep(&self, digest: String, text: T) -> Arc<T> {
+        let text = Arc::new(text);
+        let mut kept = self.0.lock();
+        kept.retain(|_, kept| kept.strong_count() > 0);
+        kept.insert(digest, Arc::downgrade(&text));
+        text
+    }
+}
 
 struct Dialed {
     target: EngineTarget,
@@ -94,10 +114,11 @@ struct Name {
 async fn look_after(
     Name { key, service, epoch }: Name,
     client: Arc<dyn ReplicaClient>,
-    texts: Arc<Texts>,
+    texts: Arc<Shared<ModelText>>,
     slot: Arc<Mutex<Option<ServedReplica>>>,
     changed: Arc<Notify>,
 ) {
+    // Held as long as this task lives: what other replicas of this model share.
     let (text, version) = model_text(&key, &*client, &texts).await;
     let prefixes = ReplicaPrefixes::default();
     let model =
@@ -115,7 +136,7 @@ async fn look_after(
 }
 
 /// The model's text parts, once the replica can answer, and their digest with what else makes two models differ.
-async fn model_text(key: &str, client: &dyn ReplicaClient, texts: &Texts) -> (ModelText, String) {
+async fn model_text(key: &str, client: &dyn ReplicaClient, texts: &Shared<ModelText>) -> (Arc<ModelText>, String) {
     loop {
         while !client.status().ready {
             tokio::time::sleep(READY_POLL).await;
@@ -126,20 +147,35 @@ async fn model_text(key: &str, client: &dyn ReplicaClient, texts: &Texts) -> (Mo
             Ok(bytes) => {
                 let digest = hex::encode(Sha256::digest(&bytes));
                 let version = format!("{digest}/{}/{}", card.max_model_len, card.vocab_size);
-                if let Some(text) = texts.lock().get(&digest) {
-                    return (text.clone(), version);
+                if let Some(text) = texts.get(&digest) {
+                    return (text, version);
                 }
                 // Building a tokenizer takes tens of milliseconds and more.
                 match tokio::task::spawn_blocking(move || ModelText::from_portable(&bytes)).await {
-                    Ok(Ok(text)) => {
-                        texts.lock().insert(digest, text.clone());
-                        return (text, version);
-                    }
+                    Ok(Ok(text)) => return (texts.keep(digest, text), version),
                     Ok(Err(error)) => tracing::error!(replica = key, %error, "the replica's tokenizer cannot be used"),
                     Err(error) => tracing::error!(replica = key, %error, "building the tokenizer died"),
                 }
             }
         }
         tokio::time::sleep(TEXT_RETRY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_models_text_goes_with_its_last_replica() {
+        let texts = Shared::default();
+        let first = texts.keep("a".into(), "text");
+        assert!(texts.get("a").is_some_and(|second| Arc::ptr_eq(&first, &second)));
+        for number in 0..100 {
+            texts.keep(number.to_string(), "of a replica that is gone");
+        }
+        assert!(texts.0.lock().len() <= 2, "what nobody serves is not kept");
+        drop(first);
+        assert!(texts.get("a").is_none());
     }
 }

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod incarnation;
 pub mod probes;
 mod resident;
+pub mod session;
 pub mod signals;
 pub mod status;
 pub mod tls;

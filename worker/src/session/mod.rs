@@ -5,13 +5,12 @@
 //!
 //! Invariant: it ends only when it is told to, or when the cluster refuses this node.
 
-mod core;
-
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forge_cluster::api::{ClusterApi, ClusterError, Session as ClusterSession};
+use forge_cluster::session::{SessionAction, SessionCore, SessionInput};
 use forge_shared::cluster::node::{NodeLoad, NodeSpec};
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 use forge_shared::plan::ModelFacts;
@@ -21,7 +20,6 @@ use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use ractor::ActorRef;
 use tokio::sync::{mpsc, oneshot, watch};
 
-pub use self::core::{SessionAction, SessionCore, SessionInput};
 use crate::WorkerError;
 use crate::actors::NodeMessage;
 

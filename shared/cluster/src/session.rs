@@ -1,9 +1,10 @@
-//! `SessionCore`: when to connect, when to send a heartbeat, how long the lease holds, and when a node that nobody
-//! hears must stop. A core without I/O: time is an argument.
+//! `SessionCore`: when a worker or gateway connects to the leader, when it sends a heartbeat, how long its lease holds, and
+//! when a worker that nobody hears must stop. A core without I/O: time is an argument.
 //!
 //! Invariants (property-tested below): the lease is counted from when an acknowledged heartbeat was *sent*, so it ends
 //! here no later than at the leader; a node is expired only after its lease ran out and a group that has a leader
-//! answered; a node that nobody answers goes on; it never gives up connecting, but when it is refused.
+//! answered; a node that nobody answers goes on, and one that serves on in any case is never expired; it never gives up
+//! connecting, but when it is refused.
 
 use std::collections::VecDeque;
 
@@ -101,6 +102,8 @@ pub struct SessionCore {
     sent: VecDeque<(u64, u64)>,
     /// End of the lease, if there was one since the last expiry.
     lease_until_ms: Option<u64>,
+    /// Whether a node that was replaced must stop.
+    may_expire: bool,
     asking: bool,
     next_ask_ms: u64,
     /// Spreads nodes that begin together, below 1000.
@@ -108,9 +111,17 @@ pub struct SessionCore {
 }
 
 impl SessionCore {
-    /// A core that connects at its first tick. `jitter` differs from node to node.
+    /// A core that connects at its first tick, of a node that serves on whatever becomes of its lease: it never asks for the
+    /// group and never expires. `jitter` differs from node to node.
+    pub fn serving_on(jitter: u64) -> Self {
+        SessionCore { may_expire: false, ..SessionCore::new(jitter) }
+    }
+
+    /// A core that connects at its first tick, of a node that must stop when the cluster lives without it. `jitter` differs
+    /// from node to node.
     pub fn new(jitter: u64) -> Self {
         SessionCore {
+            may_expire: true,
             link: Link::Waiting { at_ms: 0 },
             attempts: 0,
             heartbeat_ms: 500,
@@ -145,7 +156,7 @@ impl SessionCore {
             Link::Greeting => self.hello_ms.saturating_add(self.lease_ms),
         };
         match self.lease_until_ms {
-            Some(until) if self.link != Link::Welcome && !self.asking => link.min(until.max(self.next_ask_ms)),
+            Some(until) if self.link != Link::Welcome && self.may_expire && !self.asking => link.min(until.max(self.next_ask_ms)),
             _ => link,
         }
     }
@@ -188,7 +199,7 @@ impl SessionCore {
             SessionInput::Group { is_alive } => {
                 self.asking = false;
                 let lost = self.lease_until_ms.is_some_and(|until| until <= now_ms);
-                if is_alive && lost && self.link != Link::Welcome {
+                if is_alive && lost && self.may_expire && self.link != Link::Welcome {
                     self.lease_until_ms = None;
                     actions.push(SessionAction::Expire);
                 }
@@ -226,7 +237,7 @@ impl SessionCore {
             actions.push(SessionAction::Connect);
         }
         let lost = self.link != Link::Welcome && self.lease_until_ms.is_some_and(|until| until <= now_ms);
-        if lost && !self.asking && self.next_ask_ms <= now_ms {
+        if lost && self.may_expire && !self.asking && self.next_ask_ms <= now_ms {
             self.asking = true;
             self.next_ask_ms = now_ms.saturating_add(ASK_EVERY_MS);
             actions.push(SessionAction::AskGroup);
@@ -306,6 +317,29 @@ mod tests {
         // Taken in again, it has a lease again.
         assert_eq!(core.handle(4_700, SessionInput::Connected(true)), []);
         assert_eq!(core.handle(4_750, WELCOME), [Heartbeat(7)]);
+    }
+
+    #[test]
+    fn a_node_that_serves_on_looks_for_a_leader_and_asks_nobody_else() {
+        let mut core = SessionCore::serving_on(0);
+        assert_eq!(core.handle(0, SessionInput::Tick), [Connect]);
+        assert_eq!(core.handle(5, SessionInput::Connected(true)), []);
+        assert_eq!(core.handle(10, WELCOME), [Heartbeat(1)]);
+        assert_eq!(core.handle(20, SessionInput::Closed), []);
+        let mut now_ms = 20;
+        let mut connects = 0;
+        while now_ms < 60_000 {
+            assert!(core.next_tick_ms() > now_ms, "it would turn without a pause at {now_ms}");
+            now_ms = core.next_tick_ms().min(now_ms + 1_000);
+            let mut actions = core.handle(now_ms, SessionInput::Tick);
+            if actions == [Connect] {
+                connects += 1;
+                actions = core.handle(now_ms, SessionInput::Connected(false));
+            }
+            assert_eq!(actions, []);
+        }
+        assert!((25..100).contains(&connects), "{connects} tries in a minute");
+        assert_eq!(core.handle(now_ms, SessionInput::Group { is_alive: true }), []);
     }
 
     #[test]
