@@ -1,4 +1,5 @@
-"""Writes the seeds of all fuzz targets into fuzz/seeds/TARGET: small, valid, and unlike each other.
+"""Writes the seeds of fuzz targets into fuzz/seeds/TARGET: small, valid, and unlike each other. Those of messages between
+Forge's processes are written by tests, from the messages' own types (docs/testing.md).
 
     python fuzz/make_seeds.py
 
@@ -12,6 +13,7 @@ import struct
 
 SEEDS = pathlib.Path(__file__).resolve().parent / "seeds"
 FIXTURES = SEEDS.parent.parent / "tests" / "fixtures"
+CONFIGS = SEEDS.parent.parent / "cluster-configs"
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 FORMATS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
 
@@ -199,6 +201,47 @@ def completion_seeds():
     yield "lists", {"prompt": [[1], [2, 3]], "priority": -1, "return_token_ids": True, "suffix": ""}
 
 
+def process_config_seeds():
+    """Of cluster-configs, and the other formats and corners."""
+    for name in ("laptop/coordinator", "laptop/worker", "laptop/gateway", "one-host/worker-1"):
+        yield name.replace("/", "-"), (CONFIGS / f"{name}.yaml").read_bytes()
+    head = {"apiVersion": "forge/v1", "kind": "Worker"}
+    devices = [{"kind": "cuda", "cores": 132, "memory": "80GiB", "numaNode": 1}, {"cores": 2, "memory": 1 << 30}]
+    yield "json", json.dumps(head | {"devices": devices, "reserve": "1GiB", "telemetry": {"isJson": True}}).encode()
+    yield "toml", b"# a comment\napiVersion = \"forge/v1\"\nkind = \"Coordinator\"\nleaseMs = 3000\n\n[membership]\ntokenFile = \"t\"\n"
+
+
+def service_file_seeds():
+    head = "apiVersion: forge/v1\nkind: ModelService\n"
+    yield "yaml", (head + "metadata:\n  name: demo\nspec:\n  model: smollm2:135m\n  replicas: 2\n  gateway:\n    port: 8001\n").encode()
+    yield "anchors", (head + "spec:\n  model: &m a/b\n  replicas: 1\n").encode()
+    yield "toml", b"apiVersion = \"forge/v1\"\nkind = \"ModelService\"\n[spec]\nmodel = \"a/b\"\nreplicas = 3\n"
+    yield "json", json.dumps({"apiVersion": "forge/v1", "kind": "ModelService", "spec": {"model": "x.gguf", "maxModelLen": 512}}).encode()
+
+
+def portable_text_seeds():
+    def portable(fields):
+        return b"FORGETXT" + struct.pack("<I", 1) + message(fields)
+
+    texts, scores, kinds = zip(*vocabulary())
+    packed = b"".join(varint(kind) for kind in kinds)
+
+    def from_gguf(model, more):
+        floats = message([(1, struct.pack(f"<{len(scores)}f", *scores))])
+        fields = [(1, "tiny"), (2, model), *((4, text) for text in texts), (5, packed), (6, floats), (8, 1), (9, 2), (11, 0)]
+        return message(fields + more)
+
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    yield "llama", portable([(2, from_gguf("llama", [(13, 1), (18, template)]))])
+    yield "t5", portable([(2, from_gguf("t5", [(16, 1), (17, charsmap())]))])
+    yield "gpt2", portable([(2, from_gguf("gpt2", [(3, "bloom"), (7, "a b"), (7, "a a")])), (3, template)])
+    pieces = [(1, message([(1, text), (2, score), (3, kind)])) for text, score, kind in vocabulary()]
+    model = message(pieces + [(2, message([(3, 2)])), (3, message([(4, 0)]))])
+    yield "sentencepiece", portable([(1, message([(2, model), (8, '{"eos_token_id": [2]}'), (10, template)]))])
+    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "added_tokens": []}
+    yield "tokenizer_json", portable([(1, message([(1, json.dumps(tokenizer))]))])
+
+
 def main():
     def encoded(seeds):
         return ((name, json.dumps(body).encode()) for name, body in seeds)
@@ -213,6 +256,9 @@ def main():
         "weight_index": encoded(weight_index_seeds()),
         "chat_request": encoded(chat_seeds()),
         "completion_request": encoded(completion_seeds()),
+        "process_config": process_config_seeds(),
+        "service_file": service_file_seeds(),
+        "portable_text": portable_text_seeds(),
     }
     for target, seeds in targets.items():
         folder = SEEDS / target

@@ -122,6 +122,66 @@ fn raft_folders() {
     smoke("raft_folder", fuzzing::raft_folder);
 }
 
+#[test]
+fn log_entries() {
+    smoke("envelopes", fuzzing::envelopes);
+}
+
+#[test]
+fn snapshots() {
+    smoke("snapshot", fuzzing::snapshot);
+}
+
+#[test]
+fn backups() {
+    smoke("backup", fuzzing::backup);
+}
+
+#[test]
+fn member_files() {
+    smoke("member_file", fuzzing::member_file);
+}
+
+#[test]
+fn coordinator_requests() {
+    smoke("coordinator_request", fuzzing::coordinator_request);
+}
+
+#[test]
+fn node_sessions() {
+    smoke("node_session", fuzzing::node_session);
+}
+
+#[test]
+fn coordinator_replies() {
+    smoke("coordinator_reply", fuzzing::coordinator_reply);
+}
+
+#[test]
+fn watches() {
+    smoke("watch", fuzzing::watch);
+}
+
+#[test]
+fn certificates() {
+    smoke("certificate", fuzzing::certificate);
+}
+
+#[test]
+fn process_configurations() {
+    smoke("process_config", fuzzing::process_config);
+}
+
+#[test]
+fn service_files() {
+    smoke("service_file", fuzzing::service_file);
+}
+
+#[test]
+fn portable_texts() {
+    smoke("portable_text", fuzzing::portable_text);
+}
+
 /// Seeds are what their names say: most are taken, and the ones named after a refusal are not.
 #[test]
 fn seeds_reach_behind_the_first_check() {
@@ -153,6 +213,13 @@ fn seeds_reach_behind_the_first_check() {
         let data = forge_model::GgufTokenizerData::from_metadata(&forge_model::gguf::parse(&seed).unwrap().metadata).unwrap();
         let built = Tokenizer::from_gguf(&forge_engine::gguf_tokenizer(data));
         assert!(built.is_ok(), "{name}: {:?}", built.err());
+    }
+    for (name, seed) in seeds("backup") {
+        assert!(forge_coordinator::read_backup(&seed).is_ok(), "{name}");
+    }
+    for (name, seed) in seeds("portable_text") {
+        let taken = forge_text::ModelText::from_portable(&seed);
+        assert!(taken.is_ok(), "{name}: {:?}", taken.err());
     }
     for (name, seed) in seeds("chat_request") {
         let parsed = forge_gateway::request::parse_chat_request(&seed);

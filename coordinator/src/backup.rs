@@ -66,22 +66,30 @@ impl Coordinator {
             let state = self.0.replicated.read();
             (state.revision(), state.encode())
         };
-        let header = BackupHeader {
-            format: FORMAT.into(),
-            cluster_id: self.0.options.cluster_id.clone(),
-            revision,
-            made_ms: wall_ms(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            snapshot_bytes: snapshot.len() as u64,
-            snapshot_sha256: hex::encode(Sha256::digest(&snapshot)),
-        };
-        let line = serde_json::to_vec(&header).map_err(|error| wrong(format!("its header has no JSON: {error}")))?;
-        let mut file = BytesMut::with_capacity(line.len() + 1 + snapshot.len());
-        file.put_slice(&line);
-        file.put_u8(b'\n');
-        file.put_slice(&snapshot);
-        Ok(file.freeze())
+        write_backup(&self.0.options.cluster_id, revision, &snapshot, wall_ms())
     }
+}
+
+/// A backup file's bytes, of a state's snapshot (`ClusterState::encode`) at a revision. `made_ms` is milliseconds since 1970.
+///
+/// # Errors
+/// [`CoordinatorError::Backup`] if the header cannot be written.
+pub fn write_backup(cluster_id: &str, revision: Revision, snapshot: &[u8], made_ms: u64) -> Result<Bytes, CoordinatorError> {
+    let header = BackupHeader {
+        format: FORMAT.into(),
+        cluster_id: cluster_id.into(),
+        revision,
+        made_ms,
+        version: env!("CARGO_PKG_VERSION").into(),
+        snapshot_bytes: snapshot.len() as u64,
+        snapshot_sha256: hex::encode(Sha256::digest(snapshot)),
+    };
+    let line = serde_json::to_vec(&header).map_err(|error| wrong(format!("its header has no JSON: {error}")))?;
+    let mut file = BytesMut::with_capacity(line.len() + 1 + snapshot.len());
+    file.put_slice(&line);
+    file.put_u8(b'\n');
+    file.put_slice(snapshot);
+    Ok(file.freeze())
 }
 
 /// Reads and checks a backup: its header and the snapshot.
@@ -169,20 +177,7 @@ mod tests {
     use super::*;
 
     fn file() -> Vec<u8> {
-        let snapshot = ClusterState::new("c").encode();
-        let header = BackupHeader {
-            format: FORMAT.into(),
-            cluster_id: "c".into(),
-            revision: Revision(0),
-            made_ms: 1,
-            version: "0".into(),
-            snapshot_bytes: snapshot.len() as u64,
-            snapshot_sha256: hex::encode(Sha256::digest(&snapshot)),
-        };
-        let mut file = serde_json::to_vec(&header).expect("a header has JSON");
-        file.push(b'\n');
-        file.extend_from_slice(&snapshot);
-        file
+        write_backup("c", Revision(0), &ClusterState::new("c").encode(), 1).expect("a header has JSON").to_vec()
     }
 
     #[test]

@@ -3,10 +3,13 @@
 //! `fuzz/fuzz_targets` calls the same functions under libFuzzer; `fuzz_smoke.rs` calls them on seeds and on
 //! mutations that depend on nothing but a number, so that a failure is found again.
 
-use forge_gateway::RequestLimits;
+use forge_cluster::config::{CoordinatorConfig, GatewayFile, WorkerConfig};
+use forge_gateway::cluster::Directory;
 use forge_gateway::request::{parse_chat_request, parse_completion_request};
+use forge_gateway::{GatewayConfig, RequestLimits};
 use forge_model::GgufTokenizerData;
-use forge_text::{HuggingFaceFiles, Tokenizer};
+use forge_shared::config::{Format, Layers, ProcessConfig, ProcessLayers, parse_document};
+use forge_text::{HuggingFaceFiles, ModelText, Tokenizer};
 
 /// A GGUF file: must be taken or refused, and what is taken must lie within the file.
 pub fn gguf(bytes: &[u8]) {
@@ -122,6 +125,103 @@ pub fn raft_chunks(bytes: &[u8]) {
 /// A coordinator's data directory: what is read must be written on and read again.
 pub fn raft_folder(bytes: &[u8]) {
     forge_coordinator::raft::fuzz::folder_bytes(bytes);
+}
+
+/// The log of a coordinator, entry by entry: lines of JSON applied to a small cluster, whose rules hold after each.
+pub fn envelopes(bytes: &[u8]) {
+    forge_coordinator::state::fuzz_envelopes(bytes);
+}
+
+/// A snapshot of the cluster's state: taken or refused, and what is taken is written and read the same.
+pub fn snapshot(bytes: &[u8]) {
+    forge_coordinator::state::fuzz_snapshot(bytes);
+}
+
+/// A backup file.
+pub fn backup(bytes: &[u8]) {
+    forge_coordinator::fuzz_backup(bytes);
+}
+
+/// What a coordinator's folder says of its membership.
+pub fn member_file(bytes: &[u8]) {
+    forge_coordinator::fuzz_member_file(bytes);
+}
+
+/// What operators, programs and joining processes ask of a coordinator.
+pub fn coordinator_request(bytes: &[u8]) {
+    forge_coordinator::fuzz_request(bytes);
+}
+
+/// What a worker says in its session.
+pub fn node_session(bytes: &[u8]) {
+    forge_coordinator::fuzz_session(bytes);
+}
+
+/// What coordinators answer: taken or refused in words, and what is taken comes back the same.
+pub fn coordinator_reply(bytes: &[u8]) {
+    forge_cluster::client::fuzz::coordinator_reply(bytes);
+}
+
+/// What a watch tells a gateway: whatever its batches say, every replica to dial has a node that is known.
+pub fn watch(bytes: &[u8]) {
+    let mut directory = Directory::default();
+    for item in forge_cluster::client::fuzz::watch(bytes) {
+        if directory.apply(item) {
+            let wanted = directory.wanted();
+            assert!(wanted.iter().all(|wanted| wanted.key.starts_with(&wanted.target.replica.to_string())));
+            drop((directory.services(), directory.keys().count()));
+        }
+    }
+}
+
+/// A peer's certificate, and the answer that brings a process its own.
+pub fn certificate(bytes: &[u8]) {
+    forge_cluster::tls::fuzz::certificate(bytes);
+    forge_cluster::tls::fuzz::certificate_files(bytes);
+    forge_cluster::tls::fuzz::join_reply(bytes);
+}
+
+/// The configuration file of a coordinator, worker or gateway: taken or refused by key, and what is taken is what its own
+/// JSON says.
+pub fn process_config(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let format = Format::detect("", text);
+    resolve::<CoordinatorConfig>(text, format);
+    resolve::<WorkerConfig>(text, format);
+    resolve::<GatewayFile<GatewayConfig>>(text, format);
+}
+
+fn resolve<T: ProcessConfig + PartialEq + std::fmt::Debug>(text: &str, format: Format) {
+    let layers = |text: &str, format| ProcessLayers { file: Some((text.into(), format, "file".into())), ..ProcessLayers::default() };
+    let Ok(taken) = layers(text, format).resolve::<T>() else { return };
+    let mut written = serde_json::to_value(&taken).expect("a configuration has JSON");
+    written["apiVersion"] = forge_shared::spec::API_VERSION.into();
+    written["kind"] = T::KIND.into();
+    let again = layers(&written.to_string(), Format::Json).resolve::<T>();
+    assert_eq!(again.as_ref().ok(), Some(&taken), "a configuration changed on its way");
+}
+
+/// A `ModelService` document: taken or refused by key, and what is taken is written and read the same.
+pub fn service_file(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let read = |text: &str, format| {
+        let layers = Layers { file: Some(parse_document(text, format, "file")?), ..Layers::default() };
+        layers.resolve()
+    };
+    let Ok(taken) = read(text, Format::detect("", text)) else { return };
+    for format in [Format::Yaml, Format::Toml, Format::Json] {
+        let written = forge_shared::config::render(&taken, format).expect("a service can be written");
+        assert_eq!(read(&written, format).as_ref().ok(), Some(&taken), "a service changed on its way as {format:?}");
+    }
+}
+
+/// The text part of a model that a worker sends: must be built or refused, and what is built works and has the same form.
+pub fn portable_text(bytes: &[u8]) {
+    let Ok(text) = ModelText::from_portable(bytes) else { return };
+    use_tokenizer(text.tokenizer());
+    let written = text.to_portable().expect("what was read can be written");
+    let again = ModelText::from_portable(&written).and_then(|text| text.to_portable());
+    assert!(again.is_ok_and(|again| again == written), "a model's text changed on its way");
 }
 
 /// A sequence of numbers that looks random (splitmix64) and depends on its start alone.

@@ -39,15 +39,21 @@ impl Admission for AdmissionService {
     }
 }
 
+/// As what the request wants in; its name and address are such as that role has.
+pub(super) fn named_role(request: &JoinRequest) -> Result<Role, CoordinatorError> {
+    let role: Role = request.role.parse().map_err(|reason| CoordinatorError::message("role", reason))?;
+    check_name("name", &request.name).map_err(|error| CoordinatorError::message("name", error))?;
+    if (role == Role::Coordinator) == request.address.is_empty() {
+        return Err(CoordinatorError::message("address", "coordinators give host:port where they will be reached, others nothing"));
+    }
+    Ok(role)
+}
+
 impl AdmissionService {
     async fn admit(&self, request: JoinRequest, timeout: Duration) -> Result<JoinReply, CoordinatorError> {
         let coordinator = &self.0.coordinator;
-        let role: Role = request.role.parse().map_err(|reason| CoordinatorError::message("role", reason))?;
-        check_name("name", &request.name).map_err(|error| CoordinatorError::message("name", error))?;
+        let role = named_role(&request)?;
         let is_coordinator = role == Role::Coordinator;
-        if is_coordinator == request.address.is_empty() {
-            return Err(CoordinatorError::message("address", "coordinators give host:port where they will be reached, others nothing"));
-        }
         coordinator.leading()?;
         coordinator.0.raft.read_index(timeout).await.map_err(|error| coordinator.raft_error(error))?;
 

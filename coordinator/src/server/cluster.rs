@@ -181,7 +181,7 @@ fn batch(batch: Batch) -> WatchBatch {
     }
 }
 
-fn parse_kind(text: &str) -> Result<Kind, Status> {
+pub(super) fn parse_kind(text: &str) -> Result<Kind, Status> {
     Ok(match text {
         "node" => Kind::Node,
         "service" => Kind::Service,

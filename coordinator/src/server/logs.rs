@@ -113,13 +113,7 @@ fn sources(shared: &Shared, request: &LogsRequest) -> Result<Vec<Source>, Coordi
         let spec = &record.spec;
         return Ok(vec![Source { node: spec.id.clone(), address: spec.address.clone(), replica: String::new() }]);
     }
-    let (name, index) = match request.target.split_once('/') {
-        None => (request.target.as_str(), None),
-        Some((name, index)) => {
-            let index: u32 = index.parse().map_err(|_| CoordinatorError::message("target", "write SERVICE or SERVICE/INDEX"))?;
-            (name, Some(index))
-        }
-    };
+    let (name, index) = named_replica(&request.target)?;
     let service = state.services().get(&ServiceName::from(name)).ok_or_else(|| missing("service", name))?;
     let wished = service.replicas.iter().filter(|replica| index.is_none_or(|index| replica.plan.replica.index == index));
     let sources: Vec<Source> = wished
@@ -133,4 +127,15 @@ fn sources(shared: &Shared, request: &LogsRequest) -> Result<Vec<Source>, Coordi
         return Err(missing("placed replica", &request.target));
     }
     Ok(sources)
+}
+
+/// `SERVICE`, or `SERVICE/INDEX`.
+pub(super) fn named_replica(target: &str) -> Result<(&str, Option<u32>), CoordinatorError> {
+    match target.split_once('/') {
+        None => Ok((target, None)),
+        Some((name, index)) => {
+            let index: u32 = index.parse().map_err(|_| CoordinatorError::message("target", "write SERVICE or SERVICE/INDEX"))?;
+            Ok((name, Some(index)))
+        }
+    }
 }

@@ -9,6 +9,7 @@
 mod admission;
 mod call;
 mod cluster;
+pub(crate) mod fuzz;
 mod logs;
 mod nodes;
 

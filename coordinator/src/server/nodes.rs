@@ -91,7 +91,7 @@ fn still_belongs(shared: &Shared, caller: &Identity) -> Result<(), CoordinatorEr
     Err(CoordinatorError::Forbidden { reason: format!("{caller} is not known any more: let it join anew with a join token") })
 }
 
-fn hello_of(first: Option<SessionUp>, caller: &Identity) -> Result<NodeSpec, Status> {
+pub(super) fn hello_of(first: Option<SessionUp>, caller: &Identity) -> Result<NodeSpec, Status> {
     let wrong = |reason: String| refuse(CoordinatorError::Message { field: "hello", reason });
     let Some(first) = first else { return Err(wrong("the stream ended before it".into())) };
     let NodeUp::Hello { spec } = json("message_json", &first.message_json)? else {

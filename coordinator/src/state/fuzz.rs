@@ -4,6 +4,7 @@
 //! nothing that can be seen.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Command, Envelope};
@@ -14,7 +15,10 @@ use forge_shared::spec::{ModelService, ModelServiceSpec};
 
 use super::{ClusterState, check_rules, snapshot};
 
-/// A cluster of two workers with a service of one placed replica, which has revision 5.
+/// Made once: every input begins with it.
+static START: LazyLock<ClusterState> = LazyLock::new(start);
+
+/// A cluster of two workers and a service whose model is known, at revision 4.
 fn start() -> ClusterState {
     let mut state = ClusterState::new("fuzz");
     let worker = |id: &str| NodeSpec {
@@ -38,22 +42,13 @@ fn start() -> ClusterState {
             cannot_run: None,
         }],
     };
-    let facts = ModelFacts {
-        layers: 2,
-        context_length: 128,
-        weights_bytes: 1 << 20,
-        kv_slot_bytes: 64,
-        workspace_bytes: 1 << 20,
-        weights_digest: "d".into(),
-        shape: ModelShape::default(),
-    };
     let spec = ModelServiceSpec { model: "a/model".into(), ..ModelServiceSpec::default() };
     let name = ServiceName::from("demo");
     let commands = [
         Command::JoinNode { spec: Box::new(worker("w1")) },
         Command::JoinNode { spec: Box::new(worker("w2")) },
         Command::ApplyService { service: Box::new(ModelService::new("demo", spec)) },
-        Command::RecordFacts { name: name.clone(), generation: 1, facts: Ok(Box::new(facts)) },
+        Command::RecordFacts { name: name.clone(), generation: 1, facts: Ok(Box::new(facts())) },
     ];
     for (number, command) in commands.into_iter().enumerate() {
         let envelope = envelope(&format!("start-{number}"), command);
@@ -66,31 +61,82 @@ fn envelope(request_id: &str, command: Command) -> Envelope {
     Envelope { request_id: request_id.into(), proposed_ms: 1_000, traceparent: String::new(), command }
 }
 
-/// Lines of JSON envelopes, applied in order to a small cluster; lines that are none are skipped.
-pub fn fuzz_envelopes(bytes: &[u8]) {
-    let mut state = start();
-    let mut last_epochs: BTreeMap<ServiceName, Epoch> = BTreeMap::new();
-    let mut changed = false;
-    for (number, line) in bytes.split(|&byte| byte == b'\n').take(64).enumerate() {
-        let Ok(envelope) = serde_json::from_slice::<Envelope>(line) else { continue };
-        let before = state.revision();
-        let (reply, changes) = state.apply(Revision(5 + number as u64), &envelope);
-        let refused = reply.is_err();
-        assert!(!refused || (changes.is_empty() && state.revision() == before), "a refused command changed something");
-        if let Err(rule) = check_rules(&state) {
+/// Of the service's model.
+fn facts() -> ModelFacts {
+    ModelFacts {
+        layers: 2,
+        context_length: 128,
+        weights_bytes: 1 << 20,
+        kv_slot_bytes: 64,
+        workspace_bytes: 1 << 20,
+        weights_digest: "d".into(),
+        shape: ModelShape::default(),
+    }
+}
+
+/// A small cluster to which commands are applied, and what is checked after each.
+pub(crate) struct Fuzzed {
+    state: ClusterState,
+    last_epochs: BTreeMap<ServiceName, Epoch>,
+    next_revision: u64,
+    is_changed: bool,
+}
+
+impl Fuzzed {
+    /// Two workers and a service.
+    pub(crate) fn begin() -> Self {
+        Fuzzed { state: START.clone(), last_epochs: BTreeMap::new(), next_revision: 5, is_changed: false }
+    }
+
+    pub(crate) fn state(&self) -> &ClusterState {
+        &self.state
+    }
+
+    /// Of the service's model.
+    pub(crate) fn facts(&self) -> ModelFacts {
+        facts()
+    }
+
+    /// Applies a command; whether it was taken.
+    ///
+    /// # Panics
+    /// If it breaks a rule of the state, or changes something and is refused.
+    pub(crate) fn apply(&mut self, request_id: &str, command: Command) -> bool {
+        self.apply_envelope(&envelope(request_id, command))
+    }
+
+    fn apply_envelope(&mut self, envelope: &Envelope) -> bool {
+        let before = self.state.revision();
+        let (reply, changes) = self.state.apply(Revision(self.next_revision), envelope);
+        self.next_revision += 1;
+        assert!(reply.is_ok() || (changes.is_empty() && self.state.revision() == before), "a refused command changed something");
+        if let Err(rule) = check_rules(&self.state) {
             panic!("{rule} after {envelope:?}");
         }
-        for (name, service) in state.services() {
-            let last = last_epochs.entry(name.clone()).or_default();
+        for (name, service) in self.state.services() {
+            let last = self.last_epochs.entry(name.clone()).or_default();
             assert!(service.last_epoch >= *last, "epochs of {name} went back");
             *last = service.last_epoch;
         }
-        changed |= !changes.is_empty();
+        self.is_changed |= !changes.is_empty();
+        reply.is_ok()
     }
-    if changed {
-        let written = state.encode();
+}
+
+/// Lines of JSON envelopes, applied in order to a small cluster; lines that are none are skipped.
+///
+/// # Panics
+/// On a defect.
+pub fn fuzz_envelopes(bytes: &[u8]) {
+    let mut fuzzed = Fuzzed::begin();
+    for line in bytes.split(|&byte| byte == b'\n').take(64) {
+        let Ok(envelope) = serde_json::from_slice::<Envelope>(line) else { continue };
+        fuzzed.apply_envelope(&envelope);
+    }
+    if fuzzed.is_changed {
+        let written = fuzzed.state.encode();
         let read = ClusterState::decode(&written);
-        assert_eq!(read.as_ref(), Ok(&state), "a state changes when it is written and read");
+        assert_eq!(read.as_ref(), Ok(&fuzzed.state), "a state changes when it is written and read");
     }
 }
 

@@ -44,6 +44,7 @@ use forge_shared::ids::{Epoch, NodeId, ServiceName};
 use forge_shared::plan::Plan;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use fuzz::Fuzzed;
 pub use fuzz::{fuzz_envelopes, fuzz_snapshot};
 pub use limits::*;
 #[cfg(test)]

@@ -7,6 +7,7 @@
 
 mod calls;
 mod channels;
+pub mod fuzz;
 mod operator;
 mod renewal;
 mod route;

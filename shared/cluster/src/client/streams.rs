@@ -24,9 +24,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Where a watcher stands.
-struct Position {
-    after: u64,
-    in_listing: bool,
+pub(super) struct Position {
+    pub(super) after: u64,
+    pub(super) in_listing: bool,
 }
 
 pub(super) fn watch(channels: Arc<Channels>, kinds: Vec<Kind>, after: Option<Revision>) -> mpsc::Receiver<WatchItem> {
@@ -95,7 +95,7 @@ async fn relay_watch(mut batches: Streaming<WatchBatch>, position: &mut Position
 }
 
 /// What a batch says, and where it leaves the watcher.
-fn watch_items(batch: WatchBatch, position: &mut Position) -> Result<Vec<WatchItem>, ClusterError> {
+pub(super) fn watch_items(batch: WatchBatch, position: &mut Position) -> Result<Vec<WatchItem>, ClusterError> {
     let mut items = Vec::with_capacity(batch.events_json.len() + 2);
     if batch.is_reset {
         items.push(WatchItem::Reset);

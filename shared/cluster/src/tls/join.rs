@@ -106,7 +106,7 @@ async fn ask(address: &str, token: &JoinTokenText, request: JoinRequest, timeout
     }
 }
 
-fn accept(token: &JoinTokenText, wish: &JoinWish, key: &NodeKey, reply: JoinReply) -> Result<Joined, ClusterError> {
+pub(super) fn accept(token: &JoinTokenText, wish: &JoinWish, key: &NodeKey, reply: JoinReply) -> Result<Joined, ClusterError> {
     let protocol = |reason: String| ClusterError::Protocol { reason };
     let credentials = Credentials::from_pem(&reply.certificate_pem, &key.pem(), &reply.ca_certificate_pem)
         .map_err(|error| protocol(format!("the coordinator's answer: {error}")))?;

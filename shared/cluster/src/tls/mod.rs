@@ -11,6 +11,7 @@ mod connector;
 mod credentials;
 mod error;
 mod files;
+pub mod fuzz;
 mod identity;
 mod join;
 mod listener;
