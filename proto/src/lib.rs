@@ -4,6 +4,8 @@
 //! behind them sees these.
 #![allow(missing_docs, clippy::all)]
 
+pub mod codec;
+
 /// Raft: the wire between coordinators, and the records on their disks.
 pub mod raft {
     tonic::include_proto!("forge.raft.v1");
