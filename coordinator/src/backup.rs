@@ -62,11 +62,9 @@ impl Coordinator {
     /// No leader within `timeout`.
     pub async fn backup(&self, timeout: Duration) -> Result<Bytes, CoordinatorError> {
         self.0.raft.read_index(timeout).await.map_err(|error| self.raft_error(error))?;
-        let (revision, snapshot) = {
-            let state = self.0.replicated.read();
-            (state.revision(), state.encode())
-        };
-        write_backup(&self.0.options.cluster_id, revision, &snapshot, wall_ms())
+        // A copy: applying waits for that, and not for the encoding.
+        let state = self.0.replicated.read().clone();
+        write_backup(&self.0.options.cluster_id, state.revision(), &state.encode(), wall_ms())
     }
 }
 

@@ -107,7 +107,8 @@ impl Coordinator {
     pub fn start(options: CoordinatorOptions, transport: Arc<dyn PeerTransport>) -> Result<Self, CoordinatorError> {
         let replicated = Replicated::new(ClusterState::new(&options.cluster_id));
         let machine = Box::new(Machine(replicated.clone()));
-        let raft = raft::start(options.raft.clone(), machine, transport).map_err(CoordinatorError::Raft)?;
+        let raft = RaftOptions { metrics: options.metrics.raft.clone(), ..options.raft.clone() };
+        let raft = raft::start(raft, machine, transport).map_err(CoordinatorError::Raft)?;
         let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
             contact: Contact::new(&stop),
@@ -370,9 +371,18 @@ async fn follow_metrics(coordinator: Coordinator) {
     use forge_shared::telemetry::RoleLabel;
 
     let mut status = coordinator.0.raft.status();
+    let mut snapshot = (status.borrow().snapshot_index, Instant::now());
     loop {
         let now = status.borrow_and_update().clone();
         let metrics = &coordinator.0.options.metrics;
+        if now.snapshot_index != snapshot.0 {
+            snapshot = (now.snapshot_index, Instant::now());
+        }
+        metrics.raft.snapshot_index.set(now.snapshot_index as i64);
+        metrics.raft.snapshot_age_s.set(snapshot.1.elapsed().as_secs() as i64);
+        metrics.raft.log_bytes.set(now.log_bytes as i64);
+        metrics.raft.proposals_waiting.set(now.open_proposals as i64);
+        metrics.raft.disk_full.set(i64::from(now.disk == raft::DiskState::Full));
         metrics.raft_term.set(now.term as i64);
         metrics.raft_is_leader.set(i64::from(now.is_leader()));
         metrics.raft_leader_id.set(now.leader.unwrap_or(0) as i64);

@@ -13,7 +13,7 @@ use forge_shared::cluster::event::Kind;
 use parking_lot::{RwLock, RwLockReadGuard};
 use tokio::sync::watch;
 
-use crate::raft::StateMachine;
+use crate::raft::{Frozen, StateMachine};
 use crate::state::ClusterState;
 use crate::watch::{HistoryBounds, Hub, See, Source};
 
@@ -85,8 +85,9 @@ impl StateMachine for Machine {
         encode_reply(&reply)
     }
 
-    fn snapshot(&self) -> Vec<u8> {
-        self.0.state.read().encode()
+    fn snapshot(&self) -> Frozen {
+        let state = self.0.state.read().clone();
+        Box::new(move || state.encode())
     }
 
     fn restore(&mut self, _index: u64, data: &[u8]) -> Result<(), String> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use forge_coordinator::raft::{self, MemberChange, PeerTransport, RaftError, RaftHandle, RaftOptions, RaftRole, StateMachine};
+use forge_coordinator::raft::{self, Frozen, MemberChange, PeerTransport, RaftError, RaftHandle, RaftOptions, RaftRole, StateMachine};
 use forge_proto::raft as wire;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -19,8 +19,9 @@ impl StateMachine for Texts {
         format!("{index}: {} texts", self.0.len()).into_bytes()
     }
 
-    fn snapshot(&self) -> Vec<u8> {
-        self.0.join("\n").into_bytes()
+    fn snapshot(&self) -> Frozen {
+        let lines = self.0.clone();
+        Box::new(move || lines.join("\n").into_bytes())
     }
 
     fn restore(&mut self, _: u64, data: &[u8]) -> Result<(), String> {

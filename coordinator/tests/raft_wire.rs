@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forge_coordinator::raft::transport::{Connector, GrpcTransport, RaftService, SenderCheck, peer_endpoint};
-use forge_coordinator::raft::{self, MemberChange, RaftError, RaftHandle, RaftOptions, RaftRole, StateMachine};
+use forge_coordinator::raft::{self, Frozen, MemberChange, RaftError, RaftHandle, RaftOptions, RaftRole, StateMachine};
 use forge_proto::raft as wire;
 use tonic::transport::Endpoint;
 
@@ -23,8 +23,9 @@ impl StateMachine for Blobs {
         self.0.len().to_le_bytes().to_vec()
     }
 
-    fn snapshot(&self) -> Vec<u8> {
-        self.0.iter().flat_map(|blob| [(blob.len() as u32).to_le_bytes().as_slice(), blob].concat()).collect()
+    fn snapshot(&self) -> Frozen {
+        let blobs = self.0.clone();
+        Box::new(move || blobs.iter().flat_map(|blob| [(blob.len() as u32).to_le_bytes().as_slice(), blob].concat()).collect())
     }
 
     fn restore(&mut self, _: u64, mut data: &[u8]) -> Result<(), String> {

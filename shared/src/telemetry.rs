@@ -314,6 +314,61 @@ pub struct RoleLabel {
 
 const COMMAND_S: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
+const DISK_S: &[f64] = &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// What a raft member measures of itself. Clones share everything.
+#[derive(Debug, Clone)]
+pub struct RaftMetrics {
+    /// Seconds of each fsync of the log or of a snapshot.
+    pub fsync_s: Histogram,
+    /// Seconds in which the member's thread was at work on what had waited, fsync included: what comes meanwhile waits.
+    pub turn_s: Histogram,
+    /// Seconds from the decision to make a snapshot to its being on disk.
+    pub snapshot_s: Histogram,
+    /// Proposals that the member took and has not answered.
+    pub proposals_waiting: Gauge,
+    /// Bytes of the entries in the log.
+    pub log_bytes: Gauge,
+    /// Last entry in the newest snapshot.
+    pub snapshot_index: Gauge,
+    /// Seconds since the newest snapshot came; since the start, where it is older.
+    pub snapshot_age_s: Gauge,
+    /// Whether the disk is full, 0 or 1.
+    pub disk_full: Gauge,
+}
+
+impl Default for RaftMetrics {
+    fn default() -> Self {
+        RaftMetrics {
+            fsync_s: Buckets(DISK_S).new_metric(),
+            turn_s: Buckets(DISK_S).new_metric(),
+            snapshot_s: Buckets(DISK_S).new_metric(),
+            proposals_waiting: Gauge::default(),
+            log_bytes: Gauge::default(),
+            snapshot_index: Gauge::default(),
+            snapshot_age_s: Gauge::default(),
+            disk_full: Gauge::default(),
+        }
+    }
+}
+
+impl RaftMetrics {
+    fn register(&self, r: &mut Registry) {
+        r.register("forge_raft_fsync_duration_seconds", "Each fsync of the log or of a snapshot", self.fsync_s.clone());
+        r.register("forge_raft_turn_duration_seconds", "Work of the member's thread on what had waited", self.turn_s.clone());
+        r.register(
+            "forge_raft_snapshot_duration_seconds",
+            "From the decision to make a snapshot to its being on disk",
+            self.snapshot_s.clone(),
+        );
+        r.register("forge_raft_proposals_waiting", "Proposals that were taken and not answered", self.proposals_waiting.clone());
+        r.register("forge_raft_log_bytes", "Bytes of the entries in the log", self.log_bytes.clone());
+        r.register("forge_raft_snapshot_index", "Last entry in the newest snapshot", self.snapshot_index.clone());
+        r.register("forge_raft_snapshot_age_seconds", "Since the newest snapshot came, or since the start", self.snapshot_age_s.clone());
+        r.register("forge_raft_disk_full", "Whether the disk is full", self.disk_full.clone());
+    }
+}
+
 /// Handles of a coordinator's metrics and the registry that serves them. Clones share everything.
 #[derive(Debug, Clone)]
 pub struct CoordinatorMetrics {
@@ -328,6 +383,8 @@ pub struct CoordinatorMetrics {
     pub raft_commit_index: Gauge,
     /// Last entry applied here.
     pub raft_applied_index: Gauge,
+    /// What the raft member measures of itself.
+    pub raft: RaftMetrics,
     /// Commands proposed here, by how they ended.
     pub commands: Family<CommandLabel, Counter>,
     /// Seconds from proposal to reply.
@@ -354,6 +411,7 @@ impl CoordinatorMetrics {
             raft_leader_id: Gauge::default(),
             raft_commit_index: Gauge::default(),
             raft_applied_index: Gauge::default(),
+            raft: RaftMetrics::default(),
             commands: Family::default(),
             command_s: Buckets(COMMAND_S).new_metric(),
             sessions: Family::default(),
@@ -366,6 +424,7 @@ impl CoordinatorMetrics {
         r.register("forge_raft_leader_id", "Whom this member follows, 0 if nobody", metrics.raft_leader_id.clone());
         r.register("forge_raft_commit_index", "Last entry known to be committed", metrics.raft_commit_index.clone());
         r.register("forge_raft_applied_index", "Last entry applied here", metrics.raft_applied_index.clone());
+        metrics.raft.register(r);
         r.register("forge_commands", "Commands proposed here, by how they ended", metrics.commands.clone());
         r.register("forge_command_duration_seconds", "From proposal to reply", metrics.command_s.clone());
         r.register("forge_sessions", "Sessions of nodes", metrics.sessions.clone());

@@ -8,7 +8,7 @@ use raft::eraftpb::Entry;
 use super::log::{Identity, LogStore, MemoryDisk, segment_name, snapshot_name};
 use super::member::{Answer, Member, RequestId, Sink};
 use super::transport::Arriving;
-use super::{RaftLimits, RaftOptions, StateMachine, convert};
+use super::{Frozen, RaftLimits, RaftOptions, StateMachine, convert};
 
 struct Nothing;
 
@@ -17,8 +17,8 @@ impl StateMachine for Nothing {
         Vec::new()
     }
 
-    fn snapshot(&self) -> Vec<u8> {
-        Vec::new()
+    fn snapshot(&self) -> Frozen {
+        Box::new(Vec::new)
     }
 
     fn restore(&mut self, _: u64, _: &[u8]) -> Result<(), String> {

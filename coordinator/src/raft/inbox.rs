@@ -9,6 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use raft::eraftpb::Message;
 use tokio::sync::oneshot;
 
+use super::snapshot::SnapshotMade;
 use super::{MemberChange, Proposed, RaftError, RaftLimits};
 
 /// Where an answer goes.
@@ -26,6 +27,8 @@ pub(super) struct Waiting {
     pub messages: Vec<Message>,
     pub snapshots: Vec<Arrived>,
     pub sent_snapshots: Vec<(u64, bool)>,
+    /// What came of the member's own snapshot; the error is a defect's text.
+    pub made_snapshot: Option<Result<SnapshotMade, String>>,
     pub unreachable: Vec<u64>,
     pub changes: Vec<(MemberChange, Reply<()>)>,
     pub transfers: Vec<(u64, Reply<()>)>,
@@ -39,6 +42,7 @@ impl Waiting {
         self.messages.is_empty()
             && self.snapshots.is_empty()
             && self.sent_snapshots.is_empty()
+            && self.made_snapshot.is_none()
             && self.unreachable.is_empty()
             && self.changes.is_empty()
             && self.transfers.is_empty()
@@ -159,6 +163,14 @@ impl Inbox {
             if state.waiting.sent_snapshots.len() < 1024 {
                 state.waiting.sent_snapshots.push((to, is_ok));
             }
+            Ok(())
+        });
+    }
+
+    pub fn made_snapshot(&self, made: Result<SnapshotMade, String>) {
+        // A member that has stopped makes none; the temporary file goes at its next start.
+        let _ = self.put(|state, _| {
+            state.waiting.made_snapshot = Some(made);
             Ok(())
         });
     }

@@ -14,6 +14,7 @@ use raft::eraftpb::{ConfState, HardState, Message, MessageType, SnapshotMetadata
 
 use super::core::{Batch, Committed, CommittedKind, CoreOptions, RaftCore, Refused};
 use super::log::{Disk, Identity, LogError, LogStore};
+use super::snapshot::{Making, SnapshotMade, SnapshotWork};
 use super::{DiskState, MemberChange, Proposed, RaftError, RaftOptions, RaftRole, RaftStatus, StateMachine};
 
 /// Names a request until its answer; chosen by the driver, never used twice.
@@ -83,6 +84,7 @@ pub struct Member<D: Disk> {
     stalled: Option<Batch>,
     /// The disk was full when a snapshot was to be made: not again before this tick.
     no_snapshot_before: u64,
+    making: Making,
 }
 
 impl<D: Disk> Member<D> {
@@ -94,7 +96,7 @@ impl<D: Disk> Member<D> {
     pub fn open(options: RaftOptions, seed: u64, disk: D, mut machine: Box<dyn StateMachine>) -> Result<Self, RaftError> {
         options.check()?;
         let identity = Identity { cluster_id: options.cluster_id.clone(), member_id: options.member_id };
-        let first = options.bootstrap.clone().map(|voters| (ConfState { voters, ..ConfState::default() }, machine.snapshot()));
+        let first = options.bootstrap.clone().map(|voters| (ConfState { voters, ..ConfState::default() }, machine.snapshot()()));
         let opened = LogStore::open(disk, identity, &options.limits, first)?;
         if let Some(data) = opened.snapshot {
             let index = opened.persisted.snapshot.index;
@@ -127,6 +129,7 @@ impl<D: Disk> Member<D> {
             known_leader: None,
             stalled: None,
             no_snapshot_before: 0,
+            making: Making::No,
         })
     }
 
@@ -335,6 +338,7 @@ impl<D: Disk> Member<D> {
         if self.stalled.is_none() {
             self.answer_reads(sink);
             self.notice_leadership(sink);
+            self.finish_snapshot()?;
             self.snapshot_if_due()?;
         }
         Ok(())
@@ -503,19 +507,64 @@ impl<D: Disk> Member<D> {
         let behind = self.applied - self.core.snapshot_meta().index;
         let is_due =
             behind >= limits.snapshot_entries || (behind > limits.trailing_entries && self.core.log_bytes() >= limits.snapshot_bytes);
-        if !(is_due || self.core.wants_snapshot() && behind > 0) || self.ticks < self.no_snapshot_before {
+        let is_due = is_due || self.core.wants_snapshot() && behind > 0;
+        if !is_due || self.ticks < self.no_snapshot_before || !matches!(self.making, Making::No) {
             return Ok(());
         }
         let Some(meta) = self.core.meta_at(self.applied) else { return Ok(()) };
-        let data = self.machine.snapshot();
-        match self.store.write_snapshot(&meta, &data).and_then(|()| self.compact(meta)) {
-            Err(error) if error.is_full() => {
-                tracing::warn!(member = self.options.member_id, "no snapshot: {error}");
-                self.no_snapshot_before = self.ticks + 10 * self.options.election_ticks as u64;
+        match self.store.begin_snapshot(&meta) {
+            Ok(draft) => {
+                self.making = Making::Begun(Box::new(SnapshotWork { frozen: self.machine.snapshot(), draft }));
                 Ok(())
             }
-            done => Ok(done?),
+            Err(error) => self.no_snapshot(error),
         }
+    }
+
+    /// What is to be encoded and written for a snapshot, if one was begun. Its end goes to [`Member::snapshot_made`].
+    pub fn take_snapshot_work(&mut self) -> Option<SnapshotWork> {
+        match std::mem::replace(&mut self.making, Making::Away) {
+            Making::Begun(work) => Some(*work),
+            other => {
+                self.making = other;
+                None
+            }
+        }
+    }
+
+    /// What came of [`Member::take_snapshot_work`]; the next turn makes it count.
+    pub fn snapshot_made(&mut self, made: SnapshotMade) {
+        self.making = Making::Made(made);
+    }
+
+    fn finish_snapshot(&mut self) -> Result<(), RaftError> {
+        let SnapshotMade(written) = match std::mem::replace(&mut self.making, Making::No) {
+            Making::Made(made) => made,
+            other => {
+                self.making = other;
+                return Ok(());
+            }
+        };
+        let meta = written.meta().clone();
+        if meta.index <= self.core.snapshot_meta().index {
+            // The leader's came meanwhile.
+            self.store.discard_snapshot(&written);
+            return Ok(());
+        }
+        match self.store.finish_snapshot(written).and_then(|()| self.compact(meta)) {
+            Ok(()) => Ok(()),
+            Err(error) => self.no_snapshot(error),
+        }
+    }
+
+    /// Without space there is none for a while; any other failure is the member's end.
+    fn no_snapshot(&mut self, error: LogError) -> Result<(), RaftError> {
+        if !error.is_full() {
+            return Err(error.into());
+        }
+        tracing::warn!(member = self.options.member_id, "no snapshot: {error}");
+        self.no_snapshot_before = self.ticks + 10 * self.options.election_ticks as u64;
+        Ok(())
     }
 
     fn compact(&mut self, meta: SnapshotMetadata) -> Result<(), LogError> {
@@ -549,6 +598,8 @@ impl<D: Disk> Member<D> {
             first_index,
             last_index,
             snapshot_index: self.core.snapshot_meta().index,
+            log_bytes: self.core.log_bytes(),
+            open_proposals: self.pending.len(),
             members: self.core.progress(),
             disk: if is_full { DiskState::Full } else { DiskState::Writable },
             failure: None,

@@ -22,6 +22,7 @@ mod logger;
 pub mod member;
 mod node;
 mod options;
+pub mod snapshot;
 pub mod transport;
 mod types;
 
@@ -31,4 +32,4 @@ pub use error::RaftError;
 pub use handle::RaftHandle;
 pub use node::start;
 pub use options::{RaftLimits, RaftOptions};
-pub use types::{DiskState, MemberChange, MemberProgress, PeerTransport, Proposed, RaftRole, RaftStatus, StateMachine};
+pub use types::{DiskState, Frozen, MemberChange, MemberProgress, PeerTransport, Proposed, RaftRole, RaftStatus, StateMachine};

@@ -5,18 +5,21 @@
 //! Invariant: every request that was taken is answered, at the latest when the thread ends (then its asker's channel
 //! closes); one turn handles everything that waited, so one fsync serves all of it.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use forge_proto::raft as wire;
+use forge_shared::telemetry::RaftMetrics;
 use tokio::sync::watch;
 
 use super::inbox::{Inbox, Reply, Waiting};
 use super::log::Folder;
 use super::member::{Answer, Member, RequestId, Sink};
+use super::snapshot::SnapshotWork;
 use super::{PeerTransport, Proposed, RaftError, RaftHandle, RaftOptions, RaftStatus, StateMachine};
 
 /// Entries taken from messages or proposals in one write.
@@ -33,7 +36,8 @@ pub fn start(options: RaftOptions, machine: Box<dyn StateMachine>, transport: Ar
         Some(seed) => seed,
         None => getrandom::u64().map_err(|error| RaftError::Options(format!("no randomness from the system: {error}")))?,
     };
-    let folder = Folder::open(&options.data_dir)?;
+    let metrics = options.metrics.clone();
+    let folder = Folder::open(&options.data_dir)?.measured(metrics.clone());
     let (limits, member_id, tick) = (options.limits.clone(), options.member_id, options.tick);
     let heartbeat = u32::try_from(options.heartbeat_ticks).unwrap_or(u32::MAX);
     let member = Member::open(options, seed, folder, machine)?;
@@ -45,6 +49,8 @@ pub fn start(options: RaftOptions, machine: Box<dyn StateMachine>, transport: Ar
         status: sender,
         tick,
         most_ticks: heartbeat,
+        snapshots: snapshot_thread(inbox.clone(), member_id, metrics.clone())?,
+        metrics,
         outside: Outside { transport, replies: BTreeMap::new(), next_id: 0 },
     };
     std::thread::Builder::new()
@@ -52,6 +58,26 @@ pub fn start(options: RaftOptions, machine: Box<dyn StateMachine>, transport: Ar
         .spawn(move || driver.run_to_end())
         .map_err(|error| RaftError::Options(format!("no thread: {error}")))?;
     Ok(RaftHandle { inbox, status, limits, member_id })
+}
+
+/// A thread that encodes and writes snapshots, until nobody sends it any more.
+fn snapshot_thread(inbox: Arc<Inbox>, member_id: u64, metrics: RaftMetrics) -> Result<mpsc::Sender<SnapshotWork>, RaftError> {
+    let (sender, works) = mpsc::channel::<SnapshotWork>();
+    let run = move || {
+        for work in works {
+            let began = Instant::now();
+            let made = catch_unwind(AssertUnwindSafe(|| work.run())).map_err(|panic| panic_text(&*panic));
+            metrics.snapshot_s.observe(began.elapsed().as_secs_f64());
+            inbox.made_snapshot(made);
+        }
+    };
+    let thread = std::thread::Builder::new().name(format!("raft-snap-{member_id}")).spawn(run);
+    thread.map(|_| sender).map_err(|error| RaftError::Options(format!("no thread for snapshots: {error}")))
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|&text| text.into()));
+    text.unwrap_or_default()
 }
 
 enum AnyReply {
@@ -107,6 +133,8 @@ struct Driver {
     status: watch::Sender<RaftStatus>,
     tick: Duration,
     most_ticks: u32,
+    metrics: RaftMetrics,
+    snapshots: mpsc::Sender<SnapshotWork>,
     outside: Outside,
 }
 
@@ -116,10 +144,7 @@ impl Driver {
         let why = match catch_unwind(AssertUnwindSafe(|| self.run())) {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|&text| text.into()));
-                Some(format!("a defect: {}", text.unwrap_or_default()))
-            }
+            Err(panic) => Some(format!("a defect: {}", panic_text(&*panic))),
         };
         if let Some(why) = &why {
             tracing::error!("the raft member stops: {why}");
@@ -137,6 +162,7 @@ impl Driver {
         let mut next_tick = Instant::now() + self.tick;
         loop {
             let Some(waiting) = self.inbox.take(next_tick, self.member.open_proposals()) else { return Ok(()) };
+            let began = Instant::now();
             self.feed(waiting)?;
             let mut ticked = 0;
             while Instant::now() >= next_tick {
@@ -156,7 +182,12 @@ impl Driver {
                 self.member.forget_reads(|id| !replies.contains_key(&id));
             }
             self.member.turn(&mut self.outside)?;
+            if let Some(work) = self.member.take_snapshot_work() {
+                // Its thread ends after this one.
+                drop(self.snapshots.send(work));
+            }
             self.publish();
+            self.metrics.turn_s.observe(began.elapsed().as_secs_f64());
         }
     }
 
@@ -174,6 +205,14 @@ impl Driver {
         for arrived in waiting.snapshots {
             self.member.receive_snapshot(arrived.message, outside)?;
             drop(arrived.done.send(Ok(())));
+        }
+        match waiting.made_snapshot {
+            Some(Ok(made)) => self.member.snapshot_made(made),
+            Some(Err(why)) => {
+                let index = self.member.status().applied_index;
+                return Err(RaftError::Snapshot { index, why: format!("a defect in its making: {why}") });
+            }
+            None => {}
         }
         for (to, is_ok) in waiting.sent_snapshots {
             self.member.report_snapshot(to, is_ok);

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use forge_shared::telemetry::RaftMetrics;
+
 use super::RaftError;
 
 /// A member's identity, times and limits.
@@ -27,6 +29,8 @@ pub struct RaftOptions {
     pub bootstrap: Option<Vec<u64>>,
     /// Randomness of elections and read requests; another at every start (`None`: drawn from the system).
     pub seed: Option<u64>,
+    /// What the member measures of itself goes here.
+    pub metrics: RaftMetrics,
 }
 
 /// Bounds of memory, queues and files.
@@ -91,6 +95,7 @@ impl RaftOptions {
             limits: RaftLimits::default(),
             bootstrap: None,
             seed: None,
+            metrics: RaftMetrics::default(),
         }
     }
 

@@ -2,13 +2,17 @@
 
 use bytes::Bytes;
 
+/// All of a state as it was when this was made, to be encoded by any thread.
+pub type Frozen = Box<dyn FnOnce() -> Vec<u8> + Send>;
+
 /// What the group replicates. Lives on the raft thread: `apply` must be quick, deterministic and must not fail.
 pub trait StateMachine: Send + 'static {
     /// Applies the entry at `index`; the reply goes to the proposer if it is at this member. Called once per index, in
     /// order, with gaps where raft itself used an index.
     fn apply(&mut self, index: u64, data: &[u8]) -> Vec<u8>;
-    /// All of the state, as [`StateMachine::restore`] takes it.
-    fn snapshot(&self) -> Vec<u8>;
+    /// All of the state as it is now; its bytes are what [`StateMachine::restore`] takes. Quick: applying waits for this,
+    /// and not for the encoding.
+    fn snapshot(&self) -> Frozen;
     /// Replaces the state by a snapshot's, which has everything up to `index`.
     ///
     /// # Errors
@@ -113,6 +117,10 @@ pub struct RaftStatus {
     pub last_index: u64,
     /// What the newest snapshot holds.
     pub snapshot_index: u64,
+    /// Bytes of the entries in the log.
+    pub log_bytes: u64,
+    /// Proposals that were taken and not answered.
+    pub open_proposals: usize,
     /// The group, by id.
     pub members: Vec<MemberProgress>,
     /// The data directory.

@@ -6,7 +6,7 @@
 use forge_shared::cluster::Revision;
 use forge_shared::ids::Epoch;
 
-use super::{ClusterState, RemovedMembers, Replies};
+use super::{ClusterState, RemovedMembers, Shared};
 
 impl ClusterState {
     /// Begins a new history at `index`, which must be above every revision and every epoch of the old one: no members, no
@@ -15,8 +15,8 @@ impl ClusterState {
         self.members.clear();
         self.removed_members = RemovedMembers::default();
         // Requests of the old group's leaders had ids that the new one's will have too.
-        self.asked = Replies::default();
-        self.reported = Replies::default();
+        self.asked = Shared::default();
+        self.reported = Shared::default();
         let floor = Epoch(index.0);
         for service in self.services.values_mut() {
             service.last_epoch = service.last_epoch.max(floor);

@@ -27,6 +27,7 @@ mod replies;
 mod reports;
 mod rules;
 mod services;
+mod shared;
 mod snapshot;
 #[cfg(test)]
 pub(crate) mod test_support;
@@ -59,6 +60,7 @@ use members::RemovedMembers;
 use nodes::RemovedNode;
 use notices::Notices;
 use replies::Replies;
+use shared::Shared;
 
 /// Why bytes are no state of this build.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -79,7 +81,7 @@ pub enum StateError {
     },
 }
 
-/// Everything that the cluster agrees on.
+/// Everything that the cluster agrees on. A copy costs next to nothing: the large parts are shared until they change.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClusterState {
@@ -90,24 +92,24 @@ pub struct ClusterState {
     /// The last revision that placement depends on: a node, or a service's wish, facts or placements.
     placement_revision: Revision,
     clock: Clock,
-    nodes: BTreeMap<NodeId, NodeRecord>,
+    nodes: Shared<BTreeMap<NodeId, NodeRecord>>,
     /// Incarnations of nodes that were removed, so that their old processes do not come back.
     removed_nodes: BTreeMap<NodeId, RemovedNode>,
-    services: BTreeMap<ServiceName, ServiceRecord>,
+    services: Shared<BTreeMap<ServiceName, ServiceRecord>>,
     /// At least every epoch of services that are gone: one that is made again under an old name begins above it.
     epoch_floor: Epoch,
     /// By name.
-    keys: BTreeMap<String, ApiKeyRecord>,
+    keys: Shared<BTreeMap<String, ApiKeyRecord>>,
     tokens: BTreeMap<String, KeptToken>,
     members: BTreeMap<u64, MemberRecord>,
     #[serde(default)]
     removed_members: RemovedMembers,
-    idempotency: Idempotency,
-    notices: Notices,
+    idempotency: Shared<Idempotency>,
+    notices: Shared<Notices>,
     /// Replies to commands from outside …
-    asked: Replies,
+    asked: Shared<Replies>,
     /// … and to those of leaders and workers, which come in floods and must not push the others out.
-    reported: Replies,
+    reported: Shared<Replies>,
 }
 
 /// What a command did.
@@ -139,18 +141,18 @@ impl ClusterState {
             revision: Revision(0),
             placement_revision: Revision(0),
             clock: Clock::default(),
-            nodes: BTreeMap::new(),
+            nodes: Shared::default(),
             removed_nodes: BTreeMap::new(),
-            services: BTreeMap::new(),
+            services: Shared::default(),
             epoch_floor: Epoch(0),
-            keys: BTreeMap::new(),
+            keys: Shared::default(),
             tokens: BTreeMap::new(),
             members: BTreeMap::new(),
             removed_members: RemovedMembers::default(),
-            idempotency: Idempotency::default(),
-            notices: Notices::default(),
-            asked: Replies::default(),
-            reported: Replies::default(),
+            idempotency: Shared::default(),
+            notices: Shared::default(),
+            asked: Shared::default(),
+            reported: Shared::default(),
         }
     }
 

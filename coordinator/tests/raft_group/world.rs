@@ -8,7 +8,8 @@ use bytes::Bytes;
 use forge_coordinator::raft::convert;
 use forge_coordinator::raft::log::MemoryDisk;
 use forge_coordinator::raft::member::{Answer, Member, RequestId, Sink};
-use forge_coordinator::raft::{MemberChange, RaftError, RaftOptions, RaftRole, RaftStatus, StateMachine};
+use forge_coordinator::raft::snapshot::SnapshotWork;
+use forge_coordinator::raft::{Frozen, MemberChange, RaftError, RaftOptions, RaftRole, RaftStatus, StateMachine};
 use forge_proto::raft as wire;
 
 /// Every entry that any member ever applied.
@@ -29,14 +30,17 @@ impl StateMachine for Machine {
         index.to_le_bytes().to_vec()
     }
 
-    fn snapshot(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for (index, data) in &self.applied {
-            bytes.extend_from_slice(&index.to_le_bytes());
-            bytes.extend_from_slice(&(data.len() as u64).to_le_bytes());
-            bytes.extend_from_slice(data);
-        }
-        bytes
+    fn snapshot(&self) -> Frozen {
+        let applied = self.applied.clone();
+        Box::new(move || {
+            let mut bytes = Vec::new();
+            for (index, data) in &applied {
+                bytes.extend_from_slice(&index.to_le_bytes());
+                bytes.extend_from_slice(&(data.len() as u64).to_le_bytes());
+                bytes.extend_from_slice(data);
+            }
+            bytes
+        })
     }
 
     fn restore(&mut self, _: u64, mut data: &[u8]) -> Result<(), String> {
@@ -80,6 +84,8 @@ pub struct Host {
     pub member: Option<Member<MemoryDisk>>,
     pub bootstrap: Option<Vec<u64>>,
     starts: u64,
+    /// A snapshot that is being written.
+    work: Option<SnapshotWork>,
 }
 
 /// What a request asked for.
@@ -141,7 +147,7 @@ impl World {
     }
 
     pub fn add_host(&mut self, id: u64, bootstrap: Option<Vec<u64>>) {
-        self.hosts.insert(id, Host { disk: MemoryDisk::new(), member: None, bootstrap, starts: 0 });
+        self.hosts.insert(id, Host { disk: MemoryDisk::new(), member: None, bootstrap, starts: 0, work: None });
         self.start(id);
     }
 
@@ -175,6 +181,7 @@ impl World {
         let seed = self.random(u64::MAX);
         let host = self.hosts.get_mut(&id).unwrap();
         host.member = None;
+        host.work = None;
         host.disk.crash();
         host.disk.restart(seed);
     }
@@ -182,12 +189,19 @@ impl World {
     fn with(&mut self, id: u64, act: impl FnOnce(&mut Member<MemoryDisk>, &mut Out) -> Result<(), RaftError>) {
         let host = self.hosts.get_mut(&id).unwrap();
         let Some(member) = &mut host.member else { return };
+        // It is written while other things happen, and done at some later step.
+        if (self.now + id).is_multiple_of(3)
+            && let Some(work) = host.work.take()
+        {
+            member.snapshot_made(work.run());
+        }
         let mut out = Out::default();
         let done = act(member, &mut out).and_then(|()| member.turn(&mut out));
         match done {
-            Ok(()) => {}
+            Ok(()) => host.work = member.take_snapshot_work().or(host.work.take()),
             Err(_) if host.disk.is_crashed() => {
                 host.member = None;
+                host.work = None;
                 let seed = self.random(u64::MAX);
                 self.hosts[&id].disk.restart(seed);
             }

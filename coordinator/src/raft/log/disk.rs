@@ -7,11 +7,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, FileExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use super::LogError;
+use forge_shared::telemetry::RaftMetrics;
+
+use super::{LogError, WriteAside};
 
 /// One folder with plain files.
 pub trait Disk: Send + 'static {
@@ -21,6 +24,8 @@ pub trait Disk: Send + 'static {
     fn read(&mut self, name: &str, max_bytes: u64) -> io::Result<Vec<u8>>;
     /// Makes an empty file, over one that is there.
     fn create(&mut self, name: &str) -> io::Result<()>;
+    /// Makes an empty file, over one that is there, to be written at once by another thread.
+    fn create_aside(&mut self, name: &str) -> io::Result<WriteAside>;
     /// Writes at `offset`. After an error any part may be written.
     fn write_at(&mut self, name: &str, offset: u64, bytes: &[u8]) -> io::Result<()>;
     /// Cuts a file to `len_bytes`.
@@ -42,6 +47,7 @@ pub struct Folder {
     path: PathBuf,
     /// Files that were written, open: closing and opening around every fsync costs.
     open: BTreeMap<String, File>,
+    metrics: RaftMetrics,
     _lock: File,
 }
 
@@ -60,7 +66,17 @@ impl Folder {
             Ok(false) => return Err(LogError::Locked { folder: path.display().to_string() }),
             Err(source) => return Err(io("lock")(source)),
         }
-        Ok(Self { path: path.to_owned(), open: BTreeMap::new(), _lock: lock })
+        Ok(Self { path: path.to_owned(), open: BTreeMap::new(), metrics: RaftMetrics::default(), _lock: lock })
+    }
+
+    /// Tells `metrics` how long each fsync takes.
+    #[must_use]
+    pub fn measured(self, metrics: RaftMetrics) -> Self {
+        Self { metrics, ..self }
+    }
+
+    fn new_file(&self, name: &str) -> io::Result<File> {
+        OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(self.path.join(name))
     }
 
     fn file(&mut self, name: &str) -> io::Result<&File> {
@@ -98,10 +114,21 @@ impl Disk for Folder {
     }
 
     fn create(&mut self, name: &str) -> io::Result<()> {
-        let path = self.path.join(name);
-        let file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+        let file = self.new_file(name)?;
         self.open.insert(name.to_owned(), file);
         Ok(())
+    }
+
+    fn create_aside(&mut self, name: &str) -> io::Result<WriteAside> {
+        let mut file = self.new_file(name)?;
+        let metrics = self.metrics.clone();
+        Ok(Box::new(move |parts| {
+            parts.iter().try_for_each(|part| file.write_all(part))?;
+            let began = Instant::now();
+            file.sync_data()?;
+            metrics.fsync_s.observe(began.elapsed().as_secs_f64());
+            Ok(())
+        }))
     }
 
     fn write_at(&mut self, name: &str, offset: u64, bytes: &[u8]) -> io::Result<()> {
@@ -113,7 +140,10 @@ impl Disk for Folder {
     }
 
     fn sync(&mut self, name: &str) -> io::Result<()> {
-        self.file(name)?.sync_data()
+        let began = Instant::now();
+        let synced = self.file(name)?.sync_data();
+        self.metrics.fsync_s.observe(began.elapsed().as_secs_f64());
+        synced
     }
 
     fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::Disk;
+use super::{Disk, WriteAside};
 
 const SECTOR_BYTES: usize = 512;
 
@@ -236,6 +236,19 @@ impl Disk for MemoryDisk {
         state.files.insert(file, Content::default());
         state.change(FolderChange::Link { name: name.into(), file });
         Ok(())
+    }
+
+    fn create_aside(&mut self, name: &str) -> io::Result<WriteAside> {
+        self.create(name)?;
+        let (mut folder, name) = (self.clone(), name.to_owned());
+        Ok(Box::new(move |parts| {
+            let mut offset = 0;
+            for part in parts {
+                folder.write_at(&name, offset, part)?;
+                offset += part.len() as u64;
+            }
+            folder.sync(&name)
+        }))
     }
 
     fn write_at(&mut self, name: &str, offset: u64, bytes: &[u8]) -> io::Result<()> {

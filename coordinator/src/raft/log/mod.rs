@@ -15,6 +15,7 @@ mod error;
 mod frame;
 mod memory;
 mod open;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -31,8 +32,9 @@ pub use error::LogError;
 pub use frame::MAX_PAYLOAD_BYTES;
 pub use memory::MemoryDisk;
 pub use open::Opened;
+pub use snapshot::{Draft, WriteAside, Written};
 
-use super::convert::{entry_out, hard_state_out, meta_out};
+use super::convert::{entry_out, hard_state_out};
 
 /// The format that is written, and the newest that is read.
 const FORMAT: u32 = 1;
@@ -99,43 +101,6 @@ impl<D: Disk> LogStore<D> {
             }
         }
         self.hard_state = hard_state;
-        Ok(())
-    }
-
-    /// Writes a snapshot of the state up to `meta.index`, and then forgets the older one.
-    ///
-    /// # Errors
-    /// As [`LogStore::write`].
-    pub fn write_snapshot(&mut self, meta: &SnapshotMetadata, data: &[u8]) -> Result<(), LogError> {
-        let name = snapshot_name(meta.index);
-        let temporary = format!("{name}.tmp");
-        let header = wire::FileHeader {
-            snapshot: Some(meta_out(meta)),
-            data_bytes: data.len() as u64,
-            data_crc32c: crc32c::crc32c(data),
-            ..self.header()
-        };
-        let header = frame::write(meta.index, &header.encode_to_vec());
-        let written = (|| {
-            self.disk.create(&temporary).map_err(|error| LogError::of("create", &temporary, error))?;
-            self.disk.write_at(&temporary, 0, &header).map_err(|error| LogError::of("write", &temporary, error))?;
-            self.disk.write_at(&temporary, header.len() as u64, data).map_err(|error| LogError::of("write", &temporary, error))?;
-            self.disk.sync(&temporary).map_err(|error| LogError::of("sync", &temporary, error))?;
-            self.disk.rename(&temporary, &name).map_err(|error| LogError::of("rename", &temporary, error))?;
-            self.sync_folder()
-        })();
-        if let Err(error) = written {
-            if error.is_full() {
-                // What was written of it takes space that the log needs; the next attempt begins anew.
-                drop(self.disk.remove(&temporary));
-            }
-            return Err(error);
-        }
-        let older = std::mem::replace(&mut self.snapshot, meta.clone());
-        if older.index > 0 && older.index != meta.index {
-            let older = snapshot_name(older.index);
-            self.disk.remove(&older).map_err(|error| LogError::of("remove", &older, error))?;
-        }
         Ok(())
     }
 
