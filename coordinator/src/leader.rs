@@ -213,7 +213,8 @@ impl Pass<'_> {
             });
             self.assigned = Some(state.revision());
         }
-        sessions.assign(state.revision(), |node| assignments(&state, node));
+        let history = &self.coordinator.0.options.raft.cluster_id;
+        sessions.assign((history, state.revision()), |node| assignments(&state, node));
         let now_ms = self.coordinator.now_ms();
         let mut leases = self.leading.leases.lock();
         leases.follow(now_ms, &state);

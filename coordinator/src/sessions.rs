@@ -160,14 +160,14 @@ impl Sessions {
     }
 
     /// Tells each worker what it is to run, where that changed. `of` says what a node is to run.
-    pub(crate) fn assign(&self, revision: Revision, of: impl Fn(&NodeId) -> Vec<Assignment>) {
+    pub(crate) fn assign(&self, (history, revision): (&str, Revision), of: impl Fn(&NodeId) -> Vec<Assignment>) {
         let mut inner = self.0.lock();
         for (node, entry) in inner.sessions.iter_mut().filter(|(_, entry)| entry.spec.role == Role::Worker) {
             let assignments = of(node);
             if entry.sent.as_ref() == Some(&assignments) {
                 continue;
             }
-            let message = NodeDown::Assignments { revision, assignments: assignments.clone() };
+            let message = NodeDown::Assignments { history: history.to_owned(), revision, assignments: assignments.clone() };
             match entry.down.try_send(message) {
                 Ok(()) => entry.sent = Some(assignments),
                 Err(_) => {
@@ -291,8 +291,8 @@ mod tests {
     async fn assignments_are_sent_when_they_change_and_a_deaf_worker_loses_its_session() {
         let sessions = Sessions::default();
         let (handle, mut down) = begin(&sessions, "a", 1);
-        sessions.assign(Revision(1), |_| Vec::new());
-        sessions.assign(Revision(2), |_| Vec::new());
+        sessions.assign(("g", Revision(1)), |_| Vec::new());
+        sessions.assign(("g", Revision(2)), |_| Vec::new());
         assert!(matches!(down.try_recv(), Ok(NodeDown::Assignments { revision: Revision(1), .. })));
         assert!(down.try_recv().is_err(), "nothing changed");
         let one = |epoch: u64| Assignment {
@@ -312,7 +312,7 @@ mod tests {
             drain_ms: None,
         };
         for epoch in 1..=5 {
-            sessions.assign(Revision(2 + epoch), |_| vec![one(epoch)]);
+            sessions.assign(("g", Revision(2 + epoch)), |_| vec![one(epoch)]);
         }
         assert!(handle.ended.is_cancelled(), "four lie unread, the fifth found no room");
     }

@@ -314,7 +314,7 @@ fn replies() -> Seeds {
         ("loads", lettered(b'l', &wire::LoadsReply { loads_json: json(&loads).into() })),
         ("welcome", down(NodeDown::Welcome { lease_ms: 3_000, heartbeat_ms: 500 })),
         ("ack", down(NodeDown::Ack { number: 4, lease_ms: 3_000, shares: vec![share] })),
-        ("assignments", down(NodeDown::Assignments { revision: Revision(9), assignments: vec![assignment] })),
+        ("assignments", down(NodeDown::Assignments { history: "g".into(), revision: Revision(9), assignments: vec![assignment] })),
         ("moved", down(NodeDown::Moved { leader: Some("c2:7000".into()) })),
         ("missing", lettered(b'x', &detail(json(&missing)))),
         ("not_placeable", lettered(b'x', &detail(json(&refusal())))),

@@ -108,7 +108,12 @@ impl LocalCluster {
         let (node, joined) = spawned.map_err(|error| actor_error(error.to_string()))?;
         let cluster = LocalCluster { served, node, joined, events };
         let assignment = Assignment { plan, service: Box::new(service), weights_digest: String::new(), drain_ms: None };
-        let assign = |reply| NodeMessage::Assign { revision: Revision(1), assignments: vec![assignment], reply: Some(reply) };
+        let assign = |reply| NodeMessage::Assign {
+            history: String::new(),
+            revision: Revision(1),
+            assignments: vec![assignment],
+            reply: Some(reply),
+        };
         let answer = cluster.node.call(assign, Some(ASSIGN_TIMEOUT)).await.map_err(|error| actor_error(error.to_string()))?;
         match answer {
             CallResult::Success(Ok(())) => Ok(cluster),

@@ -145,7 +145,7 @@ impl World {
 
 impl Held {
     async fn assign(&self, revision: u64, assignments: Vec<Assignment>) {
-        self.say.send(NodeDown::Assignments { revision: Revision(revision), assignments }).await.expect("it listens");
+        self.say.send(NodeDown::Assignments { history: "g".into(), revision: Revision(revision), assignments }).await.expect("it listens");
     }
 
     /// Answers heartbeats until a message comes that `wanted` takes.

@@ -5,6 +5,7 @@ use forge_coordinator::{CoordinatorError, read_backup, restore};
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::{Kind, Object};
 use forge_shared::cluster::node::Role;
+use forge_shared::cluster::session::NodeDown;
 
 use crate::support::{Cluster, SOON, Worker, execute, service, start, wait_ready, wish, worker_spec};
 
@@ -78,4 +79,37 @@ async fn a_backup_becomes_a_new_group_that_old_members_do_not_enter() {
         assert!(begun.elapsed() < SOON, "{:?}", cluster.members[1].coordinator.group_status());
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
+}
+
+/// Which history's assignments a worker gets.
+async fn history(cluster: &Cluster) -> String {
+    let mut session = cluster.client(Role::Worker, "w").session(worker_spec("w", 1), SOON).await.expect("a session");
+    loop {
+        let down = tokio::time::timeout(SOON, session.down.recv()).await.expect("in time");
+        if let NodeDown::Assignments { history, .. } = down.expect("the session goes on") {
+            return history;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_cluster_s_assignments_are_of_another_history() {
+    let mut cluster = Cluster::found().await;
+    let first = history(&cluster).await;
+    assert_eq!(history(&cluster).await, first);
+    let mut parts = cluster.admin().backup(SOON).await.expect("a backup");
+    let mut file = Vec::new();
+    while let Some(part) = parts.recv().await {
+        file.extend_from_slice(&part.expect("it comes whole"));
+    }
+    let (path, data) = (cluster.path("backup"), cluster.path("c1/restored"));
+    std::fs::write(&path, &file).expect("written");
+    restore(&path, &data).expect("restored");
+    let mut options = cluster.options("c1").await;
+    cluster.members.remove(0).kill().await;
+    options.data_dir = data;
+    cluster.members.push(start(options).await);
+    cluster.leader().await;
+    // A worker compares neither revisions nor epochs with what it has seen of the other.
+    assert_ne!(history(&cluster).await, first);
 }

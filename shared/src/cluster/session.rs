@@ -67,6 +67,10 @@ pub enum NodeDown {
     },
     /// Everything this worker is to run; what is not in it ends. Sent at the beginning and at every change.
     Assignments {
+        /// Which raft group's state: revisions and epochs of two groups are not compared, and a group made from a backup is
+        /// another.
+        #[serde(default)]
+        history: String,
         /// The state's revision.
         revision: Revision,
         /// One per replica with a rank here.

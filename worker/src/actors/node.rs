@@ -23,6 +23,8 @@ use crate::link::ReplicaBoard;
 pub enum NodeMessage {
     /// Everything this node is to run; the reply says what was refused of it.
     Assign {
+        /// The raft group that says so.
+        history: String,
         /// The state it comes from.
         revision: Revision,
         /// What is not in it ends.
@@ -150,7 +152,9 @@ impl Actor for NodeActor {
 
     async fn handle(&self, myself: ActorRef<NodeMessage>, message: NodeMessage, state: &mut NodeState) -> Result<(), ActorProcessingErr> {
         let (input, reply) = match message {
-            NodeMessage::Assign { revision, assignments, reply } => (AgentInput::Assignments { revision, assignments }, reply),
+            NodeMessage::Assign { history, revision, assignments, reply } => {
+                (AgentInput::Assignments { history, revision, assignments }, reply)
+            }
             NodeMessage::Progress { run, phase, percent } => (AgentInput::Progress { run, phase, percent }, None),
             NodeMessage::Ready { run, numerics_id } => (AgentInput::Ready { run, numerics_id }, None),
             NodeMessage::Connected => (AgentInput::Connected, None),

@@ -146,7 +146,8 @@ impl World {
     async fn assign(&self, epochs: &[u64]) -> Result<(), String> {
         let assignments = epochs.iter().map(|&epoch| assignment(epoch)).collect();
         let revision = Revision(epochs.iter().copied().max().unwrap_or(100));
-        call!(self.node, |reply| NodeMessage::Assign { revision, assignments, reply: Some(reply) }).expect("the node answers")
+        call!(self.node, |reply| NodeMessage::Assign { history: "g".into(), revision, assignments, reply: Some(reply) })
+            .expect("the node answers")
     }
 
     fn status(&self, epoch: u64) -> Option<EngineStatus> {

@@ -68,6 +68,8 @@ impl fmt::Display for RunId {
 pub enum AgentInput {
     /// Everything this node is to run.
     Assignments {
+        /// The raft group that says so. Those of another group than before are no older or newer: they are taken.
+        history: String,
         /// The state they come from; a set older than the last one changes nothing.
         revision: Revision,
         /// What is not in it ends.
@@ -221,6 +223,8 @@ pub struct Agent {
     runs: BTreeMap<RunId, Held>,
     /// Newest epoch ever seen of each replica.
     newest: BTreeMap<String, Epoch>,
+    /// The group whose revisions and epochs are compared.
+    history: String,
     revision: Revision,
     draining: bool,
 }
@@ -228,7 +232,8 @@ pub struct Agent {
 impl Agent {
     /// An agent without assignments.
     pub fn new(node: NodeId, incarnation: Incarnation, limits: RestartLimits) -> Self {
-        Agent { node, incarnation, limits, runs: BTreeMap::new(), newest: BTreeMap::new(), revision: Revision(0), draining: false }
+        let (runs, newest) = (BTreeMap::new(), BTreeMap::new());
+        Agent { node, incarnation, limits, runs, newest, history: String::new(), revision: Revision(0), draining: false }
     }
 
     /// Which node this is.
@@ -263,7 +268,7 @@ impl Agent {
     /// Takes an input and says what to do, in order. `now_ms` must not go backwards.
     pub fn handle(&mut self, now_ms: u64, input: AgentInput) -> Vec<AgentAction> {
         let mut actions = match input {
-            AgentInput::Assignments { revision, assignments } => self.assignments(revision, assignments),
+            AgentInput::Assignments { history, revision, assignments } => self.assignments(history, revision, assignments),
             AgentInput::Progress { run, phase, percent } => self.progress(&run, phase, percent),
             AgentInput::Ready { run, numerics_id } => self.ready(&run, numerics_id),
             AgentInput::Died { run, death } => self.died(now_ms, &run, death),
@@ -277,7 +282,13 @@ impl Agent {
         actions
     }
 
-    fn assignments(&mut self, revision: Revision, assignments: Vec<Assignment>) -> Vec<AgentAction> {
+    fn assignments(&mut self, history: String, revision: Revision, assignments: Vec<Assignment>) -> Vec<AgentAction> {
+        if history != self.history {
+            // A cluster that was restored counts on from its backup.
+            self.history = history;
+            self.revision = Revision(0);
+            self.newest.clear();
+        }
         if revision < self.revision {
             let reason = format!("assignments of revision {revision}, and this node has those of {}", self.revision);
             return vec![AgentAction::Refused { reason }];
@@ -288,7 +299,9 @@ impl Agent {
         }
         let wanted: BTreeMap<RunId, Assignment> =
             assignments.into_iter().map(|assignment| (RunId::of(&assignment.plan), assignment)).collect();
-        let missing: Vec<RunId> = self.runs.keys().filter(|run| !wanted.contains_key(run)).cloned().collect();
+        // Another history may mean another plan by the same epoch.
+        let is_kept = |run: &RunId, held: &Held| wanted.get(run).is_some_and(|new| new.plan == held.assignment.plan);
+        let missing: Vec<RunId> = self.runs.iter().filter(|(run, held)| !is_kept(run, held)).map(|(run, _)| run.clone()).collect();
         let mut actions: Vec<AgentAction> = missing.iter().flat_map(|run| self.end(run)).collect();
         for (run, assignment) in wanted {
             actions.extend(self.assign(run, assignment));

@@ -29,7 +29,7 @@ fn draining(index: u32, epoch: u64, drain_ms: u64) -> Assignment {
 }
 
 fn set(revision: u64, assignments: Vec<Assignment>) -> AgentInput {
-    AgentInput::Assignments { revision: Revision(revision), assignments }
+    AgentInput::Assignments { history: "g".into(), revision: Revision(revision), assignments }
 }
 
 fn run(index: u32, epoch: u64) -> RunId {
@@ -134,6 +134,32 @@ fn older_sets_and_epochs_start_nothing() {
     // Whoever assigned it must not go on counting on it.
     assert!(matches!(actions[..], [AgentAction::Report(_), AgentAction::Refused { .. }]), "{actions:?}");
     assert_eq!(phases(&actions), [ReplicaPhase::Failed]);
+}
+
+#[test]
+fn a_restored_cluster_s_older_revisions_and_epochs_are_taken() {
+    let of = |history: &str, revision, assignments| AgentInput::Assignments {
+        history: history.into(),
+        revision: Revision(revision),
+        assignments,
+    };
+    let mut agent = agent();
+    assert_eq!(started(&agent.handle(0, of("g", 90, vec![assignment(0, 7), assignment(1, 8)]))), [run(0, 7), run(1, 8)]);
+    assert!(matches!(agent.handle(1, of("g", 89, vec![])).as_slice(), [AgentAction::Refused { .. }]));
+    // The backup knew epoch 7 as it is, and had replica 1 under epoch 5.
+    let actions = agent.handle(2, of("g-restored", 40, vec![assignment(0, 7), assignment(1, 5)]));
+    assert!(!actions.iter().any(|action| matches!(action, AgentAction::Refused { .. })), "{actions:?}");
+    assert_eq!(stopped(&actions), [(run(1, 8), 0)], "what stands in both goes on");
+    assert_eq!(started(&agent.handle(3, AgentInput::Stopped { run: run(1, 8) })), [run(1, 5)]);
+    // Within the new history the order counts again.
+    assert!(matches!(agent.handle(4, of("g-restored", 39, vec![])).as_slice(), [AgentAction::Refused { .. }]));
+    // Another plan by the same epoch is another run.
+    let mut other = assignment(0, 7);
+    other.plan.kv_blocks += 1;
+    let actions = agent.handle(5, of("g-again", 10, vec![other, assignment(1, 5)]));
+    assert_eq!(stopped(&actions), [(run(0, 7), 0)]);
+    let again = agent.handle(6, AgentInput::Stopped { run: run(0, 7) });
+    assert_eq!(started(&again), [run(0, 7)]);
 }
 
 #[test]

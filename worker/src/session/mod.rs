@@ -244,9 +244,9 @@ impl Shell {
             Some(NodeDown::Refused { reason }) => Some(SessionInput::Refused { reason }),
             // Shares of keys are gateways' matter.
             Some(NodeDown::Ack { number, lease_ms, .. }) => Some(SessionInput::Ack { number, lease_ms }),
-            Some(NodeDown::Assignments { revision, assignments }) => {
+            Some(NodeDown::Assignments { history, revision, assignments }) => {
                 // A node that is gone ends the process by other means.
-                let _ = self.tell(NodeMessage::Assign { revision, assignments, reply: None });
+                let _ = self.tell(NodeMessage::Assign { history, revision, assignments, reply: None });
                 None
             }
             Some(NodeDown::Inspect { number, service }) => {

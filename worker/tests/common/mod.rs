@@ -149,7 +149,7 @@ impl Node {
 
     pub fn assign(&mut self, assignments: Vec<Assignment>) {
         self.revision += 1;
-        let message = NodeMessage::Assign { revision: Revision(self.revision), assignments, reply: None };
+        let message = NodeMessage::Assign { history: "g".into(), revision: Revision(self.revision), assignments, reply: None };
         self.worker.actor.cast(message).expect("the node lives");
     }
 
