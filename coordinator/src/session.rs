@@ -179,7 +179,14 @@ impl Running {
                         // Who asked may have gone meanwhile.
                         let _ = asker.send(result);
                     }
-                    Some(Purpose::Service { name }) => self.found(&name, result),
+                    Some(Purpose::Service { name }) => self.found(&name, Some(result)),
+                }
+                Then::GoesOn
+            }
+            NodeUp::Busy { number } => {
+                // No verdict: a dry run goes to the next worker when its question is dropped.
+                if let Some(Purpose::Service { name }) = self.leading.sessions.answered(&self.handle, number, Instant::now()) {
+                    self.found(&name, None);
                 }
                 Then::GoesOn
             }
@@ -208,12 +215,12 @@ impl Running {
         is_present && self.leading.leases.lock().renew(id, *incarnation, self.coordinator.now_ms())
     }
 
-    /// What a worker found of a service's model is for the controller to judge.
-    fn found(&self, name: &ServiceName, result: Inspection) {
+    /// What a worker found of a service's model (`None`: it was busy) is for the controller to judge.
+    fn found(&self, name: &ServiceName, result: Option<Inspection>) {
         let command = {
             let state = self.coordinator.0.replicated.read();
             let mut controller = self.leading.controller.lock();
-            controller.inspected(self.coordinator.now_ms(), &state, (&self.spec.id, name), Some(result))
+            controller.inspected(self.coordinator.now_ms(), &state, (&self.spec.id, name), result)
         };
         let Some(command) = command else { return };
         let submission = self.coordinator.own(self.leading.request_id("facts"), command);

@@ -92,7 +92,7 @@ impl Controller {
         intents
     }
 
-    /// A worker answered an inspection; `None` where its session ended first. What to propose, if that settles it.
+    /// A worker answered an inspection; `None` where it was busy or its session ended first. What to propose, if that settles it.
     pub fn inspected(
         &mut self,
         now_ms: u64,

@@ -1,7 +1,8 @@
 //! Whom the leader asks to look at a service's model, and what it makes of the answers.
 //!
-//! Invariant: one worker at a time is asked for a service; a model is unusable only after several workers could not use it,
-//! or all there are; an answer that does not come is asked of the next one, with growing pauses.
+//! Invariant: one worker at a time is asked for a service, and about few services at a time; a model is unusable only after
+//! several workers could not use it, or all there are; one that is busy, or does not answer, has not judged: the next one is
+//! asked, with growing pauses.
 
 use std::collections::BTreeMap;
 
@@ -20,6 +21,8 @@ const ANSWER_MS: u64 = 120_000;
 const RECORD_MS: u64 = 5_000;
 /// Workers that are asked before a model is called unusable.
 const TRIES: usize = 3;
+/// Questions that one worker has at a time: it looks at so many models together, and says of a further one that it is busy.
+const QUESTIONS_PER_NODE: usize = 2;
 /// Pause after the first question without an answer, and the most, milliseconds.
 const PAUSE_MS: (u64, u64) = (1_000, 60_000);
 
@@ -35,7 +38,8 @@ struct Inspection {
     asked: Option<Asked>,
     /// Workers that were asked in this round.
     tried: Vec<NodeId>,
-    reasons: Vec<String>,
+    /// What is wrong with the model, by who said so.
+    refused: BTreeMap<NodeId, String>,
     unanswered: u32,
     not_before_ms: u64,
 }
@@ -45,6 +49,8 @@ struct Asked {
     node: NodeId,
     incarnation: Incarnation,
     until_ms: u64,
+    /// What it said waits to be in the state.
+    is_answered: bool,
 }
 
 impl Inspections {
@@ -74,11 +80,13 @@ impl Inspections {
                 known.tried.clear();
             }
             let untried = workers().filter(|node| !known.tried.contains(&node.spec.id));
-            // Nodes are in order of their names, and the first of equals is taken.
-            let Some(node) = untried.min_by_key(|node| busy.get(&node.spec.id).copied().unwrap_or(0)) else { continue };
+            let questions = |node: &NodeRecord| busy.get(&node.spec.id).copied().unwrap_or(0);
+            let free = untried.filter(|node| questions(node) < QUESTIONS_PER_NODE);
+            // Nodes are in order of their names, and the first of equals is taken. Who has judged need not look again.
+            let Some(node) = free.min_by_key(|node| (known.refused.contains_key(&node.spec.id), questions(node))) else { continue };
             let (id, incarnation) = (node.spec.id.clone(), node.spec.incarnation);
             known.tried.push(id.clone());
-            known.asked = Some(Asked { node: id.clone(), incarnation, until_ms: now_ms.saturating_add(ANSWER_MS) });
+            known.asked = Some(Asked { node: id.clone(), incarnation, until_ms: now_ms.saturating_add(ANSWER_MS), is_answered: false });
             intents.push(Intent::Inspect {
                 node: id,
                 incarnation,
@@ -88,7 +96,7 @@ impl Inspections {
         }
     }
 
-    /// A worker answered, or its session ended (`None`). What to propose, if that settles it.
+    /// A worker answered, or has not judged (`None`): it was busy, or its session ended. What to propose, if that settles it.
     pub fn answered(
         &mut self,
         now_ms: u64,
@@ -109,24 +117,25 @@ impl Inspections {
             }
             Some(Ok(facts)) => Ok(facts),
             Some(Err(reason)) => {
-                known.reasons.push(format!("{node}: {reason}"));
-                let tried = &known.tried;
-                let is_last = state.nodes().values().filter(|node| is_able(node)).all(|node| tried.contains(&node.spec.id));
-                if known.reasons.len() < TRIES && !is_last {
+                known.refused.insert(node.clone(), reason);
+                let refused = &known.refused;
+                let is_last = state.nodes().values().filter(|node| is_able(node)).all(|node| refused.contains_key(&node.spec.id));
+                if refused.len() < TRIES && !is_last {
                     known.asked = None;
                     return None;
                 }
-                Err(std::mem::take(&mut known.reasons).join("; "))
+                let reasons = std::mem::take(&mut known.refused).into_iter().map(|(node, reason)| format!("{node}: {reason}"));
+                Err(reasons.collect::<Vec<_>>().join("; "))
             }
         };
         // Until the state says so, nobody is asked again.
-        known.asked = known.asked.take().map(|asked| Asked { until_ms: now_ms.saturating_add(RECORD_MS), ..asked });
+        known.asked = known.asked.take().map(|asked| Asked { until_ms: now_ms.saturating_add(RECORD_MS), is_answered: true, ..asked });
         Some(Command::RecordFacts { name: name.clone(), generation, facts })
     }
 
     fn questions_per_node(&self) -> BTreeMap<NodeId, usize> {
         let mut busy = BTreeMap::new();
-        for asked in self.services.values().filter_map(|known| known.asked.as_ref()) {
+        for asked in self.services.values().filter_map(|known| known.asked.as_ref()).filter(|asked| !asked.is_answered) {
             *busy.entry(asked.node.clone()).or_default() += 1;
         }
         busy

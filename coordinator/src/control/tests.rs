@@ -344,6 +344,52 @@ fn a_question_without_an_answer_is_asked_of_the_next() {
 }
 
 #[test]
+fn a_busy_worker_has_judged_no_model_and_is_asked_about_few_at_a_time() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
+    (0..9).for_each(|number| leader.apply(&format!("m{number}"), spec(1)));
+    let ask = |leader: &mut Leader, now_ms: u64| -> Vec<(NodeId, ServiceName)> {
+        leader.leases.follow(now_ms, &leader.world.state);
+        ["a", "b"].iter().for_each(|id| assert!(leader.leases.renew(&NodeId::from(*id), Incarnation(1), now_ms)));
+        let intents = leader.controller.decide(now_ms, &leader.world.state, &leader.leases);
+        let question = |intent| match intent {
+            Intent::Inspect { node, service, .. } => Some((node, ServiceName(service.metadata.name))),
+            // What is placed is not looked at here.
+            Intent::Propose(_) => None,
+        };
+        intents.into_iter().filter_map(question).collect()
+    };
+    let mut open = ask(&mut leader, 0);
+    let asked = |id: &str| open.iter().filter(|(node, _)| node.0 == id).count();
+    assert_eq!((asked("a"), asked("b")), (2, 2), "{open:?}");
+    assert!(ask(&mut leader, 1).is_empty(), "both have enough to do");
+
+    // One is busy for long, and the other has not the files of one model: one verdict of two is none.
+    let missing = open[0].1.clone();
+    let mut refusals = 0;
+    for second in 1..400 {
+        for (node, name) in std::mem::take(&mut open) {
+            let answer = match node.0.as_str() {
+                "a" if second < 200 => None,
+                "b" if name == missing => Some(Err("no such file".into())),
+                _ => Some(Ok(Box::new(facts(1)))),
+            };
+            refusals += u32::from(matches!(answer, Some(Err(_))));
+            if let Some(command) = leader.controller.inspected(second * 1_000, &leader.world.state, (&node, &name), answer) {
+                leader.world.run(command).expect("recorded");
+            }
+        }
+        open = ask(&mut leader, second * 1_000);
+        for (name, record) in leader.world.state.services() {
+            let is_known = matches!(record.facts, Facts::Known { .. });
+            assert!(is_known || record.facts == Facts::Unknown, "{second} {name}: {:?}", record.facts);
+            assert!(is_known || second < 190 || *name == missing, "{second}: {name} waits for the other");
+        }
+    }
+    assert!(refusals > 0);
+    assert!(matches!(leader.service(&missing.0).facts, Facts::Known { .. }), "found by the one that has the files");
+}
+
+#[test]
 fn layouts_that_workers_cannot_run_stay_pending_with_the_reason_and_are_planned_when_asked() {
     let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
     let wish = ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, ..spec(1) };

@@ -120,6 +120,8 @@ pub fn fuzz_session(bytes: &[u8]) {
             NodeUp::Goodbye => {
                 fuzzed.apply(&id, Command::LoseNode { node: node.clone(), incarnation, reason: "it said good-bye".into() });
             }
+            // Says nothing that is written down.
+            NodeUp::Busy { .. } => {}
             NodeUp::Hello { .. } => return,
         }
     }

@@ -36,6 +36,11 @@ pub enum NodeUp {
         /// The model's numbers, or what is wrong with it.
         result: Result<Box<ModelFacts>, String>,
     },
+    /// Answers `Inspect`: it looks at as many models as it can. Says nothing about the model.
+    Busy {
+        /// Of the question.
+        number: u64,
+    },
     /// It leaves of its own will; its lease need not be waited for.
     Goodbye,
 }
@@ -76,7 +81,7 @@ pub enum NodeDown {
         /// One per replica with a rank here.
         assignments: Vec<Assignment>,
     },
-    /// Look at this service's model (headers only) and answer with `Inspected`.
+    /// Look at this service's model (headers only) and answer with `Inspected` or `Busy`.
     Inspect {
         /// Comes back in the answer.
         number: u64,

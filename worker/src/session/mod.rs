@@ -264,9 +264,8 @@ impl Shell {
     fn inspect(&self, number: u64, service: ModelService) {
         let (inspect, inspected) = (self.parts.inspect.clone(), self.inspected.clone());
         let Ok(permit) = self.inspections.clone().try_acquire_owned() else {
-            let result = Err("this worker looks at other models now; ask again".to_owned());
             // The receiver is this session's own.
-            let _ = inspected.send(NodeUp::Inspected { number, result });
+            let _ = inspected.send(NodeUp::Busy { number });
             return;
         };
         tokio::task::spawn_blocking(move || {
