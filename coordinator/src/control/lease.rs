@@ -1,7 +1,8 @@
 //! The leader's memory of who lives: one lease per node, renewed by heartbeats.
 //!
-//! What it is not: nothing of it is in the log. A new leader gives every known node one full lease first, so that a
-//! change of leaders loses nobody.
+//! What it is not: nothing of it is in the log. A new leader gives every known node two leases' time first, so that a
+//! change of leaders loses nobody: a node may need the whole of one to notice that its leader is gone, and has to find the
+//! new one then.
 //!
 //! Invariant: a lease belongs to one incarnation; a heartbeat of an older one renews nothing. Times are the leader's own
 //! monotonic clock and compared with no other.
@@ -24,12 +25,14 @@ struct Lease {
 pub struct LeaseTable {
     lease_ms: u64,
     leases: BTreeMap<NodeId, Lease>,
+    /// Nothing was taken over yet.
+    is_new: bool,
 }
 
 impl LeaseTable {
     /// An empty table, as a new leader begins with.
     pub fn new(lease_ms: u64) -> Self {
-        LeaseTable { lease_ms, leases: BTreeMap::new() }
+        LeaseTable { lease_ms, leases: BTreeMap::new(), is_new: true }
     }
 
     /// Length of a lease, milliseconds.
@@ -37,14 +40,16 @@ impl LeaseTable {
         self.lease_ms
     }
 
-    /// Takes over what the state says: ready nodes that are new here, or in a newer incarnation, get a full lease; others
-    /// are forgotten. To be called after every change of the state and before [`LeaseTable::expired`].
+    /// Takes over what the state says: ready nodes that are new here, or in a newer incarnation, get a full lease, at
+    /// the first call two; others are forgotten. To be called after every change of the state and before
+    /// [`LeaseTable::expired`].
     pub fn follow(&mut self, now_ms: u64, state: &ClusterState) {
         let nodes = state.nodes();
         self.leases.retain(|id, lease| {
             nodes.get(id).is_some_and(|node| node.phase == NodePhase::Ready && node.spec.incarnation == lease.incarnation)
         });
-        let ends_ms = now_ms.saturating_add(self.lease_ms);
+        let leases = if std::mem::take(&mut self.is_new) { 2 } else { 1 };
+        let ends_ms = now_ms.saturating_add(self.lease_ms.saturating_mul(leases));
         for (id, node) in nodes.iter().filter(|(_, node)| node.phase == NodePhase::Ready) {
             self.leases.entry(id.clone()).or_insert(Lease { incarnation: node.spec.incarnation, ends_ms });
         }
@@ -55,7 +60,8 @@ impl LeaseTable {
         let ends_ms = now_ms.saturating_add(self.lease_ms);
         match self.leases.get_mut(node) {
             Some(lease) if lease.incarnation == incarnation => {
-                lease.ends_ms = lease.ends_ms.max(ends_ms);
+                // Also where that is less than a new leader gave at first: now it is known that the node found it.
+                lease.ends_ms = ends_ms;
                 true
             }
             _ => false,
@@ -99,22 +105,22 @@ mod tests {
         world.join("b", 1, &[10]).expect("joins");
         let mut leases = LeaseTable::new(3_000);
         leases.follow(1_000, &world.state);
-        assert!(leases.expired(3_999).is_empty(), "a new leader gives a full lease");
+        assert!(leases.expired(6_999).is_empty(), "a new leader gives two leases");
         let (a, b) = (NodeId::from("a"), NodeId::from("b"));
-        assert!(leases.renew(&a, Incarnation(2), 3_000));
-        assert!(!leases.renew(&b, Incarnation(7), 3_000));
-        assert!(!leases.renew(&NodeId::from("c"), Incarnation(1), 3_000));
-        assert_eq!(leases.expired(4_000), [(b, Incarnation(1))]);
-        leases.begin_anew(4_500);
-        assert!(leases.expired(7_499).is_empty());
-        assert_eq!(leases.expired(7_500).len(), 2);
+        assert!(leases.renew(&a, Incarnation(2), 6_000));
+        assert!(!leases.renew(&b, Incarnation(7), 6_000));
+        assert!(!leases.renew(&NodeId::from("c"), Incarnation(1), 6_000));
+        assert_eq!(leases.expired(7_000), [(b, Incarnation(1))]);
+        leases.begin_anew(7_500);
+        assert!(leases.expired(10_499).is_empty());
+        assert_eq!(leases.expired(10_500).len(), 2);
         leases.end(&a, Incarnation(1));
-        assert!(leases.expired(4_000).is_empty(), "an older process says good-bye for itself only");
+        assert!(leases.expired(7_000).is_empty(), "an older process says good-bye for itself only");
         world.join("b", 2, &[10]).expect("anew");
         world.lose("a", 2).expect("lost");
-        leases.follow(4_000, &world.state);
-        assert!(leases.expired(6_999).is_empty());
+        leases.follow(7_000, &world.state);
+        assert!(leases.expired(9_999).is_empty(), "one lease from then on");
         leases.end(&NodeId::from("b"), Incarnation(2));
-        assert_eq!(leases.expired(4_000), [(NodeId::from("b"), Incarnation(2))]);
+        assert_eq!(leases.expired(7_000), [(NodeId::from("b"), Incarnation(2))]);
     }
 }

@@ -3,8 +3,8 @@
 //!
 //! Invariants (property-tested below): the lease is counted from when an acknowledged heartbeat was *sent*, so it ends
 //! here no later than at the leader; a node is expired only after its lease ran out and a group that has a leader
-//! answered; a node that nobody answers goes on, and one that serves on in any case is never expired; it never gives up
-//! connecting, but when it is refused.
+//! answered twice, with a try to connect between (a leader that is new gives it time for that); a node that nobody answers
+//! goes on, and one that serves on in any case is never expired; it never gives up connecting, but when it is refused.
 
 use std::collections::VecDeque;
 
@@ -106,6 +106,8 @@ pub struct SessionCore {
     may_expire: bool,
     asking: bool,
     next_ask_ms: u64,
+    /// The group's last answer, since the lease ran out, was that it lives.
+    group_lives: bool,
     /// Spreads nodes that begin together, below 1000.
     jitter: u64,
 }
@@ -133,6 +135,7 @@ impl SessionCore {
             lease_until_ms: None,
             asking: false,
             next_ask_ms: 0,
+            group_lives: false,
             jitter: jitter % 1000,
         }
     }
@@ -173,6 +176,7 @@ impl SessionCore {
             SessionInput::Connected(_) => {}
             SessionInput::Welcome { lease_ms, heartbeat_ms } if self.link == Link::Greeting => {
                 self.link = Link::Welcome;
+                self.group_lives = false;
                 self.attempts = 0;
                 self.lease_ms = lease_ms.clamp(*LEASE_MS.start(), *LEASE_MS.end());
                 self.heartbeat_ms = heartbeat_ms.clamp(*HEARTBEAT_MS.start(), *HEARTBEAT_MS.end());
@@ -198,11 +202,16 @@ impl SessionCore {
             }
             SessionInput::Group { is_alive } => {
                 self.asking = false;
-                let lost = self.lease_until_ms.is_some_and(|until| until <= now_ms);
-                if is_alive && lost && self.may_expire && self.link != Link::Welcome {
+                let lost = self.link != Link::Welcome && self.lease_until_ms.is_some_and(|until| until <= now_ms);
+                let lives = is_alive && lost && self.may_expire;
+                if lives && self.group_lives {
                     self.lease_until_ms = None;
                     actions.push(SessionAction::Expire);
+                } else if lives && matches!(self.link, Link::Waiting { .. }) {
+                    // Its leader may be a new one that waits for this node.
+                    self.link = Link::Waiting { at_ms: now_ms };
                 }
+                self.group_lives = lives && !self.group_lives;
             }
             SessionInput::Tick => {}
         }
@@ -312,7 +321,11 @@ mod tests {
         // Nobody answers: it goes on, and asks again.
         assert_eq!(core.handle(3_100, SessionInput::Tick), [Connect]);
         assert_eq!(core.handle(3_500, SessionInput::Tick), [AskGroup]);
-        assert_eq!(core.handle(3_600, SessionInput::Group { is_alive: true }), [Expire]);
+        // A group that lives may have a new leader: it is looked for before the node gives up.
+        assert_eq!(core.handle(3_600, SessionInput::Group { is_alive: true }), []);
+        assert_eq!(core.handle(3_610, SessionInput::Connected(false)), []);
+        assert_eq!(core.handle(4_000, SessionInput::Tick), [Connect, AskGroup]);
+        assert_eq!(core.handle(4_010, SessionInput::Group { is_alive: true }), [Expire]);
         assert_eq!(core.handle(4_600, SessionInput::Tick), []);
         // Taken in again, it has a lease again.
         assert_eq!(core.handle(4_700, SessionInput::Connected(true)), []);
@@ -340,6 +353,25 @@ mod tests {
         }
         assert!((25..100).contains(&connects), "{connects} tries in a minute");
         assert_eq!(core.handle(now_ms, SessionInput::Group { is_alive: true }), []);
+    }
+
+    #[test]
+    fn a_group_that_lives_is_connected_to_at_once_and_a_welcome_in_time_keeps_the_node() {
+        let mut core = welcome();
+        core.handle(20, SessionInput::Closed);
+        // Tries fail and the pauses between them have grown.
+        let mut now_ms = 20;
+        while now_ms < 3_000 {
+            now_ms = core.next_tick_ms();
+            if core.handle(now_ms, SessionInput::Tick).contains(&Connect) {
+                core.handle(now_ms, SessionInput::Connected(false));
+            }
+        }
+        assert_eq!(core.handle(now_ms + 1, SessionInput::Group { is_alive: true }), [Connect]);
+        core.handle(now_ms + 2, SessionInput::Connected(true));
+        assert_eq!(core.handle(now_ms + 3, WELCOME), [Heartbeat(2)]);
+        // What was answered before counts no more.
+        assert_eq!(core.handle(now_ms + 4, SessionInput::Group { is_alive: true }), []);
     }
 
     #[test]

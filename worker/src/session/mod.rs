@@ -23,8 +23,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::WorkerError;
 use crate::actors::NodeMessage;
 
-/// For a connection and its hello.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// For a connection and its hello: the first coordinator that is asked may take half of it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(6);
 /// For the question whether the group lives.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Messages that wait for a connection with room; the oldest go first.

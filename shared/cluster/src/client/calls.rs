@@ -4,6 +4,8 @@ use std::future::Future;
 use std::time::Duration;
 
 use forge_proto::cluster::cluster_client::ClusterClient;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
@@ -16,6 +18,8 @@ use crate::tracing::inject;
 
 /// Longest wait for one coordinator's answer. A frozen one is noticed by then; the next is asked with the same request id.
 const TRY_TIMEOUT: Duration = Duration::from_secs(3);
+/// Pause after the first round of questions to all.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 impl Channels {
     /// Asks coordinators until one answers, the error is final, or `timeout` is over. `changes` says that an answer that
@@ -31,19 +35,80 @@ impl Channels {
         Q: Clone,
         F: Future<Output = Result<Response<R>, Status>>,
     {
-        let attempt = |address: String, wait: Duration| {
-            let client = self.cluster(&address);
-            let request = request.clone();
-            let send = &send;
-            async move {
-                let client = client?;
-                let mut request = Request::new(request);
-                request.set_timeout(wait);
-                inject(request.metadata_mut());
-                Ok(send(client, request).await?.into_inner())
+        let send = &send;
+        self.attempts(timeout, changes, |address, wait| self.ask(address, wait, send, request.clone())).await
+    }
+
+    /// Asks every coordinator at once, round after round, so that one that cannot be reached takes no time from the others.
+    /// The first answer that `is_best`, or any of a round without one.
+    pub(super) async fn call_all<Q, R, F>(
+        &self,
+        timeout: Duration,
+        is_best: impl Fn(&R) -> bool,
+        send: impl Fn(ClusterClient<Channel>, Request<Q>) -> F,
+        request: Q,
+    ) -> Result<R, ClusterError>
+    where
+        Q: Clone,
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let (begun, send) = (Instant::now(), &send);
+        let mut tally = Tally::default();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let left = timeout.saturating_sub(begun.elapsed());
+            let wait = left.min(TRY_TIMEOUT);
+            let ask = |address: String| {
+                let asked = tokio::time::timeout(wait, self.ask(address.clone(), wait, send, request.clone()));
+                async move { (address, asked.await.unwrap_or_else(|_| Err(no_answer(wait)))) }
+            };
+            let mut asked: FuturesUnordered<_> = self.addresses().all().iter().cloned().map(ask).collect();
+            let mut any = None;
+            let mut refused = None;
+            while let Some((address, answer)) = asked.next().await {
+                match answer {
+                    Ok(reply) if is_best(&reply) => return Ok(reply),
+                    Ok(reply) => any = Some(reply),
+                    Err(status) => {
+                        let failure = from_status(&status, EXPECTED);
+                        match failure.is_retryable {
+                            true => tally.add(&address, failure),
+                            false => refused = Some(failure.error),
+                        }
+                    }
+                }
             }
-        };
-        self.attempts(timeout, changes, attempt).await
+            if let Some(reply) = any {
+                return Ok(reply);
+            }
+            if let Some(error) = refused.or_else(|| tally.everyone_refuses()) {
+                return Err(error);
+            }
+            if pause >= timeout.saturating_sub(begun.elapsed()) {
+                return Err(tally.end(false, begun.elapsed()));
+            }
+            tokio::time::sleep(jittered(pause)).await;
+            pause = (pause * 2).min(TRY_TIMEOUT);
+            tally.begin_round();
+        }
+    }
+
+    /// One question to one coordinator.
+    async fn ask<Q, R, F>(
+        &self,
+        address: String,
+        wait: Duration,
+        send: &impl Fn(ClusterClient<Channel>, Request<Q>) -> F,
+        request: Q,
+    ) -> Result<R, Status>
+    where
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let client = self.cluster(&address)?;
+        let mut request = Request::new(request);
+        request.set_timeout(wait);
+        inject(request.metadata_mut());
+        Ok(send(client, request).await?.into_inner())
     }
 
     /// The loop of [`Channels::call`] and of the beginnings of streams. `attempt` is given an address and its time.
@@ -74,26 +139,34 @@ impl Channels {
                 }
                 Next::Ask(_) | Next::Pause(_) => return Err(tally.end(changes, begun.elapsed())),
             };
-            let wait = left.min(TRY_TIMEOUT);
+            // Whoever is asked leaves time for the others.
+            let wait = if route.has_more() { left / 2 } else { left }.min(TRY_TIMEOUT);
             let status = match tokio::time::timeout(wait, attempt(address.clone(), wait)).await {
                 Ok(Ok(reply)) => {
                     self.prefer(&address);
                     return Ok(reply);
                 }
                 Ok(Err(status)) => status,
-                Err(_) => Status::deadline_exceeded(format!("no answer within {} ms", wait.as_millis())),
+                Err(_) => no_answer(wait),
             };
             let failure = from_status(&status, EXPECTED);
             if !failure.is_retryable {
                 return Err(failure.error);
             }
-            if let Some(leader) = &failure.leader {
-                self.learn(leader);
-                route.follow(&address, leader);
+            match &failure.leader {
+                Some(leader) => {
+                    self.learn(leader);
+                    route.follow(&address, leader);
+                }
+                None => self.demote(&address),
             }
             tally.add(&address, failure);
         }
     }
+}
+
+fn no_answer(wait: Duration) -> Status {
+    Status::deadline_exceeded(format!("no answer within {} ms", wait.as_millis()))
 }
 
 /// What the tries so far came to.

@@ -54,6 +54,10 @@ impl Channels {
         self.addresses.lock().prefer(address);
     }
 
+    pub(super) fn demote(&self, address: &str) {
+        self.addresses.lock().demote(address);
+    }
+
     pub(super) fn cluster(&self, address: &str) -> Result<ClusterClient<Channel>, TlsError> {
         Ok(ClusterClient::new(self.channel(address)?).max_decoding_message_size(MAX_REPLY_BYTES))
     }

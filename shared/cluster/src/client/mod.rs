@@ -18,7 +18,7 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forge_proto::cluster::{ExecuteRequest, PlanRequest, ReadRequest, StatusRequest};
+use forge_proto::cluster::{ExecuteRequest, PlanRequest, ReadRequest, StatusReply, StatusRequest};
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Applied, Command};
 use forge_shared::cluster::event::{Kind, Object};
@@ -108,8 +108,12 @@ impl ClusterApi for RemoteCluster {
     fn status(&self, timeout: Duration) -> BoxFuture<'_, Result<GroupStatus, ClusterError>> {
         async move {
             let request = StatusRequest {};
-            let reply =
-                self.channels.call(timeout, false, |mut client, request| async move { client.status(request).await }, request).await?;
+            let knows_leader =
+                |reply: &StatusReply| serde_json::from_slice::<GroupStatus>(&reply.status_json).is_ok_and(|status| status.leader_id != 0);
+            let reply = self
+                .channels
+                .call_all(timeout, knows_leader, |mut client, request| async move { client.status(request).await }, request)
+                .await?;
             from_json("status", &reply.status_json)
         }
         .boxed()

@@ -41,6 +41,13 @@ impl Addresses {
         }
     }
 
+    /// This one gave no answer: it is asked last from now on, until it answers again.
+    pub(super) fn demote(&mut self, address: &str) {
+        if let Some(place) = self.known.iter().position(|known| known == address) {
+            self.known[place..].rotate_left(1);
+        }
+    }
+
     pub(super) fn all(&self) -> &[String] {
         &self.known
     }
@@ -81,6 +88,11 @@ impl Route {
                 Next::Pause(pause)
             }
         }
+    }
+
+    /// Whether the round has somebody left to ask.
+    pub(super) fn has_more(&self) -> bool {
+        !self.round.is_empty()
     }
 
     /// `failed` answered that `leader` leads.
@@ -127,7 +139,12 @@ mod tests {
         let mut known = addresses(3);
         known.prefer("host2:1");
         assert_eq!(known.all(), ["host2:1", "host0:1", "host1:1"]);
+        known.demote("host2:1");
+        assert_eq!(known.all(), ["host0:1", "host1:1", "host2:1"]);
+        known.demote("host2:1");
+        known.demote("nobody:1");
         known.prefer("nobody:1");
+        assert_eq!(known.all(), ["host0:1", "host1:1", "host2:1"]);
         known.learn("host3:1");
         assert_eq!(known.all().len(), 4);
     }

@@ -167,12 +167,16 @@ pub(super) async fn session(channels: Arc<Channels>, hello: NodeSpec, timeout: D
     let hello = to_json(&NodeUp::Hello { spec: Box::new(hello) })?;
     let attempt = |address: String, _| {
         let (client, hello) = (channels.nodes(&address), hello.clone());
-        async move { begin_session(client?, hello).await }
+        async move { begin_session(client?, hello).await.map(|begun| (address, begun)) }
     };
     // A session that began and was lost leaves nothing behind but a lease that runs out.
-    let (first, down, up) = channels.attempts(timeout, false, attempt).await?;
+    let (address, (first, down, up)) = channels.attempts(timeout, false, attempt).await?;
     let (received, receiver) = mpsc::channel(STREAM_DEPTH);
-    tokio::spawn(relay_session(first, down, received));
+    tokio::spawn(async move {
+        relay_session(first, down, received).await;
+        // It fell silent, broke off or leads no more: the next look begins with the others.
+        channels.demote(&address);
+    });
     Ok(Session { up, down: receiver })
 }
 

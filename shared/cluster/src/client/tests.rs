@@ -36,6 +36,8 @@ struct Script {
     executed: Arc<Mutex<Vec<String>>>,
     /// Commands that it carries out and then does not answer.
     answers_lost: Arc<AtomicU32>,
+    /// Whom its status says leads; None: it has no such call.
+    status_leader: Arc<Mutex<Option<u64>>>,
     /// Batches of the next watches, each watch ending after its own.
     watches: Arc<Mutex<VecDeque<Vec<wire::WatchBatch>>>>,
     /// Where watches began.
@@ -94,7 +96,20 @@ impl Cluster for Script {
     }
 
     async fn status(&self, _: Request<wire::StatusRequest>) -> Result<Response<wire::StatusReply>, Status> {
-        Err(Status::unimplemented("not in this test"))
+        let Some(leader_id) = *self.status_leader.lock() else { return Err(Status::unimplemented("not in this test")) };
+        let status = GroupStatus {
+            cluster_id: "c1".into(),
+            group_id: "g1".into(),
+            member_id: 1,
+            leader_id,
+            term: 1,
+            commit_index: 1,
+            applied_index: 1,
+            revision: Revision(1),
+            members: Vec::new(),
+            version: "1".into(),
+        };
+        Ok(Response::new(wire::StatusReply { status_json: serde_json::to_vec(&status).unwrap().into() }))
     }
 
     async fn change_members(&self, _: Request<wire::ChangeMembersRequest>) -> Result<Response<wire::ChangeMembersReply>, Status> {
@@ -187,6 +202,7 @@ async fn coordinator(ca: &Arc<ClusterCa>, name: &str) -> World {
         leader: Arc::default(),
         executed: Arc::default(),
         answers_lost: Arc::default(),
+        status_leader: Arc::default(),
         watches: Arc::default(),
         resumed: Arc::default(),
     };
@@ -257,6 +273,59 @@ async fn the_end_of_a_coordinator_is_the_beginning_of_the_next() {
     second.kill();
     let error = cluster.execute("r3".into(), cordon(), Duration::from_millis(500)).await.unwrap_err();
     assert!(matches!(error, ClusterError::Unavailable { .. } | ClusterError::Unknown { .. }), "{error:?}");
+}
+
+/// Takes connections and never says a word, as a host behind a cut does.
+async fn silent() -> (TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (listener, address)
+}
+
+#[tokio::test]
+async fn whether_the_group_lives_is_asked_of_all_at_once() {
+    let ca = ca();
+    let (without, with) = (coordinator(&ca, "a").await, coordinator(&ca, "b").await);
+    *without.script.status_leader.lock() = Some(0);
+    *with.script.status_leader.lock() = Some(2);
+    // One after the other they would take a second each.
+    let silent = futures::future::join_all((0..12).map(|_| silent())).await;
+    let mut addresses: Vec<String> = silent.iter().map(|(_, address)| address.clone()).collect();
+    addresses.extend([without.address.clone(), with.address.clone()]);
+    let credentials = SharedCredentials::new(credentials(&ca, Role::Admin, "root"));
+    let cluster = RemoteCluster::new(&addresses, &credentials).unwrap();
+    assert_eq!(cluster.status(Duration::from_secs(8)).await.unwrap().leader_id, 2);
+    // Without one that knows a leader, one that knows none will do.
+    *with.script.status_leader.lock() = Some(0);
+    assert_eq!(cluster.status(Duration::from_secs(8)).await.unwrap().leader_id, 0);
+}
+
+#[tokio::test]
+async fn one_that_gives_no_answer_is_asked_last_from_then_on() {
+    let ca = ca();
+    let (world, (_listener, silent)) = (coordinator(&ca, "a").await, silent().await);
+    let credentials = SharedCredentials::new(credentials(&ca, Role::Admin, "root"));
+    let cluster = RemoteCluster::new(&[silent.clone(), world.address.clone()], &credentials).unwrap();
+    // The silent one does not take all of the time.
+    cluster.execute("r1".into(), cordon(), Duration::from_secs(8)).await.unwrap();
+    assert_eq!(cluster.channels.addresses().all(), [world.address.clone(), silent]);
+    // A leader whose session breaks off is not asked first again.
+    let hello = NodeSpec {
+        id: NodeId::from("w1"),
+        role: Role::Worker,
+        incarnation: Incarnation(1),
+        version: "1".into(),
+        address: "127.0.0.1:7100".into(),
+        metrics_address: String::new(),
+        devices: Vec::new(),
+    };
+    drop(cluster.session(hello, TIMEOUT).await.unwrap());
+    let demoted = async {
+        while cluster.channels.addresses().all()[1] != world.address {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(TIMEOUT, demoted).await.unwrap();
 }
 
 #[tokio::test]
