@@ -2,7 +2,7 @@
 //! workers what to run.
 //!
 //! Invariants: it acts only in a term that is its own and after everything of earlier terms is applied here; a new leader
-//! gives every known node one full lease before it believes one lost; with the leadership all sessions end.
+//! gives every known node two leases' time before it believes one lost; with the leadership all sessions end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Command, MemberRecord};
-use forge_shared::cluster::node::NodePhase;
+use forge_shared::cluster::node::{NodePhase, Role};
 use forge_shared::cluster::session::NodeDown;
 use forge_shared::ids::ServiceName;
 use futures::StreamExt;
@@ -203,6 +203,8 @@ impl Pass<'_> {
         let sessions = &self.leading.sessions;
         if self.assigned != Some(state.revision()) {
             sessions.end_where(|spec| match state.nodes().get(&spec.id) {
+                // Forgotten while it was away, and welcome again.
+                None if spec.role == Role::Gateway => Some(NodeDown::Moved { leader: None }),
                 None => Some(NodeDown::Refused { reason: format!("node {} was removed: join it anew", spec.id) }),
                 Some(record) if record.spec.incarnation > spec.incarnation => {
                     Some(NodeDown::Refused { reason: format!("a newer process joined as {}", spec.id) })

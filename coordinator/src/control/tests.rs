@@ -390,6 +390,23 @@ fn a_busy_worker_has_judged_no_model_and_is_asked_about_few_at_a_time() {
 }
 
 #[test]
+fn a_gateway_that_was_forgotten_while_it_was_cut_off_comes_back_as_it_is() {
+    let mut leader = Leader::of(&[("a", 1_000)]);
+    let join = || Command::JoinNode { spec: Box::new(gateway("g", 1)) };
+    leader.world.run(join()).expect("joins");
+    let is_known = |leader: &Leader| leader.world.state.nodes().contains_key(&NodeId::from("g"));
+    leader.decide();
+    leader.now_ms += 10_000;
+    leader.settle(60_000);
+    assert!(is_known(&leader), "it is lost, and not yet forgotten");
+    leader.now_ms += 3_600_000;
+    leader.settle(60_000);
+    assert!(!is_known(&leader));
+    leader.world.run(join()).expect("the same process, after the cut");
+    assert!(is_known(&leader));
+}
+
+#[test]
 fn layouts_that_workers_cannot_run_stay_pending_with_the_reason_and_are_planned_when_asked() {
     let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
     let wish = ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, ..spec(1) };

@@ -144,8 +144,12 @@ impl ClusterState {
             return Err(conflict(id, reason));
         }
         let removed = RemovedNode { incarnation: known.spec.incarnation, removed_at: step.index.0 };
+        // A gateway runs no epoch that could be served twice: one that was only cut off may come back as it is.
+        let is_fenced = known.spec.role == Role::Worker;
         self.nodes.remove(id);
-        self.removed_nodes.insert(id.clone(), removed);
+        if is_fenced {
+            self.removed_nodes.insert(id.clone(), removed);
+        }
         if self.removed_nodes.len() > MAX_REMOVED_NODES {
             let oldest = self.removed_nodes.iter().min_by_key(|(_, removed)| removed.removed_at).map(|(id, _)| id.clone());
             oldest.map(|oldest| self.removed_nodes.remove(&oldest));
