@@ -1,16 +1,19 @@
 //! The server's end: a stream of TLS connections for `tonic`'s `serve_with_incoming`.
 //!
-//! Invariant: a client that is slow or breaks off during its handshake holds up nobody, and at most
-//! [`MAX_HANDSHAKES`] of them take memory at once.
+//! Invariant: a client that is slow, silent or breaks off during its handshake holds up nobody, and at most
+//! [`MAX_HANDSHAKES`] of them take memory at once: where one more comes, the oldest ends of the address that has the most.
 
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::Stream;
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
@@ -21,7 +24,7 @@ use super::rustls_config::server_config;
 /// A connection after its handshake.
 pub type TlsStream = tokio_rustls::server::TlsStream<TcpStream>;
 
-/// Handshakes at once; more wait in the kernel's queue.
+/// Handshakes at once.
 const MAX_HANDSHAKES: usize = 128;
 /// Longest handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -61,9 +64,8 @@ impl Stream for TlsIncoming {
 }
 
 async fn accept(listener: TcpListener, acceptor: TlsAcceptor, connections: mpsc::Sender<TlsStream>) {
-    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let handshakes = Arc::new(Mutex::new(Handshakes::default()));
     loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -73,11 +75,17 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, connections: mpsc:
             }
         };
         let (acceptor, connections) = (acceptor.clone(), connections.clone());
+        let (number, pushed_out) = handshakes.lock().begin(from.ip());
+        let handshakes = handshakes.clone();
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+            let handshake = tokio::select! {
+                handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)) => handshake,
+                _ = pushed_out => return tracing::debug!(%from, "a handshake made room for others"),
+            };
+            handshakes.lock().end(number);
+            match handshake {
                 Ok(Ok(stream)) => {
-                    drop(slot);
                     let _ = connections.send(stream).await;
                 }
                 Ok(Err(error)) => match refused(&error) {
@@ -90,6 +98,36 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, connections: mpsc:
     }
 }
 
+/// Handshakes under way, oldest first.
+#[derive(Debug, Default)]
+struct Handshakes {
+    next: u64,
+    /// Of whom, and what ends it when dropped.
+    open: BTreeMap<u64, (IpAddr, oneshot::Sender<()>)>,
+}
+
+impl Handshakes {
+    /// Takes one in; another makes room where there is none. The receiver ends when this one has to.
+    fn begin(&mut self, from: IpAddr) -> (u64, oneshot::Receiver<()>) {
+        if self.open.len() >= MAX_HANDSHAKES {
+            let mut counts: HashMap<IpAddr, usize> = HashMap::new();
+            self.open.values().for_each(|(from, _)| *counts.entry(*from).or_default() += 1);
+            let most = counts.values().copied().max().unwrap_or_default();
+            let oldest = self.open.iter().find(|(_, (from, _))| counts.get(from) == Some(&most)).map(|(number, _)| *number);
+            oldest.map(|number| self.open.remove(&number));
+        }
+        let (keep, pushed_out) = oneshot::channel();
+        let number = self.next;
+        self.next += 1;
+        self.open.insert(number, (from, keep));
+        (number, pushed_out)
+    }
+
+    fn end(&mut self, number: u64) {
+        self.open.remove(&number);
+    }
+}
+
 /// What was wrong with the client's certificate, or what the client said of ours.
 fn refused(error: &std::io::Error) -> Option<String> {
     let inner = error.get_ref()?;
@@ -98,4 +136,31 @@ fn refused(error: &std::io::Error) -> Option<String> {
         return Some(TlsError::from_rustls(found, "the client", "a process of this cluster").to_string());
     }
     diagnose(inner, "a process of this cluster").map(|found| found.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn ip(last: u8) -> IpAddr {
+        Ipv4Addr::new(10, 0, 0, last).into()
+    }
+
+    #[test]
+    fn whoever_has_the_most_handshakes_makes_room() {
+        let mut handshakes = Handshakes::default();
+        let (_, mut first) = handshakes.begin(ip(1));
+        let mut many: Vec<_> = (0..MAX_HANDSHAKES).map(|_| handshakes.begin(ip(2))).collect();
+        let mut is_over = |index: usize| many[index].1.try_recv() == Err(oneshot::error::TryRecvError::Closed);
+        assert!(is_over(0) && !is_over(1), "the oldest of the one that has the most");
+        assert_eq!(first.try_recv(), Err(oneshot::error::TryRecvError::Empty), "older, and alone");
+        let (number, mut late) = handshakes.begin(ip(3));
+        assert!(is_over(1) && !is_over(2) && handshakes.open.len() == MAX_HANDSHAKES);
+        assert_eq!(late.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        handshakes.end(number);
+        handshakes.end(number);
+        assert_eq!(handshakes.open.len(), MAX_HANDSHAKES - 1);
+    }
 }

@@ -164,6 +164,20 @@ async fn a_token_lets_in_and_pins_the_ca() {
 }
 
 #[tokio::test]
+async fn silent_connections_hold_up_nobody() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let worker = issue(&ca, Role::Worker, "w1", DAY, clock_s());
+    let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s());
+    let (address, _) = serve(ca, server).await;
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(tokio::net::TcpStream::connect(&address).await.unwrap());
+    }
+    assert_eq!(call(&address, coordinator(), worker).await.unwrap(), "forge://c1/worker/w1");
+    drop(silent);
+}
+
+#[tokio::test]
 async fn replaced_credentials_are_shown_at_the_next_connection() {
     let ca = ClusterCa::create("c1", clock_s()).unwrap();
     let shared = SharedCredentials::new(issue(&ca, Role::Worker, "w1", DAY, clock_s() - 2 * 24 * 3600));
