@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use forge_shared::config::ProcessConfig;
 use serde::{Deserialize, Serialize};
 
-use super::{Membership, TelemetryConfig, check_address, check_name};
+use super::{Membership, TelemetryConfig, check_address, check_advertise, check_name};
 
 /// What a coordinator must know to start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,11 +60,8 @@ impl ProcessConfig for CoordinatorConfig {
     fn check(&self) -> Result<(), (&'static str, String)> {
         check_name(&self.name)?;
         check_address("listen", &self.listen)?;
-        check_address("advertise", self.address())?;
+        check_advertise(&self.listen, self.advertise.as_deref())?;
         check_address("metricsListen", &self.metrics_listen)?;
-        if self.advertise.is_none() && self.listen.starts_with("0.0.0.0:") || self.listen.starts_with("[::]:") && self.advertise.is_none() {
-            return Err(("advertise", "is missing: with a listen address of all interfaces, say where other hosts reach it".into()));
-        }
         if self.heartbeat_ms < 50 || self.lease_ms < self.heartbeat_ms * 3 {
             return Err(("leaseMs", "must be at least three times heartbeatMs, which is at least 50".into()));
         }

@@ -134,6 +134,19 @@ fn check_address(key: &'static str, address: &str) -> Result<(), (&'static str, 
     Ok(())
 }
 
+/// That the address where others reach a process is one that they can dial; absent, it is the address it listens at.
+fn check_advertise(listen: &str, advertise: Option<&str>) -> Result<(), (&'static str, String)> {
+    let address = advertise.unwrap_or(listen);
+    check_address("advertise", address)?;
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let is_everywhere = matches!(host.trim_matches(['[', ']']).parse::<std::net::IpAddr>(), Ok(ip) if ip.is_unspecified());
+    match (is_everywhere, advertise) {
+        (false, _) => Ok(()),
+        (true, None) => Err(("advertise", "is missing: with a listen address of all interfaces, say where other hosts reach it".into())),
+        (true, Some(_)) => Err(("advertise", format!("{address:?} is no address to dial: say where other hosts reach it"))),
+    }
+}
+
 fn check_name(name: &str) -> Result<(), (&'static str, String)> {
     crate::tls::check_name("name", name).map_err(|error| ("name", error.to_string()))
 }

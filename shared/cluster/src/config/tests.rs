@@ -119,6 +119,12 @@ fn contradictions_are_named() {
         let assignments = assignments.iter().map(|text| text.to_string()).collect();
         ProcessLayers { assignments, ..ProcessLayers::default() }.resolve::<WorkerConfig>()
     };
+    for listen in ["0.0.0.0:7100", "[::]:7100"] {
+        let listens = format!("listen={listen}");
+        assert!(worker(&[&listens]).unwrap_err().to_string().contains("advertise"), "{listen}");
+        assert!(worker(&[&listens, &format!("advertise={listen}")]).unwrap_err().to_string().contains("no address to dial"), "{listen}");
+        assert_eq!(worker(&[&listens, "advertise=host:7100"]).unwrap().address(), "host:7100");
+    }
     assert!(worker(&["coordinators="]).unwrap_err().to_string().contains("coordinators"));
     assert!(worker(&["drainTimeoutS=4000"]).unwrap_err().to_string().contains("3600"));
     let unknown = worker(&["drainTimeout=5"]).unwrap_err();

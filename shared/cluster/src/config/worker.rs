@@ -7,7 +7,7 @@ use forge_shared::config::ProcessConfig;
 use forge_shared::spec::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use super::{Membership, TelemetryConfig, check_address, check_name};
+use super::{Membership, TelemetryConfig, check_address, check_advertise, check_name};
 
 /// Devices a node may declare.
 const MAX_DEVICES: usize = 64;
@@ -132,7 +132,7 @@ impl ProcessConfig for WorkerConfig {
         }
         self.coordinators.iter().try_for_each(|address| check_address("coordinators", address))?;
         check_address("listen", &self.listen)?;
-        check_address("advertise", self.address())?;
+        check_advertise(&self.listen, self.advertise.as_deref())?;
         check_address("metricsListen", &self.metrics_listen)?;
         if self.devices.len() > MAX_DEVICES {
             return Err(("devices", format!("{} devices; at most {MAX_DEVICES}", self.devices.len())));
