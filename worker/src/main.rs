@@ -54,10 +54,10 @@ fn main() -> ExitCode {
 
 fn start(config: WorkerConfig) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")?;
-    runtime.block_on(work(config))?;
-    // Blocking work that is left (a pull that was cancelled) must not hold the process.
+    let ended = runtime.block_on(work(config));
+    // Blocking work that is left (a pull that was cancelled) must not hold the process, whatever ended it.
     runtime.shutdown_timeout(Duration::from_secs(2));
-    Ok(())
+    ended
 }
 
 async fn work(config: WorkerConfig) -> Result<()> {
