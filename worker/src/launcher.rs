@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use crate::WorkerError;
 use crate::actors::{Launch, LaunchWatch, Launched};
-use crate::ledger::{Ledger, LedgerDevice};
+use crate::ledger::{Ledger, LedgerDevice, Patience};
 use crate::models::{ProvideModel, ProvidedModel, ServedNames};
 use crate::prepare::{DecoderSizes, PreparedModel};
 use crate::threads;
@@ -25,6 +25,9 @@ use crate::time::now_s;
 
 /// How often a load is looked at.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Longer than others' short peaks of memory, short beside a load.
+const SHORTAGE: Patience = Patience { wait: Duration::from_secs(5), pause: Duration::from_millis(250) };
 
 /// See the module documentation.
 pub struct ModelLauncher {
@@ -58,7 +61,8 @@ impl Launch for ModelLauncher {
                 found_bytes: None,
             });
         }
-        let mut reservation = self.ledger.reserve(rank.device, rank.memory.total_bytes())?;
+        let is_cancelled = || watch.cancel.is_cancelled();
+        let mut reservation = self.ledger.reserve_patiently(rank.device, rank.memory.total_bytes(), SHORTAGE, is_cancelled)?;
         let card = card(&model, plan, names)?;
         let load = LoadRun { model: model.clone(), card: card.clone(), assignment: assignment.clone(), metrics: self.metrics.clone() };
         let (handle, exit) = load.on_own_thread(rank, reservation.device(), watch)?;

@@ -7,6 +7,7 @@
 //! Invariant: bytes of all live reservations of a device never exceed its memory, and no core beyond its own is used.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use forge_shared::cluster::node::DeviceInfo;
 use forge_shared::telemetry::{DeviceLabel, Metrics};
@@ -49,6 +50,15 @@ pub struct Ledger {
 struct Reserved {
     bytes: u64,
     loading_bytes: u64,
+}
+
+/// How long a shortage of the machine is watched before it is believed.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// In all.
+    pub wait: Duration,
+    /// Between two looks.
+    pub pause: Duration,
 }
 
 /// A run's share of a device; given back when dropped.
@@ -115,6 +125,35 @@ impl Ledger {
         reserved[position].loading_bytes += bytes;
         Ok(Reservation { ledger: self.clone(), position, bytes, loading: true })
     }
+
+    /// As [`Ledger::reserve`], looking again while the machine has less than the device was said to have: another process
+    /// may need memory for a moment, and what is reported as found is believed until this process starts anew. Blocking.
+    ///
+    /// # Errors
+    /// As [`Ledger::reserve`]; with the most memory that was found in that time.
+    pub fn reserve_patiently(
+        self: &Arc<Self>,
+        device: u32,
+        bytes: u64,
+        patience: Patience,
+        is_cancelled: impl Fn() -> bool,
+    ) -> Result<Reservation, WorkerError> {
+        let until = Instant::now() + patience.wait;
+        let mut best = self.reserve(device, bytes);
+        while let Err(error) = &best
+            && error.found_memory_bytes().is_some()
+            && !is_cancelled()
+            && Instant::now() < until
+        {
+            std::thread::sleep(patience.pause);
+            let next = self.reserve(device, bytes);
+            let found_bytes = next.as_ref().err().and_then(WorkerError::found_memory_bytes);
+            if found_bytes.is_none() || found_bytes > error.found_memory_bytes() {
+                best = next;
+            }
+        }
+        best
+    }
 }
 
 impl Reservation {
@@ -171,5 +210,25 @@ mod tests {
         assert_eq!(refused.found_memory_bytes(), Some(70));
         first.loaded();
         assert!(ledger.reserve(3, 30).is_ok());
+    }
+
+    #[test]
+    fn a_passing_shortage_is_waited_for_and_a_lasting_one_is_found() {
+        let looks = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let seen = looks.clone();
+        // 10, 20, 30, ... and from the seventh look on 60.
+        let free_bytes = move || (seen.fetch_add(1, std::sync::atomic::Ordering::SeqCst) + 1).min(6) * 10;
+        let device = LedgerDevice { index: 3, memory_bytes: 100, cores: vec![], niceness: 0 };
+        let ledger = Ledger::new(vec![device], Box::new(free_bytes));
+        let patience = |wait_ms| Patience { wait: Duration::from_millis(wait_ms), pause: Duration::from_millis(1) };
+        let held = ledger.reserve_patiently(3, 50, patience(60_000), || false).expect("50 are free at the fifth look");
+        drop(held);
+        let refused = ledger.reserve_patiently(3, 70, patience(20), || false).expect_err("60 at most");
+        assert_eq!(refused.found_memory_bytes(), Some(60));
+        let before = looks.load(std::sync::atomic::Ordering::SeqCst);
+        assert!(ledger.reserve_patiently(3, 70, patience(60_000), || true).is_err());
+        assert_eq!(looks.load(std::sync::atomic::Ordering::SeqCst), before + 1, "nobody waits for it any more");
+        // What the device has not is not waited for.
+        assert!(ledger.reserve_patiently(3, 101, patience(60_000), || false).is_err_and(|error| error.found_memory_bytes().is_none()));
     }
 }
