@@ -1,5 +1,6 @@
 //! What turns text into ids: the `tokenizers` library, or our own SentencePiece.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
 use crate::sentencepiece::SentencePiece;
@@ -39,8 +40,10 @@ impl Engine {
             Self::Library(library) if parse_special => &library.tokenizer,
             Self::Library(library) => library.without_special(),
         };
-        let encoding = library.encode_fast(text, add_special).map_err(|error| failed("encode", &error))?;
-        Ok(encoding.get_ids().to_vec())
+        // Some damaged files make the library panic on some texts only; it keeps nothing that a panic leaves half-changed.
+        let encoded = catch_unwind(AssertUnwindSafe(|| library.encode_fast(text, add_special)));
+        let encoded = encoded.map_err(|_| TextError::Tokenize { action: "encode", reason: "the tokenizer's files are damaged".into() })?;
+        Ok(encoded.map_err(|error| failed("encode", &error))?.get_ids().to_vec())
     }
 
     /// Text of ids by the library's decoder, for vocabularies whose text is not their bytes.

@@ -73,7 +73,7 @@ pub enum TextError {
     #[error("chat template failed on these messages: {0}")]
     TemplateFailed(String),
     /// Rendering passed one of [`crate::TemplateLimits`].
-    #[error("chat template exceeded its limit of {0}")]
+    #[error("chat template exceeded its limit of {0}; `--chat-template FILE` (spec.chatTemplate) gives the model another one")]
     TemplateLimit(String),
     /// The messages or template arguments are not of the shape a template can take.
     #[error("{field}: {reason}")]

@@ -95,6 +95,50 @@ fn decoders_that_cannot_be_streamed_are_refused() {
     assert!(error_with("/decoder", decoder).contains("ByteFallback"));
 }
 
+/// A unigram model's pieces become a tree with a level for each byte, freed by recursion.
+#[test]
+fn unigram_pieces_have_a_bound() {
+    let unigram = |pieces: Value| json!({"version": "1.0", "added_tokens": [], "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}});
+    let error = load(&unigram(json!([["<unk>", 0.0], ["a".repeat(300_000), -1.0]]))).expect_err("a long piece").to_string();
+    assert!(error.contains("piece 1 has 300000 bytes"), "{error}");
+    let many: Vec<Value> = (0..20_000).map(|id| json!([format!("{id:0>500}"), -1.0])).collect();
+    let error = load(&unigram(json!(many))).expect_err("many long pieces").to_string();
+    assert!(error.contains("more than 8388608 bytes"), "{error}");
+    let longest = load(&unigram(json!([["<unk>", 0.0], ["a".repeat(512), -1.0]]))).expect("the longest piece");
+    assert_eq!(longest.encode(&"a".repeat(1024), false).expect("two pieces"), [1, 1]);
+    let error = gguf_error(|gguf| {
+        gguf.model = "t5".into();
+        gguf.scores = Some(vec![0.0; gguf.tokens.len()]);
+        gguf.unknown_id = Some(0);
+        gguf.tokens[40] = "a".repeat(200_000);
+    });
+    assert!(error.to_string().contains("200000 bytes"), "{error}");
+}
+
+/// Replacement rules that point outside of their bytes: refused, or an error of the text that meets them.
+#[test]
+fn damaged_replacement_rules_are_errors() {
+    use base64::Engine as _;
+    let with_rules = |bytes: &[u8]| {
+        let mut json = valid_json();
+        let text = base64::prelude::BASE64_STANDARD.encode(bytes);
+        json["normalizer"] = json!({"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": text}]});
+        load(&json)
+    };
+    for bytes in [vec![1], vec![255; 8], [&[4, 0, 0, 0, 0, 0, 0, 0][..], &[b'x'; 65], &[0]].concat()] {
+        let error = with_rules(&bytes).expect_err("damaged rules").to_string();
+        assert!(error.contains("precompiled_charsmap"), "{error}");
+    }
+    // 'Z' alone leads outside, with a rule's end said to be there.
+    let mut units = vec![0_u32; 256];
+    units[usize::from(b'Z')] = 0x7fff_f900 | u32::from(b'Z');
+    let bytes: Vec<u8> = 1024_u32.to_le_bytes().into_iter().chain(units.into_iter().flat_map(u32::to_le_bytes)).collect();
+    let tokenizer = with_rules(&bytes).expect("nothing is wrong with it yet");
+    tokenizer.encode("Hello", false).expect("a text that meets no rule");
+    let error = tokenizer.encode("Za", false).expect_err("a rule outside").to_string();
+    assert!(error.contains("damaged"), "{error}");
+}
+
 #[test]
 fn side_files_are_checked_too() {
     let tokenizer_json = valid_json().to_string().into_bytes();

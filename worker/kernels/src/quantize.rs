@@ -4,7 +4,8 @@
 //! rounded to f16; for types with a minimum also s = f16(d · Σ values), of d before it is rounded. This is what
 //! llama.cpp's x86 code computes (`quantize_row_q8_0`, `quantize_row_q8_1`), so that results can be compared closely.
 //! Types of 256 values per block take the sums unrounded, as they do there, but keep a scale for every 32 values. Only
-//! a block with a below [`LEAST_MAGNITUDE`] counts as zeros: its 127/a could overflow, and its d is 0 in f16 anyway.
+//! a block with a below [`LEAST_MAGNITUDE`] counts as zeros: its 127/a could overflow, and its d is 0 in f16 anyway. A
+//! block with an infinity or a NaN has the scale NaN: it would come out as a plausible number otherwise.
 
 use crate::error::Result;
 use crate::lanes::{LANES, Lanes, kernel};
@@ -115,6 +116,11 @@ unsafe fn quantize_body<L: Lanes>(x: *const f32, row: QuantizedRow) {
         unsafe {
             let low = L::load(x.add(block * BLOCK));
             let high = L::load(x.add(block * BLOCK + LANES));
+            // Zero, but NaN where a value is infinite or NaN: what is not a number stays one, by its scale, on every path.
+            if low.mul_add(L::splat(0.0), high.mul(L::splat(0.0))).sum().is_nan() {
+                poison::<L>(row, block);
+                continue;
+            }
             let greatest = low.abs().max(high.abs()).greatest();
             let (scale, inverse) = if greatest < LEAST_MAGNITUDE { (0.0, 0.0) } else { (greatest / 127.0, 127.0 / greatest) };
             let inverse = L::splat(inverse);
@@ -131,6 +137,23 @@ unsafe fn quantize_body<L: Lanes>(x: *const f32, row: QuantizedRow) {
             *row.sums.add(block) = rounded * sum;
             *row.rounded_sums.add(block) = half::f16::from_f32(scale * sum).to_f32();
         }
+    }
+}
+
+/// Makes a block whose every product is NaN.
+///
+/// # Safety
+/// `row` is writable and `block` one of its blocks.
+#[inline(always)]
+unsafe fn poison<L: Lanes>(row: QuantizedRow, block: usize) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        L::splat(0.0).store_i8(row.values.add(block * BLOCK));
+        L::splat(0.0).store_i8(row.values.add(block * BLOCK + LANES));
+        *row.half_sums.add(block) = 0;
+        *row.scales.add(block) = f32::NAN;
+        *row.sums.add(block) = f32::NAN;
+        *row.rounded_sums.add(block) = f32::NAN;
     }
 }
 

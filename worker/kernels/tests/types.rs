@@ -162,3 +162,29 @@ fn scales_that_do_not_fit_are_refused() {
     block_type.scales = weight.scales;
     assert!(backend.weight(block_type).err().unwrap().to_string().contains("only F8_E4M3"));
 }
+
+/// An overflow upstream must not become a plausible number: its token's results are NaN, the others' as without it.
+#[test]
+fn what_is_no_number_stays_none() {
+    let mut random = Random(43);
+    let (rows, columns, tokens) = (5, 256, 3);
+    let x = random.normals(tokens * columns);
+    for dtype in quantized() {
+        let bytes = random_matrix(&mut random, dtype, rows, columns);
+        for backend in backends() {
+            let weight = backend.weight(source(bytes.clone(), dtype, rows, columns, Segments::whole(columns))).unwrap();
+            let sound = product(&backend, &weight, &x, tokens, rows, None);
+            for (at, value) in (0..columns).step_by(13).zip([f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().cycle()) {
+                let mut damaged = x.clone();
+                damaged[columns + at] = value;
+                let actual = product(&backend, &weight, &damaged, tokens, rows, None);
+                let path = backend.path();
+                assert!(actual[rows..2 * rows].iter().all(|value| value.is_nan()), "{dtype} {path} {at}: {actual:?}");
+                assert_eq!(bits(&actual[..rows]), bits(&sound[..rows]), "{dtype} {path} {at}");
+                assert_eq!(bits(&actual[2 * rows..]), bits(&sound[2 * rows..]), "{dtype} {path} {at}");
+                let alone = product(&backend, &weight, &damaged[columns..2 * columns], 1, rows, None);
+                assert!(alone.iter().all(|value| value.is_nan()), "{dtype} {path} {at} alone: {alone:?}");
+            }
+        }
+    }
+}

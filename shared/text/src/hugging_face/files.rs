@@ -7,7 +7,7 @@ use crate::{Result, TextError};
 
 /// Largest `tokenizer.json`, and of the files that stand for it; the largest published ones have some 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
-/// Largest `tokenizer.model`: parsed, its pieces take some twenty times as much. The largest published ones have 5 MB.
+/// Largest `tokenizer.model`. The largest published ones have 5 MB.
 const MAX_MODEL_BYTES: u64 = 16 << 20;
 /// Largest of the other files.
 const MAX_SIDE_FILE_BYTES: u64 = 16 << 20;

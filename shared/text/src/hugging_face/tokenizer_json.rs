@@ -11,8 +11,13 @@ use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 use tokenizers::processors::PostProcessorWrapper;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
 use super::side_files::{SideFiles, parse_object, token_text};
 use crate::decoding::DecoderPlan;
+use crate::sentencepiece::charsmap::Charsmap;
+use crate::sentencepiece::check_pieces;
 use crate::tokenizer::TokenizerParts;
 use crate::vocabulary::{Vocabulary, VocabularyEntry, check_size};
 use crate::{Result, TextError};
@@ -72,9 +77,14 @@ fn check_model(json: &Map<String, Value>) -> Result<()> {
     for token in added.into_iter().flatten() {
         check_id("added_tokens", &token["id"])?;
     }
+    check_charsmaps(json.get("normalizer").unwrap_or(&Value::Null))?;
     let vocabulary = match model.get("vocab") {
         Some(Value::Object(vocabulary)) => vocabulary,
-        Some(Value::Array(pieces)) => return check_size(pieces.len()),
+        Some(Value::Array(pieces)) => {
+            check_size(pieces.len())?;
+            let texts = pieces.iter().filter_map(|piece| piece.get(0)?.as_str());
+            return check_pieces(texts).map_err(|reason| TextError::invalid("tokenizer.json: model.vocab", reason));
+        }
         _ => {
             return Err(TextError::invalid("tokenizer.json: model.vocab", "expected an object or a list of tokens"));
         }
@@ -97,6 +107,19 @@ fn check_model(json: &Map<String, Value>) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Checks the compiled replacement rules among the normalizers, which the library takes as they are.
+fn check_charsmaps(normalizer: &Value) -> Result<()> {
+    const FIELD: &str = "tokenizer.json: normalizer.precompiled_charsmap";
+    for inner in normalizer.get("normalizers").and_then(Value::as_array).into_iter().flatten() {
+        check_charsmaps(inner)?;
+    }
+    let Some(text) = normalizer.get("precompiled_charsmap").and_then(Value::as_str) else {
+        return Ok(());
+    };
+    let bytes = BASE64_STANDARD.decode(text).map_err(|error| TextError::invalid(FIELD, format!("it is not base64: {error}")))?;
+    Charsmap::new(&bytes, FIELD).map(drop)
 }
 
 /// `Some` for a merge of two tokens to a third.

@@ -9,9 +9,13 @@ use crate::{Result, TextError};
 /// Largest set of rules; the largest published ones (NFKC with case folding) have some 500 kB.
 const MAX_BYTES: usize = 8 << 20;
 
+/// Longest rule looked for, and longest replacement, bytes: Unicode's own have at most 18 characters. A trie can be a
+/// circle, and a text could grow by the length of a replacement with each of its characters.
+const MAX_RULE_BYTES: usize = 64;
+
 /// The rules of one model.
 #[derive(Debug, Default)]
-pub(super) struct Charsmap {
+pub(crate) struct Charsmap {
     units: Vec<u32>,
     replacements: Vec<u8>,
 }
@@ -31,7 +35,7 @@ fn offset(unit: u32) -> u32 {
 
 impl Charsmap {
     /// Reads the rules; `field` is where they come from. No bytes mean no rules.
-    pub(super) fn new(bytes: &[u8], field: &str) -> Result<Self> {
+    pub(crate) fn new(bytes: &[u8], field: &str) -> Result<Self> {
         if bytes.is_empty() {
             return Ok(Self::default());
         }
@@ -47,6 +51,9 @@ impl Charsmap {
         let (units, replacements) = rest.split_at(length);
         if std::str::from_utf8(replacements).is_err() || replacements.last().is_some_and(|byte| *byte != 0) {
             return Err(bad("its replacements are not text ended by zero bytes"));
+        }
+        if let Some(long) = replacements.split(|byte| *byte == 0).map(<[u8]>::len).find(|length| *length > MAX_RULE_BYTES) {
+            return Err(bad(&format!("one of its replacements has {long} bytes, at most {MAX_RULE_BYTES} are allowed")));
         }
         Ok(Self {
             units: units.as_chunks::<4>().0.iter().map(|unit| u32::from_le_bytes(*unit)).collect(),
@@ -71,7 +78,7 @@ impl Charsmap {
     fn longest_rule(&self, text: &[u8]) -> Option<(usize, usize)> {
         let mut longest = None;
         let mut node = offset(*self.units.first()?);
-        for (index, byte) in text.iter().enumerate() {
+        for (index, byte) in text.iter().take(MAX_RULE_BYTES).enumerate() {
             node ^= u32::from(*byte);
             let unit = *self.units.get(node as usize)?;
             if *byte == 0 || label(unit) != u32::from(*byte) {
@@ -106,6 +113,26 @@ mod tests {
         {
             assert!(Charsmap::new(&bytes, "f").is_err(), "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn a_trie_that_is_a_circle_is_left_after_the_longest_rule() {
+        // Every node is the one that an `a` leads to.
+        let units = vec![(0x61 << 10) | 0x61_u32; 256];
+        let bytes: Vec<u8> = (1024_u32.to_le_bytes().into_iter()).chain(units.into_iter().flat_map(u32::to_le_bytes)).collect();
+        let map = Charsmap::new(&bytes, "f").unwrap();
+        let text = "a".repeat(200_000);
+        let (mut rest, began) = (text.as_str(), std::time::Instant::now());
+        while !rest.is_empty() {
+            rest = &rest[map.replace(rest).1..];
+        }
+        assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn replacements_without_end_are_refused() {
+        let bytes = [4_u32.to_le_bytes().to_vec(), 0_u32.to_le_bytes().to_vec(), vec![b'x'; 65], vec![0]].concat();
+        assert!(Charsmap::new(&bytes, "f").unwrap_err().to_string().contains("65 bytes"));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!
 //! Invariant: encoding takes n log n steps for a text of n characters, whatever it holds.
 
-mod charsmap;
+pub(crate) mod charsmap;
 mod merge;
 mod model_file;
 mod special_tokens;
@@ -404,11 +404,35 @@ fn byte_ids(pieces: &[Piece]) -> Option<Vec<u32>> {
     ids.into_iter().collect()
 }
 
+/// Longest piece of a unigram model, bytes; published ones have at most some fifty.
+const MAX_PIECE_BYTES: usize = 512;
+/// Most bytes of all its pieces; the largest published vocabularies have some 3 MB.
+const MAX_PIECES_BYTES: usize = 8 << 20;
+
+/// Checks what the library makes of a unigram's pieces: a tree with a level, and hundreds of bytes, for each of their bytes.
+///
+/// # Errors
+/// What is too long.
+pub(crate) fn check_pieces<'a>(pieces: impl Iterator<Item = &'a str>) -> std::result::Result<(), String> {
+    let mut bytes = 0;
+    for (id, piece) in pieces.enumerate() {
+        if piece.len() > MAX_PIECE_BYTES {
+            return Err(format!("piece {id} has {} bytes, at most {MAX_PIECE_BYTES} are allowed", piece.len()));
+        }
+        bytes += piece.len();
+        if bytes > MAX_PIECES_BYTES {
+            return Err(format!("they have more than {MAX_PIECES_BYTES} bytes"));
+        }
+    }
+    Ok(())
+}
+
 /// The library's unigram model. Pieces that are not for text get a name that no text has: the
 /// library looks for every piece it knows.
 fn unigram(model: &SentencePieceModel) -> Result<Unigram> {
     let unknown = model.unknown_id.ok_or_else(|| model.invalid("unk_id", "unigram needs an unknown token"))?;
     let lowest = model.pieces.iter().filter(|piece| piece.kind == PieceKind::Normal).map(|piece| piece.score).fold(0.0, f32::min);
+    check_pieces(model.pieces.iter().map(|piece| piece.text.as_str())).map_err(|reason| model.invalid("pieces", reason))?;
     let vocabulary = (model.pieces.iter().enumerate())
         .map(|(id, piece)| match piece.kind {
             PieceKind::Normal => (piece.text.clone(), f64::from(piece.score)),
