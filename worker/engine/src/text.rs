@@ -48,9 +48,22 @@ pub fn gguf_tokenizer(data: GgufTokenizerData) -> GgufTokenizer {
     }
 }
 
-/// Ids that begin or end a text must have a row in the model. Others may lie behind its last row (image tokens of
-/// a model without its image part do): a request that brings one is refused.
+/// Most tokens without a row, beside a sixteenth of the rows.
+const MAX_BEHIND: usize = 1024;
+
+/// Ids that begin or end a text must have a row in the model. A few others may lie behind its last row (image tokens of
+/// a model without its image part do): a request that brings one is refused. More than these are another model's.
 fn check_ids(tokenizer: &Tokenizer, vocab_size: usize) -> Result<(), TextError> {
+    let behind = tokenizer.vocab_size().saturating_sub(vocab_size);
+    if behind > MAX_BEHIND + vocab_size / 16 {
+        return Err(TextError::Invalid {
+            field: "vocabulary".to_owned(),
+            reason: format!(
+                "it has {} tokens and the model {vocab_size} rows for them; take tokenizer and weights from one source",
+                tokenizer.vocab_size()
+            ),
+        });
+    }
     for (field, ids) in [("eos_token_id", tokenizer.eos_ids()), ("bos_token_id", tokenizer.bos_id().as_slice())] {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
             return Err(TextError::Invalid {
@@ -81,5 +94,11 @@ mod tests {
         assert_eq!(check_ids(&tokenizer, 4), Ok(()));
         let message = check_ids(&tokenizer, 3).unwrap_err().to_string();
         assert!(message.contains("eos_token_id: 3 is outside the model's vocabulary of 3"), "{message}");
+        let tokens = (0..1200).map(|id| format!("t{id}")).collect();
+        let another = GgufTokenizer { model: "gpt2".to_owned(), pre: "gpt-2".to_owned(), tokens, ..GgufTokenizer::default() };
+        let another = Tokenizer::from_gguf(&another).unwrap();
+        assert_eq!(check_ids(&another, 200), Ok(()));
+        let message = check_ids(&another, 100).unwrap_err().to_string();
+        assert!(message.contains("1200 tokens and the model 100 rows"), "{message}");
     }
 }

@@ -231,6 +231,11 @@ fn with_nearest(error: ModelError, checkpoint: &Checkpoint) -> ModelError {
             let nearest = format!(". Nearest: {like}. `--arch NAME` reads it as a model of that family, if all tensors fit");
             ModelError::UnknownFamily { found, supported, nearest }
         }
+        ModelError::Config { file, key, reason } if key == "model_type" => {
+            let like = detect::nearest(checkpoint.tensors());
+            let reason = format!("{reason}. Nearest by its tensors: {like}. `--arch NAME` reads it as a model of that family, if all fit");
+            ModelError::Config { file, key, reason }
+        }
         other => other,
     }
 }

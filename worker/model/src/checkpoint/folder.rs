@@ -177,22 +177,29 @@ fn file_names(folder: &Path) -> Result<Vec<String>> {
 /// The one GGUF model of a folder without config.json: a file, or the first part of a split one.
 pub(super) fn only_gguf_in(folder: &Path) -> Result<PathBuf> {
     let mut found = Vec::new();
-    let mut foreign = None;
+    let mut foreign = Vec::new();
     for name in file_names(folder)? {
         let path = folder.join(&name);
         let start = first_bytes(&path)?;
         match kind(&start) {
             Kind::Gguf => found.push(name),
-            Kind::Safetensors | Kind::Zip => {
-                foreign = Some(format!("{name} has weights, but config.json is missing; download it too"));
-            }
+            Kind::Safetensors | Kind::Zip => foreign.push(name),
             Kind::Other => {}
         }
     }
     let split = found.first().and_then(|name| Part::of(name));
     let reason = match found.len() {
         1 => return Ok(folder.join(found.remove(0))),
-        0 => foreign.unwrap_or_else(|| "the folder has neither config.json nor a GGUF file".to_owned()),
+        0 if foreign.is_empty() => "the folder has neither config.json nor a GGUF file".to_owned(),
+        0 => {
+            let mut directory = Directory::default();
+            let ignored = Ignored::new(None, &serde_json::Value::Null);
+            let read = foreign.iter().try_for_each(|name| add_file(&mut directory, &folder.join(name), LoadMode::Mmap, &ignored));
+            match read {
+                Ok(()) => format!("{}: {}", foreign.join(", "), without_config(&directory)),
+                Err(_) => format!("{} has weights, but config.json is missing; download it too", foreign[0]),
+            }
+        }
         _ if split.is_some() && found.iter().all(|name| Part::of(name) == split) => return Ok(folder.join(found.remove(0))),
         count => format!("the folder has {count} GGUF files and no config.json; give one of the files"),
     };

@@ -133,7 +133,7 @@ fn read_tensor(reader: &mut Reader<'_>, alignment: usize) -> Result<(String, Ggu
     let dtype = types::storage_type(number).map_err(|found| ModelError::UnsupportedType {
         tensor: name.clone(),
         found,
-        remedy: "take a file quantized as F32, F16, BF16, Q4_0, Q4_1 or Q8_0".to_owned(),
+        remedy: format!("take a file of {}", types::readable()),
     })?;
     let shape: Option<Vec<usize>> = shape.iter().map(|&size| usize::try_from(size).ok().filter(|&size| size > 0)).collect();
     let shape = shape.ok_or_else(|| wrong("has a dimension of size 0 or beyond this machine".to_owned()))?;

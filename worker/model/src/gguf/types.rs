@@ -74,6 +74,13 @@ pub(crate) fn storage_type(number: u32) -> Result<DType, String> {
     }
 }
 
+/// The types that can be read, for an error about another.
+pub(crate) fn readable() -> String {
+    let names: Vec<String> =
+        (0..=NAMES.len() as u32).filter_map(|number| storage_type(number).ok()).map(|dtype| dtype.to_string()).collect();
+    names.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -58,6 +58,14 @@ fn folders_that_are_no_models_say_what_is_missing() {
         std::fs::remove_file(at(name)).unwrap();
     }
     std::fs::write(at("a.safetensors"), llama_weights()).unwrap();
+    let config = std::fs::read(at("config.json")).unwrap();
+    std::fs::remove_file(at("config.json")).unwrap();
+    let text = reason(folder.path());
+    assert!(text.contains("a.safetensors") && text.contains("config.json") && text.contains("llama ("), "{text}");
+    std::fs::write(at("config.json"), "{}").unwrap();
+    let text = Model::open(folder.path(), LoadMode::Mmap).unwrap_err().to_string();
+    assert!(text.contains("model_type") && text.contains("llama (") && text.contains("--arch"), "{text}");
+    std::fs::write(at("config.json"), config).unwrap();
     assert!(Model::open(folder.path(), LoadMode::Mmap).is_ok());
     std::fs::write(at("b.safetensors"), llama_weights()).unwrap();
     assert!(reason(folder.path()).contains("2 safetensors files"));
