@@ -7,6 +7,7 @@ They are committed: the smoke test (tests/fuzz_smoke.rs) mutates them with a sta
 `cargo +nightly fuzz run TARGET fuzz/corpus/TARGET fuzz/seeds/TARGET` starts from them.
 """
 
+import base64
 import json
 import pathlib
 import struct
@@ -143,6 +144,40 @@ def sentencepiece_seeds():
     yield "other_algorithm", message(pieces + [(2, message([(3, 3)]))])
 
 
+def tokenizer_json_seeds():
+    def file(model, **more):
+        return json.dumps({"version": "1.0", "model": model, **more}, separators=(",", ":")).encode()
+
+    special = [{"id": 3, "content": "<s>", "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": True}]
+    bpe = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    yield "bpe", file(bpe, added_tokens=special, pre_tokenizer=level, decoder=level)
+    split = {"type": "Split", "pattern": {"Regex": "a+| ?b+|\\s+"}, "behavior": "Isolated", "invert": False}
+    pair = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    single = {"type": "TemplateProcessing", "single": pair, "pair": pair, "special_tokens": {"<s>": {"id": "<s>", "ids": [3], "tokens": ["<s>"]}}}
+    yield "template", file(bpe, added_tokens=special, pre_tokenizer=split, post_processor=single)
+    pieces = [[text, score] for text, score, _ in vocabulary()]
+    rules = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap()).decode()}
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    yield "unigram", file({"type": "Unigram", "unk_id": 0, "vocab": pieces}, normalizer=rules, pre_tokenizer=space, decoder=space)
+    words = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}
+    yield "wordpiece", file({**words, "vocab": {"[UNK]": 0, "a": 1, "##b": 2}}, decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
+
+
+def vocab_merges_seeds():
+    yield "small", b'{"a":0,"b":1,"ab":2,"\xc4\xa0":3}\0#version: 0.2\na b\n'
+    yield "no_merges", b'{"a":0,"b":1}\0'
+    yield "wrong_merge", b'{"a":0,"b":1}\0a b\nb b\n'
+
+
+def chat_template_seeds():
+    for name in ["chatml", "generation", "parts", "smollm2"]:
+        yield name, (FIXTURES / "text" / "templates" / f"{name}.jinja").read_bytes()
+    carried = "{% set ns = namespace(x=[]) %}{% for i in range(9) %}{% set ns.x = ns.x + [i] %}{% endfor %}{{ ns.x | join }}"
+    yield "carried", carried.encode()
+    yield "calls", b"{% macro f(n) %}{% if n %}{{ f(n - 1) ~ 'a' * n }}{% endif %}{% endmacro %}{{ f(3) | upper }}"
+
+
 def safetensors_seeds():
     def file(header, data=b""):
         raw = json.dumps(header).encode() if isinstance(header, dict) else header
@@ -250,6 +285,9 @@ def main():
         "gguf": gguf_seeds(),
         "gguf_tokenizer": gguf_tokenizer_seeds(),
         "sentencepiece": sentencepiece_seeds(),
+        "tokenizer_json": tokenizer_json_seeds(),
+        "vocab_merges": vocab_merges_seeds(),
+        "chat_template": chat_template_seeds(),
         "safetensors": safetensors_seeds(),
         "torch": torch_seeds(),
         "config": config_seeds(),

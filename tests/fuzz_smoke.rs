@@ -25,6 +25,11 @@ fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
 }
 
 fn smoke(target: &str, run: fn(&[u8])) {
+    smoke_times(target, MUTATIONS, run);
+}
+
+/// With fewer mutations, for what takes milliseconds each.
+fn smoke_times(target: &str, mutations: u64, run: fn(&[u8])) {
     let seeds = seeds(target);
     // At length without a fuzzer: seconds for each seed.
     let longer = std::env::var("FORGE_TEST_FUZZ_SECONDS").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(0);
@@ -33,7 +38,7 @@ fn smoke(target: &str, run: fn(&[u8])) {
         run(seed);
         let (_, other) = &seeds[(index + 1) % seeds.len()];
         let started = std::time::Instant::now();
-        for number in (0..).take_while(|&number| number < MUTATIONS || started.elapsed() < longer) {
+        for number in (0..).take_while(|&number| number < mutations || started.elapsed() < longer) {
             let bytes = mutate(seed, other, &mut Numbers(number));
             if catch_unwind(AssertUnwindSafe(|| run(&bytes))).is_err() {
                 panic!("{target}: mutation {number} of seed {name} ({} bytes) panics", bytes.len());
@@ -90,6 +95,21 @@ fn weight_indexes() {
 #[test]
 fn sentencepiece_models() {
     smoke("sentencepiece", fuzzing::sentencepiece);
+}
+
+#[test]
+fn tokenizer_json_files() {
+    smoke_times("tokenizer_json", 2_000, fuzzing::tokenizer_json);
+}
+
+#[test]
+fn vocabularies_with_merges() {
+    smoke_times("vocab_merges", 2_000, fuzzing::vocab_merges);
+}
+
+#[test]
+fn chat_templates() {
+    smoke_times("chat_template", 500, fuzzing::chat_template);
 }
 
 #[test]
@@ -208,6 +228,14 @@ fn seeds_reach_behind_the_first_check() {
         let files = HuggingFaceFiles { tokenizer_model: Some(seed), ..HuggingFaceFiles::default() };
         let built = Tokenizer::from_hugging_face(&files);
         assert_eq!(built.is_err(), name == "other_algorithm", "{name}: {:?}", built.err());
+    }
+    for (name, seed) in seeds("tokenizer_json") {
+        let built = Tokenizer::from_hugging_face(&HuggingFaceFiles { tokenizer_json: Some(seed), ..HuggingFaceFiles::default() });
+        assert!(built.is_ok(), "{name}: {:?}", built.err());
+    }
+    for (name, seed) in seeds("chat_template") {
+        let built = forge_text::ChatTemplate::new(std::str::from_utf8(&seed).unwrap(), Default::default());
+        assert!(built.is_ok(), "{name}: {:?}", built.err());
     }
     for (name, seed) in seeds("gguf_tokenizer") {
         let data = forge_model::GgufTokenizerData::from_metadata(&forge_model::gguf::parse(&seed).unwrap().metadata).unwrap();

@@ -3,13 +3,15 @@
 //! `fuzz/fuzz_targets` calls the same functions under libFuzzer; `fuzz_smoke.rs` calls them on seeds and on
 //! mutations that depend on nothing but a number, so that a failure is found again.
 
+use std::collections::BTreeMap;
+
 use forge_cluster::config::{CoordinatorConfig, GatewayFile, WorkerConfig};
 use forge_gateway::cluster::Directory;
 use forge_gateway::request::{parse_chat_request, parse_completion_request};
 use forge_gateway::{GatewayConfig, RequestLimits};
 use forge_model::GgufTokenizerData;
 use forge_shared::config::{Format, Layers, ProcessConfig, ProcessLayers, parse_document};
-use forge_text::{HuggingFaceFiles, ModelText, Tokenizer};
+use forge_text::{ChatRender, ChatTemplate, HuggingFaceFiles, ModelText, TemplateLimits, Tokenizer};
 
 /// A GGUF file: must be taken or refused, and what is taken must lie within the file.
 pub fn gguf(bytes: &[u8]) {
@@ -75,6 +77,35 @@ pub fn sentencepiece(bytes: &[u8]) {
     let files = HuggingFaceFiles { tokenizer_model: Some(bytes.to_vec()), ..HuggingFaceFiles::default() };
     if let Ok(tokenizer) = Tokenizer::from_hugging_face(&files) {
         use_tokenizer(&tokenizer);
+    }
+}
+
+/// A tokenizer.json: as [`sentencepiece`].
+pub fn tokenizer_json(bytes: &[u8]) {
+    let files = HuggingFaceFiles { tokenizer_json: Some(bytes.to_vec()), ..HuggingFaceFiles::default() };
+    if let Ok(tokenizer) = Tokenizer::from_hugging_face(&files) {
+        use_tokenizer(&tokenizer);
+    }
+}
+
+/// A vocab.json and a merges.txt, with a zero byte between them: as [`sentencepiece`].
+pub fn vocab_merges(bytes: &[u8]) {
+    let Some(middle) = bytes.iter().position(|&byte| byte == 0) else { return };
+    let (vocab_json, merges_txt) = (Some(bytes[..middle].to_vec()), Some(bytes[middle + 1..].to_vec()));
+    if let Ok(tokenizer) = Tokenizer::from_hugging_face(&HuggingFaceFiles { vocab_json, merges_txt, ..HuggingFaceFiles::default() }) {
+        use_tokenizer(&tokenizer);
+    }
+}
+
+/// A chat template: must be taken or refused, and what is taken must end within its limits.
+pub fn chat_template(bytes: &[u8]) {
+    let Ok(source) = std::str::from_utf8(bytes) else { return };
+    let limits = TemplateLimits { fuel: 20_000, memory_bytes: 1 << 20, output_bytes: 1 << 16, ..TemplateLimits::default() };
+    let Ok(template) = ChatTemplate::new(source, BTreeMap::new()) else { return };
+    let messages = [serde_json::json!({"role": "user", "content": "a\u{1f642}"}), serde_json::json!({"role": "assistant", "content": ""})];
+    let request = ChatRender { messages: &messages, add_generation_prompt: true, ..ChatRender::default() };
+    if let Ok(text) = template.with_limits(limits).render(&request) {
+        assert!(text.len() <= limits.output_bytes, "a prompt of {} bytes", text.len());
     }
 }
 
