@@ -140,7 +140,7 @@ def draining(cluster, seeds, expected):
 def refusals(cluster):
     """Exit codes and remedies."""
     large = cluster.folder / "large.yaml"
-    large.write_text((cluster.folder / "model.yaml").read_text().replace("name: story", "name: large") + "  kvMemory: 8GiB\n")
+    large.write_text((cluster.folder / "model.yaml").read_text().replace("ame: story", "ame: large") + "  kvMemory: 8GiB\n")
     nowhere = cluster.address("op", 1)
     for what, code, says, arguments in [
         ("a model that is not there", 1, "there is no", ["describe", "model", "stroy"]),
