@@ -79,6 +79,14 @@ impl Store {
         let hub = HubSource { revision: hub.revision.clone().or_else(|| options.hub_revision.clone()), ..hub.clone() };
         let http = HttpClient::new(options, options.ca_bundle.as_deref())?;
         let plan = HubClient::new(&http, options)?.plan(&hub)?;
+        if !plan.files.iter().any(|(name, _)| name.ends_with(".safetensors") || name.ends_with(".gguf")) {
+            let reason = format!(
+                "its weights are PyTorch files, which have no header that could be read alone; `forgectl pull {}` fetches them, then \
+                 they can be shown",
+                plan.source
+            );
+            return Err(StoreError::NoUsableWeights { place: plan.source.to_string(), reason });
+        }
         let folder = tempfile::tempdir().map_err(StoreError::io("make", std::env::temp_dir()))?;
         let mut preview = Preview {
             path: folder.path().to_owned(),

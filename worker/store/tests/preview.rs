@@ -53,6 +53,16 @@ fn only_headers_travel_and_files_keep_their_length() {
 }
 
 #[test]
+fn pytorch_files_have_no_header_to_look_at() {
+    let server = Server::start();
+    server.put_repo("org/model", &[("config.json", b"{}"), ("pytorch_model.bin", &weights(1 << 20))]);
+    let bench = Bench::new(&server);
+    let error = bench.store().preview(&hub(None), &bench.options, |_, _| panic!("there is no GGUF file")).unwrap_err();
+    assert!(matches!(&error, StoreError::NoUsableWeights { reason, .. } if reason.contains("forgectl pull hf:org/model")), "{error}");
+    assert!(server.seen(&server.resolve_path("org/model", "pytorch_model.bin")).is_empty());
+}
+
+#[test]
 fn a_gguf_header_grows_until_its_loader_is_content() {
     let server = Server::start();
     let file = weights(4 << 20);

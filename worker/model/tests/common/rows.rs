@@ -113,7 +113,7 @@ impl Row {
     /// A sequence's logits alone, among others, in chunks and in other blocks, for every type of keys and values.
     pub fn check_batch(&self) {
         let model = self.open();
-        for kv_dtype in [KvDType::F32, KvDType::BF16, KvDType::Int8] {
+        for kv_dtype in [KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::Int8] {
             let what = |name: &str| format!("{}: {kv_dtype}: {name}", self.model);
             let options = DecoderOptions { kv_dtype, ..self.options() };
             let tokens = sequences(41, 17, options.max_model_len.min(40), model.architecture().vocab_size);
