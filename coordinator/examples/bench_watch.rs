@@ -121,7 +121,7 @@ async fn serve(folder: &Path, listen: SocketAddr) -> Result<(), Failure> {
         name: "c1".into(),
         listen,
         address: listen.to_string(),
-        metrics: "127.0.0.1:0".parse()?,
+        metrics: None,
         data_dir: folder.join("data"),
         tls_dir: folder.join("tls"),
         founds_group: true,

@@ -1,7 +1,7 @@
 //! A coordinator: a member of the raft group with its state, its watchers, and, while it leads, its sessions.
 //!
-//! What it is not: a server. [`crate::server`] puts it behind gRPC; `forgectl serve` uses it in its own process as a group
-//! of one, without a socket. The code behind both is this.
+//! What it is not: a server. [`crate::server`] puts it behind gRPC; `forgectl serve` has it in its own process as a group
+//! of one, whose worker and gateway call it without a wire. The code behind both is this.
 //!
 //! Invariant: whatever changes the state goes through the log ([`Coordinator::submit`]); everything else is memory of the
 //! leader that its successor rebuilds from sessions and heartbeats.
@@ -15,6 +15,7 @@ use forge_shared::cluster::command::{Applied, Command, Envelope};
 use forge_shared::cluster::event::Kind;
 use forge_shared::telemetry::{CommandLabel, CoordinatorMetrics};
 use parking_lot::RwLock;
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -85,6 +86,8 @@ pub(crate) struct Inner {
     pub(crate) contact: Contact,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
+    /// Where sessions live, whoever begins them: a worker of the same process has a runtime of its own.
+    pub(crate) runtime: Handle,
     /// The leader's clock for leases: it does not jump with the machine's.
     began: Instant,
 }
@@ -118,6 +121,7 @@ impl Coordinator {
             leading: RwLock::new(None),
             stop,
             tasks: TaskTracker::new(),
+            runtime: Handle::current(),
             began: Instant::now(),
         });
         let coordinator = Coordinator(inner);

@@ -5,12 +5,9 @@
 //! reader.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use forge_cluster::api::{ClusterApi, ClusterError, ClusterLoads, GroupStatus, Listing, PlannedService, STREAM_DEPTH, Session, WatchItem};
-use forge_proto::raft::Message;
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Applied, Command};
 use forge_shared::cluster::event::Kind;
@@ -21,9 +18,8 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::coordinator::{Coordinator, CoordinatorOptions, Submission};
+use crate::coordinator::{Coordinator, Submission};
 use crate::error::CoordinatorError;
-use crate::raft::{PeerTransport, RaftOptions};
 use crate::watch::{KindSet, Watcher};
 
 /// Between two tries to find that this member leads.
@@ -31,25 +27,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// Loads are sent no more often than this.
 pub(crate) const MIN_LOADS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A group of one has nobody to send to.
-struct Nobody;
-
-impl PeerTransport for Nobody {
-    fn send(&self, _: u64, _: Vec<Message>) {}
-    fn send_snapshot(&self, _: u64, _: Message, _: Bytes) {}
-}
-
 impl Coordinator {
-    /// Starts a group of one without sockets, its data below `folder`.
-    ///
-    /// # Errors
-    /// What is wrong with the folder.
-    pub fn embedded(folder: &std::path::Path, cluster_id: &str) -> Result<Coordinator, CoordinatorError> {
-        let mut raft = RaftOptions::new(1, cluster_id, folder);
-        raft.bootstrap = Some(vec![1]);
-        Coordinator::start(CoordinatorOptions::new(raft, cluster_id, "embedded", ""), Arc::new(Nobody))
-    }
-
     /// Repeats a call while no leader is here to carry it out and nothing was proposed.
     async fn patiently<T, F>(&self, timeout: Duration, mut call: impl FnMut(Duration) -> F) -> Result<T, ClusterError>
     where

@@ -2,8 +2,8 @@
 //!
 //! [`raft`] keeps a log alike on all members, [`state`] is what its entries make of the cluster, [`placement`] says where
 //! replicas go, [`control`] what the leader proposes and lends (leases, shares of budgets), [`watch`] tells of changes, and
-//! [`Coordinator`] puts them together: behind gRPC as a process ([`prepare`]), or in the process of `forgectl serve` as a
-//! group of one ([`Coordinator::embedded`]).
+//! [`Coordinator`] puts them together: behind gRPC as a process ([`prepare`]), which may be that of
+//! `forgectl serve`: then a group of one, which its worker and gateway call without the wire.
 //!
 //! Invariant: `state`, `placement` and `control` have no clock, socket, disk or thread; time is an argument.
 

@@ -41,10 +41,10 @@ pub struct RunOptions {
     pub name: String,
     /// Where its services listen.
     pub listen: SocketAddr,
-    /// `host:port` under which others reach them.
+    /// `host:port` under which others reach them; where they listen, if empty.
     pub address: String,
-    /// Where metrics and probes listen.
-    pub metrics: SocketAddr,
+    /// Where metrics and probes listen, if they do.
+    pub metrics: Option<SocketAddr>,
     /// Folder of its data.
     pub data_dir: PathBuf,
     /// Folder of its certificate and the CA: `node.pem`, `ca.pem`, `ca.key`.
@@ -67,7 +67,7 @@ pub struct Prepared {
     credentials: SharedCredentials,
     ca: ClusterCa,
     listener: TcpListener,
-    probes: TcpListener,
+    probes: Option<TcpListener>,
 }
 
 impl std::fmt::Debug for Prepared {
@@ -80,10 +80,17 @@ impl std::fmt::Debug for Prepared {
 ///
 /// # Errors
 /// What cannot be opened, or is missing, with the remedy.
-pub async fn prepare(options: RunOptions) -> Result<Prepared, CoordinatorError> {
+pub async fn prepare(mut options: RunOptions) -> Result<Prepared, CoordinatorError> {
     let start = |reason: String| CoordinatorError::Start { reason };
-    let listener = TcpListener::bind(options.listen).await.map_err(|error| start(format!("the port {}: {error}", options.listen)))?;
-    let probes = probes::bind(options.metrics).await.map_err(start)?;
+    let no_port = |error: std::io::Error| start(format!("the port {}: {error}", options.listen));
+    let listener = TcpListener::bind(options.listen).await.map_err(no_port)?;
+    if options.address.is_empty() {
+        options.address = listener.local_addr().map_err(no_port)?.to_string();
+    }
+    let probes = match options.metrics {
+        Some(address) => Some(probes::bind(address).await.map_err(start)?),
+        None => None,
+    };
     let member = match MemberFile::load(&options.data_dir)? {
         Some(member) => member,
         None => become_member(&options).await?,
@@ -129,7 +136,7 @@ impl Prepared {
         let stop = CancellationToken::new();
         let (metrics, ready) = (coordinator.metrics().clone(), coordinator.clone());
         let told = Probes { metrics: Arc::new(move || metrics.encode()), readiness: Arc::new(move || ready.readiness()) };
-        let probes = tokio::spawn(probes::serve(probes, told, stop.clone().cancelled_owned()));
+        let probes = probes.map(|port| tokio::spawn(probes::serve(port, told, stop.clone().cancelled_owned())));
         let renewal = keep_certificate(&options, &coordinator, &credentials);
         tracing::info!(address = options.address, name = options.name, "serving");
         let server = server::serve(server::Port { listener, credentials: credentials.clone(), ca, peers }, coordinator.clone());
@@ -145,7 +152,7 @@ impl Prepared {
         };
         coordinator.stop().await;
         stop.cancel();
-        probes.abort();
+        probes.inspect(|probes| probes.abort());
         served
     }
 }

@@ -82,7 +82,7 @@ impl Coordinator {
         }
         leading.wake.notify_one();
         let running = Running { coordinator: self.clone(), leading, handle, spec: hello, down, reports: Arc::default() };
-        self.0.tasks.spawn(running.run(received));
+        self.0.tasks.spawn_on(running.run(received), &self.0.runtime);
         Ok(session)
     }
 }

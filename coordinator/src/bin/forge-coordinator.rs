@@ -81,7 +81,7 @@ async fn run(config: &CoordinatorConfig, founds_group: bool) -> Result<(), Coord
         name: config.name.clone(),
         listen: resolve("listen", &config.listen)?,
         address: config.address().to_owned(),
-        metrics: resolve("metricsListen", &config.metrics_listen)?,
+        metrics: Some(resolve("metricsListen", &config.metrics_listen)?),
         data_dir: config.data_dir.clone(),
         tls_dir: config.membership.directory.clone(),
         founds_group,

@@ -173,6 +173,14 @@ impl RaftCore {
         self.raw.raft.set_randomized_election_timeout(self.options.election_ticks + drawn as usize);
     }
 
+    /// Asks for votes without waiting for a leader's silence.
+    ///
+    /// # Errors
+    /// When this member may not be elected now.
+    pub fn campaign(&mut self) -> raft::Result<()> {
+        self.raw.campaign()
+    }
+
     /// One unit of time has passed.
     pub fn tick(&mut self) {
         let was_waiting = self.raw.raft.election_elapsed;

@@ -111,7 +111,15 @@ impl<D: Disk> Member<D> {
             seed,
         };
         let applied = opened.persisted.snapshot.index;
-        let core = RaftCore::new(core_options, opened.persisted).map_err(|error| RaftError::Options(error.to_string()))?;
+        // Without entries after a snapshot in which it is alone nobody else can have been let in: there is no leader to wait for.
+        let members = opened.persisted.snapshot.get_conf_state();
+        let is_alone = members.voters == [options.member_id] && members.learners.is_empty() && members.voters_outgoing.is_empty();
+        let leads_at_once = is_alone && opened.persisted.entries.is_empty();
+        let unusable = |error: raft::Error| RaftError::Options(error.to_string());
+        let mut core = RaftCore::new(core_options, opened.persisted).map_err(unusable)?;
+        if leads_at_once {
+            core.campaign().map_err(unusable)?;
+        }
         Ok(Self {
             options,
             core,

@@ -160,6 +160,9 @@ impl Driver {
 
     fn run(&mut self) -> Result<(), RaftError> {
         let mut next_tick = Instant::now() + self.tick;
+        // A group of one has something to do before anybody asks.
+        self.member.turn(&mut self.outside)?;
+        self.publish();
         loop {
             let Some(waiting) = self.inbox.take(next_tick, self.member.open_proposals()) else { return Ok(()) };
             let began = Instant::now();

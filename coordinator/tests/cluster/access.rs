@@ -146,7 +146,8 @@ async fn probes_and_metrics_tell_how_it_stands() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let cluster = Cluster::found().await;
     let ask = async |path: &str| {
-        let mut stream = tokio::net::TcpStream::connect(cluster.members[0].metrics).await.expect("the port is open");
+        let mut stream =
+            tokio::net::TcpStream::connect(cluster.members[0].metrics.expect("they have one")).await.expect("the port is open");
         stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes()).await.expect("writes");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.expect("reads");

@@ -1,16 +1,16 @@
-//! A group of one in its own process, without a socket: what `forgectl serve` uses.
+//! A group of one, called in its own process: what `forgectl serve` has.
 
 use forge_cluster::api::{ClusterApi, ClusterError, WatchItem};
-use forge_coordinator::Coordinator;
+use forge_coordinator::prepare;
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::Kind;
 
-use crate::support::{SOON, execute, service, wish};
+use crate::support::{Cluster, SOON, execute, service, start, wish};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn it_serves_remembers_and_holds_its_folder() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let first = Coordinator::embedded(folder.path(), "local").expect("it starts");
+    let mut cluster = Cluster::found().await;
+    let first = cluster.members[0].coordinator.clone();
     let applied = execute(&first, Command::ApplyService { service: Box::new(wish("a", 1)) }).await;
     assert!(applied.changed);
     let inner = Command::RemoveMember { id: 1 };
@@ -24,12 +24,11 @@ async fn it_serves_remembers_and_holds_its_folder() {
             WatchItem::Event(_) | WatchItem::Current(_) => {}
         }
     }
-    assert!(Coordinator::embedded(folder.path(), "local").is_err(), "one process per folder");
-    first.stop().await;
+    assert!(prepare(cluster.options("c1").await).await.is_err(), "one process per folder");
+    cluster.members.remove(0).stop().await;
     assert!(items.recv().await.is_none_or(|item| matches!(item, WatchItem::Current(_))), "watches end with it");
 
-    let again = Coordinator::embedded(folder.path(), "local").expect("it starts again");
-    assert_eq!(service(&again, "a").await.expect("it remembers").service.spec.replicas, 2);
+    let again = start(cluster.options("c1").await).await;
+    assert_eq!(service(&again.coordinator, "a").await.expect("it remembers").service.spec.replicas, 2);
     again.stop().await;
-    assert!(Coordinator::embedded(folder.path(), "another").is_err(), "another cluster's folder is refused");
 }

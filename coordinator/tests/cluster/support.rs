@@ -32,7 +32,7 @@ pub fn now_s() -> u64 {
 /// A coordinator that runs.
 pub struct Running {
     pub address: String,
-    pub metrics: SocketAddr,
+    pub metrics: Option<SocketAddr>,
     pub coordinator: Coordinator,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
@@ -134,7 +134,7 @@ impl Cluster {
             name: name.into(),
             listen,
             address: listen.to_string(),
-            metrics: free_address().await,
+            metrics: Some(free_address().await),
             data_dir: self.path(&format!("{name}/data")),
             tls_dir: self.path(&format!("{name}/tls")),
             founds_group: false,
