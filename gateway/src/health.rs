@@ -80,7 +80,7 @@ fn status(gateway: &GatewayState, model: Option<&str>) -> Result<(StatusCode, Va
         None => table.by_service().map(|models| models.iter().collect()).collect(),
     };
     let draining = gateway.lifecycle.is_draining();
-    let ready = !draining && services.iter().all(|versions| is_ready(versions));
+    let ready = !draining && !table.is_awaited() && services.iter().all(|versions| is_ready(versions));
     let word = match (draining, ready) {
         (true, _) => "draining",
         (false, true) => "ready",

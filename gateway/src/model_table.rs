@@ -16,6 +16,8 @@ pub(crate) struct ModelTable {
     models: Vec<Arc<Model>>,
     /// Models of one service, the one to prefer first.
     by_name: HashMap<String, Vec<usize>>,
+    /// Services of which no replica ever answered: what their models are called is not known yet.
+    waiting: Vec<String>,
 }
 
 /// A name that two services claim.
@@ -60,7 +62,18 @@ impl ModelTable {
         }
         clashes.sort();
         clashes.dedup();
-        (ModelTable { models, by_name }, clashes)
+        (ModelTable { models, by_name, waiting: Vec::new() }, clashes)
+    }
+
+    /// Notes which of the services that are wanted have no model yet.
+    pub(crate) fn await_services(&mut self, services: &[String]) {
+        let has_model = |service: &String| self.models.iter().any(|model| model.service() == service);
+        self.waiting = services.iter().filter(|service| !has_model(service)).cloned().collect();
+    }
+
+    /// Whether there is nothing to answer with yet, and something to wait for.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.models.is_empty() && !self.waiting.is_empty()
     }
 
     /// The model of a request: the first of that name with a replica that can answer, or the first. Without a name, one
@@ -82,9 +95,15 @@ impl ModelTable {
             }
             Some(name) => {
                 let known = self.by_name.get(name).map(|indices| indices.iter().map(|&index| &self.models[index]).collect());
-                known.ok_or_else(|| ApiError::UnknownModel {
-                    model: name.chars().take(128).collect(),
-                    served: self.names().map(|(name, _)| name.to_owned()).collect(),
+                known.ok_or_else(|| match self.waiting.as_slice() {
+                    [] => ApiError::UnknownModel {
+                        model: name.chars().take(128).collect(),
+                        served: self.names().map(|(name, _)| name.to_owned()).collect(),
+                    },
+                    waiting => ApiError::Unavailable {
+                        message: format!("this model is not served, or not yet: {} wait for a first replica", waiting.join(", ")),
+                        retry_after_s: 2,
+                    },
                 })
             }
         }

@@ -300,7 +300,8 @@ impl Models {
             let newest = replicas.iter().map(|replica| replica.epoch).max();
             (place(&model.service), model.service.clone(), Reverse((replicas.len(), newest)))
         });
-        let (table, clashes) = ModelTable::new(groups.iter().map(|(model, _)| model.clone()).collect());
+        let (mut table, clashes) = ModelTable::new(groups.iter().map(|(model, _)| model.clone()).collect());
+        table.await_services(services);
         for (model, replicas) in &groups {
             model.set_replicas(replicas);
         }

@@ -76,7 +76,7 @@ async fn serve(
     let shares = Arc::new(Shares::default());
     let keys = KeyRing::told(shares.clone());
     let dialer = Arc::new(RemoteDialer::new(credentials.clone(), config.timeouts.request()));
-    let parts = MemberParts { api: Arc::new(cluster), dialer, spec, keys: keys.clone(), shares };
+    let parts = MemberParts { api: Arc::new(cluster), dialer, spec, keys: keys.clone(), shares, built_texts: None };
     let gateway = Gateway::unchecked(config.clone(), Metrics::new(), keys.clone(), Arc::new(SystemClock));
     let member = gateway.join(parts);
     tracing::info!(name = file.name, "waiting for the cluster's services and keys");

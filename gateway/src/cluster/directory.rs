@@ -122,6 +122,12 @@ impl Directory {
         wanted.into_iter().map(|service| service.service.metadata.name.clone()).collect()
     }
 
+    /// Replicas that are wished of each service that is wanted.
+    pub fn wishes(&self) -> BTreeMap<String, u32> {
+        let wanted = self.current.services.values().filter(|service| !service.is_deleted);
+        wanted.map(|service| (service.service.metadata.name.clone(), service.service.spec.replicas)).collect()
+    }
+
     /// The API keys.
     pub fn keys(&self) -> impl Iterator<Item = &ApiKeyRecord> {
         self.current.keys.values()

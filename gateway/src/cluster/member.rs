@@ -3,6 +3,7 @@
 //! One follows the cluster by watch and publishes what is served; one keeps the session: heartbeats, use of keys, shares.
 //! Invariant: neither ever ends by itself while the member lives, and neither blocks a request.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::directory::Directory;
-use super::replicas::Replicas;
+use super::replicas::{FindText, Replicas};
 use super::session;
 use super::shares::Shares;
 use crate::gateway::Gateway;
@@ -41,12 +42,23 @@ pub struct MemberParts {
     pub keys: KeyRing,
     /// Given the shares of their limits.
     pub shares: Arc<Shares>,
+    /// Finds text parts that this process has built, if it may have any; others are fetched and built here.
+    pub built_texts: Option<FindText>,
+}
+
+/// What a gateway serves of a service.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Published {
+    /// Replicas that are wished.
+    pub wished: u32,
+    /// Replicas that requests go to.
+    pub served: u32,
 }
 
 /// See the module documentation. Dropping it ends its tasks.
 pub struct ClusterMember {
     tasks: Vec<JoinHandle<()>>,
-    known: watch::Receiver<bool>,
+    published: watch::Receiver<Option<BTreeMap<String, Published>>>,
     refused: watch::Receiver<Option<String>>,
 }
 
@@ -61,17 +73,26 @@ impl Drop for ClusterMember {
 impl ClusterMember {
     /// Begins to follow the cluster and to publish into `gateway`.
     pub fn start(parts: MemberParts, gateway: Gateway) -> Self {
-        let (known_sender, known) = watch::channel(false);
+        let (sender, published) = watch::channel(None);
         let (refused_sender, refused) = watch::channel(None);
-        let following = tokio::spawn(follow(parts.clone(), gateway.clone(), known_sender));
+        let following = tokio::spawn(follow(parts.clone(), gateway.clone(), sender));
         let session = tokio::spawn(session::keep(parts, gateway, refused_sender));
-        ClusterMember { tasks: vec![following, session], known, refused }
+        ClusterMember { tasks: vec![following, session], published, refused }
     }
 
     /// Resolves once the services and keys of the cluster are known.
     pub async fn known(&self) {
         // The sender lives in a task that never ends before this is dropped.
-        let _ = self.known.clone().wait_for(|known| *known).await;
+        let _ = self.published.clone().wait_for(Option::is_some).await;
+    }
+
+    /// Resolves once what is served of a service, if it is wanted at all, is as asked.
+    pub async fn publishes(&self, service: &str, is_enough: impl Fn(Published) -> bool) {
+        let is_so = |published: &Option<BTreeMap<String, Published>>| {
+            published.as_ref().and_then(|published| published.get(service)).is_some_and(|published| is_enough(*published))
+        };
+        // As above.
+        let _ = self.published.clone().wait_for(is_so).await;
     }
 
     /// Resolves when the coordinators refuse this gateway for good, with the reason: a newer process has its name.
@@ -86,10 +107,10 @@ impl ClusterMember {
     }
 }
 
-async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>) {
+async fn follow(parts: MemberParts, gateway: Gateway, published: watch::Sender<Option<BTreeMap<String, Published>>>) {
     let changed = Arc::new(Notify::new());
     let mut directory = Directory::default();
-    let mut replicas = Replicas::new(parts.dialer.clone(), changed.clone());
+    let mut replicas = Replicas::new(parts.dialer.clone(), parts.built_texts.clone(), changed.clone());
     let mut items = parts.api.watch(vec![Kind::Node, Kind::Service, Kind::Key], None);
     let mut clashes: Vec<NameClash> = Vec::new();
     loop {
@@ -106,7 +127,6 @@ async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>
                     parts.keys.replace(directory.keys().cloned().map(Into::into).collect());
                     parts.shares.retain(|id| directory.keys().any(|key| key.id == id));
                     replicas.reconcile(&directory.wanted());
-                    known.send_replace(true);
                 }
                 None => {
                     tracing::error!("the watch of the cluster ended; beginning again");
@@ -117,7 +137,14 @@ async fn follow(parts: MemberParts, gateway: Gateway, known: watch::Sender<bool>
             },
             () = changed.notified() => {}
         }
-        let found = gateway.publish(&replicas.served(), &directory.services());
+        let served = replicas.served();
+        let found = gateway.publish(&served, &directory.services());
+        let count = |service: &String| served.iter().filter(|replica| replica.service == *service).count();
+        let of = |(service, wished)| {
+            let served = u32::try_from(count(&service)).unwrap_or(u32::MAX);
+            (service, Published { wished, served })
+        };
+        published.send_replace(Some(directory.wishes().into_iter().map(of).collect()));
         for clash in found.iter().filter(|clash| !clashes.contains(clash)) {
             tracing::warn!(%clash, "ask for the other service by its own name");
         }

@@ -11,5 +11,6 @@ mod shares;
 
 pub use directory::{Directory, Wanted};
 pub(crate) use member::SharedRecords;
-pub use member::{ClusterMember, MemberParts};
+pub use member::{ClusterMember, MemberParts, Published};
+pub use replicas::FindText;
 pub use shares::Shares;

@@ -19,8 +19,6 @@ use tokio::task::JoinHandle;
 use super::Wanted;
 use crate::gateway::{ReplicaPrefixes, ServedModel, ServedReplica};
 
-/// How often a replica that cannot answer yet is looked at.
-const READY_POLL: Duration = Duration::from_millis(50);
 /// For fetching tokenizer and template, some megabytes.
 const TEXT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two tries to fetch them.
@@ -31,8 +29,12 @@ pub(super) struct Replicas {
     dialer: Arc<dyn EngineDialer>,
     dialed: HashMap<String, Dialed>,
     texts: Arc<Shared<ModelText>>,
+    built: Option<FindText>,
     changed: Arc<Notify>,
 }
+
+/// Text parts that are built already, of replicas in this process.
+pub type FindText = Arc<dyn Fn(&EngineTarget) -> Option<ModelText> + Send + Sync>;
 
 /// Models' text parts by digest: replicas of one model share them, and with the last of these replicas they go.
 struct Shared<T>(Mutex<HashMap<String, Weak<T>>>);
@@ -71,8 +73,8 @@ impl Drop for Dialed {
 
 impl Replicas {
     /// None yet. `changed` is told whenever [`Replicas::served`] may have.
-    pub(super) fn new(dialer: Arc<dyn EngineDialer>, changed: Arc<Notify>) -> Self {
-        Replicas { dialer, dialed: HashMap::new(), texts: Arc::default(), changed }
+    pub(super) fn new(dialer: Arc<dyn EngineDialer>, built: Option<FindText>, changed: Arc<Notify>) -> Self {
+        Replicas { dialer, dialed: HashMap::new(), texts: Arc::default(), built, changed }
     }
 
     /// Dials what is wanted and not dialed, and lets go of the rest.
@@ -92,7 +94,9 @@ impl Replicas {
         let (texts, changed, slot) = (self.texts.clone(), self.changed.clone(), served.clone());
         let client = self.dialer.dial(target.clone());
         let name = Name { key, service: target.replica.service.0.clone(), epoch: target.epoch };
-        let task = tokio::spawn(look_after(name, client, texts, slot, changed));
+        let (built, of) = (self.built.clone(), target.clone());
+        let find = move || built.as_ref().and_then(|find| find(&of));
+        let task = tokio::spawn(look_after(name, client, (texts, find), slot, changed));
         Dialed { target, served, task }
     }
 
@@ -114,12 +118,12 @@ struct Name {
 async fn look_after(
     Name { key, service, epoch }: Name,
     client: Arc<dyn ReplicaClient>,
-    texts: Arc<Shared<ModelText>>,
+    (texts, built): (Arc<Shared<ModelText>>, impl Fn() -> Option<ModelText>),
     slot: Arc<Mutex<Option<ServedReplica>>>,
     changed: Arc<Notify>,
 ) {
     // Held as long as this task lives: what other replicas of this model share.
-    let (text, version) = model_text(&key, &*client, &texts).await;
+    let (text, version) = model_text(&key, &*client, &texts, built).await;
     let prefixes = ReplicaPrefixes::default();
     let model =
         ServedModel { link: client.clone(), tokenizer: text.tokenizer().clone(), chat_template: text.chat_template().ok().cloned() };
@@ -136,10 +140,15 @@ async fn look_after(
 }
 
 /// The model's text parts, once the replica can answer, and their digest with what else makes two models differ.
-async fn model_text(key: &str, client: &dyn ReplicaClient, texts: &Shared<ModelText>) -> (Arc<ModelText>, String) {
+async fn model_text(
+    key: &str,
+    client: &dyn ReplicaClient,
+    texts: &Shared<ModelText>,
+    built: impl Fn() -> Option<ModelText>,
+) -> (Arc<ModelText>, String) {
     loop {
         while !client.status().ready {
-            tokio::time::sleep(READY_POLL).await;
+            client.changed().await;
         }
         let card = client.card();
         match client.model_text(TEXT_TIMEOUT).await {
@@ -149,6 +158,9 @@ async fn model_text(key: &str, client: &dyn ReplicaClient, texts: &Shared<ModelT
                 let version = format!("{digest}/{}/{}", card.max_model_len, card.vocab_size);
                 if let Some(text) = texts.get(&digest) {
                     return (text, version);
+                }
+                if let Some(text) = built() {
+                    return (texts.keep(digest, text), version);
                 }
                 // Building a tokenizer takes tens of milliseconds and more.
                 match tokio::task::spawn_blocking(move || ModelText::from_portable(&bytes)).await {

@@ -34,20 +34,23 @@ impl Tenant {
     }
 }
 
-/// The keys a gateway accepts: of a file that it watches, or as the coordinators tell. Clones share one view.
+/// The keys a gateway accepts: of a file that it watches, and as the coordinators tell. Clones share one view.
 ///
-/// Invariant: a gateway that once saw a key stays closed to requests without one, even if the file vanishes.
+/// Invariants: a gateway that once saw a key stays closed to requests without one, even if the file vanishes; neither
+/// source takes away what the other gave.
 #[derive(Debug, Clone)]
 pub struct KeyRing {
     store: Option<KeyStore>,
     view: Arc<Mutex<View>>,
-    /// In a cluster a key's limits are split among gateways.
+    /// Limits of told keys are split among gateways.
     shares: Option<Arc<Shares>>,
 }
 
 #[derive(Debug)]
 struct View {
+    /// Of the file.
     keys: HashMap<String, KeyRecord>,
+    told: HashMap<String, KeyRecord>,
     closed: bool,
     stamp: Stamp,
     checked: Instant,
@@ -93,14 +96,20 @@ impl KeyRing {
 
     /// Keys that are told by [`KeyRing::replace`], with limits of which this gateway has a share.
     pub fn told(shares: Arc<Shares>) -> Self {
-        KeyRing { shares: Some(shares), ..Self::none() }
+        Self::none().and_told(shares)
     }
 
-    /// Takes the keys of now. Once there was one, none being left lets nobody in.
+    /// These keys, with their own limits, and besides them keys that are told as to [`KeyRing::told`].
+    #[must_use]
+    pub fn and_told(self, shares: Arc<Shares>) -> Self {
+        KeyRing { shares: Some(shares), ..self }
+    }
+
+    /// Takes the told keys of now. Once there was one, none being left lets nobody in.
     pub fn replace(&self, keys: Vec<KeyRecord>) {
         let mut view = self.view.lock();
-        view.keys = by_id(keys);
-        view.closed |= !view.keys.is_empty();
+        view.told = by_id(keys);
+        view.closed |= !view.told.is_empty();
     }
 
     /// Counts an admitted request of a key's budget.
@@ -124,15 +133,15 @@ impl KeyRing {
         }
     }
 
-    /// Ids of the keys that are good and have limits.
+    /// Ids of the told keys that are good and have limits.
     pub fn limited(&self) -> Vec<String> {
         let view = self.view.lock();
         let limited = |key: &&KeyRecord| key.revoked_s.is_none() && key.limits != KeyLimits::default();
-        view.keys.values().filter(limited).map(|key| key.id.clone()).collect()
+        view.told.values().filter(limited).map(|key| key.id.clone()).collect()
     }
 
     fn with(store: Option<KeyStore>, keys: HashMap<String, KeyRecord>, stamp: Stamp) -> Self {
-        let view = View { closed: !keys.is_empty(), keys, stamp, checked: Instant::now() };
+        let view = View { closed: !keys.is_empty(), keys, told: HashMap::new(), stamp, checked: Instant::now() };
         KeyRing { store, view: Arc::new(Mutex::new(view)), shares: None }
     }
 
@@ -156,15 +165,21 @@ impl KeyRing {
         let key = authorization
             .and_then(bearer)
             .ok_or(ApiError::Unauthorized("no API key: send it as the header Authorization: Bearer sk-forge-…"))?;
-        split(key)
-            .and_then(|(id, secret)| view.keys.get(id).map(|record| (record, secret)))
-            .filter(|(record, secret)| record.matches(secret) && record.revoked_s.is_none())
-            .ok_or(ApiError::Unauthorized("the API key is wrong or revoked; ask the operator for one (forgectl keys create NAME)"))
-            .and_then(|(record, _)| Ok(Tenant { key_id: Some(record.id.clone()), limits: self.limits(record)? }))
+        let is_good = |record: &&KeyRecord, secret: &str| record.matches(secret) && record.revoked_s.is_none();
+        let wrong = ApiError::Unauthorized("the API key is wrong or revoked; ask the operator for one (forgectl keys create NAME)");
+        let Some((id, secret)) = split(key) else { return Err(wrong) };
+        let limits = if let Some(record) = view.keys.get(id).filter(|record| is_good(record, secret)) {
+            record.limits
+        } else if let Some(record) = view.told.get(id).filter(|record| is_good(record, secret)) {
+            self.share(record)?
+        } else {
+            return Err(wrong);
+        };
+        Ok(Tenant { key_id: Some(id.to_owned()), limits })
     }
 
-    /// What a key may use at this gateway.
-    fn limits(&self, record: &KeyRecord) -> Result<KeyLimits, ApiError> {
+    /// What a told key may use at this gateway.
+    fn share(&self, record: &KeyRecord) -> Result<KeyLimits, ApiError> {
         let Some(shares) = &self.shares else { return Ok(record.limits) };
         shares.limits(&record.id, record.limits).ok_or_else(|| {
             // It is demand all the same: a gateway that nobody asks for a key is lent least of it.
@@ -238,6 +253,29 @@ mod tests {
         std::fs::remove_file(store.path()).unwrap();
         std::thread::sleep(Duration::from_millis(600));
         assert!(ring.authenticate(None).is_err(), "a vanished file opens nothing");
+    }
+
+    #[test]
+    fn keys_of_the_file_and_told_ones_stand_side_by_side() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = KeyStore::new(folder.path().join("keys.json"));
+        let own = store.create("own", KeyLimits { rpm: Some(5), tpm: None }, 0).unwrap();
+        let elsewhere = KeyStore::new(folder.path().join("elsewhere.json"));
+        let told = elsewhere.create("told", KeyLimits { rpm: Some(60), tpm: None }, 0).unwrap();
+        let shares = Arc::new(Shares::default());
+        let ring = KeyRing::open(store.path()).unwrap().and_told(shares.clone());
+        let limits = |key: &str| ring.authenticate(Some(&format!("Bearer {key}"))).map(|tenant| tenant.limits.rpm);
+        ring.replace(Vec::new());
+        assert_eq!(limits(&own.plaintext).unwrap(), Some(5), "nothing told takes nothing away, and its limits need no share");
+        assert!(limits(&told.plaintext).is_err());
+        ring.replace(vec![told.record.clone()]);
+        assert_eq!(ring.limited(), std::slice::from_ref(&told.record.id));
+        assert!(matches!(limits(&told.plaintext), Err(ApiError::Unavailable { .. })), "its share is not known yet");
+        shares.grant(vec![forge_shared::cluster::session::KeyShare { key_id: told.record.id.clone(), rpm: Some(20), tpm: None }]);
+        assert_eq!((limits(&told.plaintext).unwrap(), limits(&own.plaintext).unwrap()), (Some(20), Some(5)));
+        store.revoke("own", 1).unwrap();
+        std::thread::sleep(Duration::from_millis(600));
+        assert!(limits(&own.plaintext).is_err() && limits(&told.plaintext).is_ok());
     }
 
     #[test]

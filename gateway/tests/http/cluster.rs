@@ -44,7 +44,7 @@ async fn join(cluster: &Arc<ScriptedCluster>, workers: &Arc<ScriptedWorkers>, na
     let metrics = Metrics::new();
     let gateway = Gateway::empty(config, metrics.clone(), keys.clone(), Arc::new(ClockAt(clock_s))).expect("a valid configuration");
     let spec = gateway_spec(name);
-    let parts = MemberParts { api: cluster.clone(), dialer: workers.clone(), spec, keys, shares: shares.clone() };
+    let parts = MemberParts { api: cluster.clone(), dialer: workers.clone(), spec, keys, shares: shares.clone(), built_texts: None };
     let member = gateway.join(parts);
     tokio::time::timeout(Duration::from_secs(5), member.known()).await.expect("the cluster is told");
     let served = gateway.clone();

@@ -30,6 +30,9 @@ use crate::api::ClusterError;
 pub use dialer::RemoteDialer;
 pub use error::WireError;
 
+/// How often a replica that cannot answer yet is looked at.
+pub const STATUS_POLL: Duration = Duration::from_millis(50);
+
 /// Which replica, where, and under which plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineTarget {
@@ -51,6 +54,10 @@ pub trait ReplicaClient: EngineLink {
     fn prefixes(&self) -> mpsc::Receiver<PrefixUpdate>;
     /// Token slots of a block, which a prefix hash covers; 0 until known.
     fn block_size(&self) -> usize;
+    /// Resolves when its status may be another, or after a moment: for waiting until it can answer.
+    fn changed(&self) -> BoxFuture<'_, ()> {
+        Box::pin(tokio::time::sleep(STATUS_POLL))
+    }
 }
 
 /// Makes clients. A wire's dialer connects in the background: the client's status says when it can answer.
