@@ -1,13 +1,16 @@
 //! What `serve` prints when the model can answer: what runs, where, and a request to paste.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 
+use forge_shared::link::ModelCard;
+use forge_shared::plan::Plan;
 use forge_shared::spec::KvCacheDtype;
+use forge_worker::prepare::PreparedModel;
 use indicatif::HumanBytes;
 
 use crate::names::DEFAULT_NAME;
 use crate::output::short_count;
-use crate::replica::Replica;
 
 /// Where it listens.
 #[derive(Debug, Clone, Copy)]
@@ -20,11 +23,43 @@ pub struct Addresses {
     pub keys: bool,
 }
 
+/// What runs.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    /// As clients see it.
+    pub card: Arc<ModelCard>,
+    /// Whether chats can be had with it.
+    pub has_chat: bool,
+    /// Where a replica is, with how much memory.
+    pub plan: Plan,
+    /// How many there are.
+    pub replicas: u32,
+    /// What kind of model it is.
+    pub facts: Facts,
+}
+
+/// Facts of a model.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// Name of its family.
+    pub family: &'static str,
+    /// Parameters.
+    pub parameters: u64,
+    /// Type most of its weights have.
+    pub quantization: String,
+}
+
+impl Facts {
+    /// Of an opened model.
+    pub fn of(model: &PreparedModel) -> Self {
+        let summary = model.model.summary();
+        Facts { family: summary.family, parameters: summary.parameters as u64, quantization: summary.quantization.main_type().to_owned() }
+    }
+}
+
 /// The text.
-pub fn banner(replica: &Replica, addresses: &Addresses) -> String {
-    let served = replica.served();
-    let card = served.link.card();
-    let plan = &replica.plan;
+pub fn banner(shown: &Shown, addresses: &Addresses) -> String {
+    let Shown { card, has_chat, plan, replicas, facts } = shown;
     let kv_bytes = plan.ranks.iter().map(|rank| rank.memory.kv_bytes).sum::<u64>();
     let weights_bytes = plan.ranks.iter().map(|rank| rank.memory.weights_bytes).sum::<u64>();
     let dtype = match plan.kv_cache_dtype {
@@ -33,16 +68,17 @@ pub fn banner(replica: &Replica, addresses: &Addresses) -> String {
         KvCacheDtype::Bf16 => "bf16",
         KvCacheDtype::Int8 => "int8",
     };
-    let facts = &replica.facts;
+    let each = if *replicas > 1 { format!(", each of {replicas} replicas") } else { String::new() };
     let rows = [
         ("model", format!("{} ({}, {} parameters, {})", card.name, facts.family, short_count(facts.parameters), facts.quantization)),
         ("names", card.names.join(", ")),
         ("context", format!("{} tokens", card.max_model_len)),
-        ("weights", HumanBytes(weights_bytes).to_string()),
-        ("KV memory", format!("{} ({} tokens in {dtype})", HumanBytes(kv_bytes), plan.kv_blocks * plan.block_size)),
+        ("weights", format!("{}{each}", HumanBytes(weights_bytes))),
+        ("KV memory", format!("{} ({} tokens in {dtype}){each}", HumanBytes(kv_bytes), plan.kv_blocks * plan.block_size)),
         ("API", format!("{}/v1", url(addresses.api))),
         ("metrics", format!("{}/metrics", url(addresses.metrics))),
         ("keys", if addresses.keys { "needed" } else { "none configured: any key is accepted" }.to_owned()),
+        ("cluster", "forgectl get, describe, apply, scale, logs, top from another terminal".to_owned()),
     ];
     let mut text = String::from("Ready.\n");
     for (name, value) in rows {
@@ -50,7 +86,7 @@ pub fn banner(replica: &Replica, addresses: &Addresses) -> String {
     }
     // The default model has a name that is quick to type.
     let name = card.names.iter().find(|name| *name == DEFAULT_NAME).unwrap_or(&card.name);
-    text + "\nTry it:\n" + &curl(addresses, name, served.chat_template.is_some()) + "\nCtrl-C stops it.\n"
+    text + "\nTry it:\n" + &curl(addresses, name, *has_chat) + "\nCtrl-C stops it.\n"
 }
 
 /// A request to paste into a shell.

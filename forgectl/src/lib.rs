@@ -13,6 +13,7 @@ mod cli;
 mod cluster;
 mod commands;
 mod context;
+mod embedded;
 mod failure;
 mod loading;
 mod logging;

@@ -4,9 +4,11 @@
 //! script is part of a trace.
 
 use std::io::Write;
+use std::sync::{Arc, OnceLock};
 
 use clap::ValueEnum;
 use forge_cluster::tracing::{Telemetry, TelemetryOptions};
+use forge_worker::logs::LogRing;
 use tokio::runtime::Runtime;
 use tracing::Span;
 use tracing_subscriber::EnvFilter;
@@ -15,6 +17,12 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::failure::{Failure, Result};
 use crate::progress::beside_bars;
+
+/// The last lines of this process, for `forgectl logs` at a cluster that runs in it.
+pub fn lines() -> Arc<LogRing> {
+    static LINES: OnceLock<Arc<LogRing>> = OnceLock::new();
+    LINES.get_or_init(Arc::default).clone()
+}
 
 /// Form of a log line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -84,13 +92,15 @@ pub fn start(options: &LogOptions<'_>) -> Result<Logging> {
         })
     };
     let telemetry = telemetry.map_err(|error| Failure::usage(format!("--otlp-endpoint (FORGE_OTLP_ENDPOINT): {error}")))?;
+    // What is not logged is not kept either.
+    let kept = lines().layer().with_filter(parsed.clone());
     let lines = tracing_subscriber::fmt::layer().with_writer(|| BesideBars);
     let lines = lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
     let lines = match options.format {
         LogFormat::Text => lines.with_target(false).boxed(),
         LogFormat::Json => lines.json().boxed(),
     };
-    let started = tracing_subscriber::registry().with(telemetry.layer()).with(lines.with_filter(parsed)).try_init();
+    let started = tracing_subscriber::registry().with(telemetry.layer()).with(kept).with(lines.with_filter(parsed)).try_init();
     started.map_err(|error| Failure::new(format!("could not start logging: {error}")))?;
     Ok(Logging { _telemetry: telemetry, _runtime: runtime })
 }

@@ -3,6 +3,7 @@
 //! It names and does not find: the store reads names. Invariant: no path of this machine is among the names that clients
 //! are shown, unless the operator gives it as the model's name.
 
+use forge_shared::config;
 use forge_shared::spec::ModelService;
 use forge_store::{ModelSource, ResolvedModel};
 use forge_worker::models::ServedNames;
@@ -23,7 +24,9 @@ pub fn served_names(context: &Context, service: &ModelService, model: &ResolvedM
     let path = model.path().display().to_string();
     let local = matches!(source, ModelSource::Local(_));
     let own = short_name(&source, if local { &path } else { model.name() });
-    let mut listed = vec![spec.model_name.clone().unwrap_or(own.clone()), own];
+    // A service that was given a name goes by it, here as in a cluster.
+    let given = Some(service.metadata.name.clone()).filter(|name| name != config::DEFAULT_SERVICE_NAME);
+    let mut listed: Vec<String> = spec.model_name.clone().into_iter().chain(given).chain([own]).collect();
     let mut unlisted = vec![model.name().to_owned(), spec.model.clone()];
     if local {
         unlisted.push(path);

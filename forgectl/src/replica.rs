@@ -1,17 +1,19 @@
-//! A replica of a resolved model inside this process: opened, placed on this machine and started.
+//! A replica of a resolved model inside this process, without a cluster: opened, placed on this machine and started.
 //!
-//! It only puts the worker's and the coordinator's parts in order. Invariant: while a [`Replica`] lives, the store
+//! It only puts the worker's and the coordinator's parts in order. `forgectl serve` opens and checks its model here too, and
+//! has it placed by the cluster of [`crate::embedded`]. Invariant: while a [`Replica`] lives, the store
 //! keeps its model.
 
 use std::pin::Pin;
 use std::time::Duration;
 
-use forge_coordinator::placement::plan_alone;
-use forge_gateway::ServedModel;
+use forge_coordinator::control::EXECUTABLE_RANKS;
+use forge_coordinator::placement::{self, Cluster, Wish, plan_alone};
 use forge_model::{LoadProgress, ModelError};
-use forge_shared::ids::{NodeId, ServiceName};
-use forge_shared::plan::{Plan, Refusal};
-use forge_shared::spec::ModelService;
+use forge_shared::cluster::node::DeviceInfo;
+use forge_shared::ids::{Epoch, NodeId, ServiceName};
+use forge_shared::plan::{DeviceView, Plan, Refusal};
+use forge_shared::spec::{ByteSize, ModelService};
 use forge_shared::telemetry::Metrics;
 use forge_store::ResolvedModel;
 use forge_worker::WorkerError;
@@ -19,72 +21,37 @@ use forge_worker::local::{LocalCluster, LocalOptions, Served};
 use forge_worker::machine;
 use forge_worker::models::ServedNames;
 use forge_worker::prepare::PreparedModel;
-use ractor::ActorCell;
 
 use crate::failure::{Exit, Failure, Result};
 use crate::loading::watched;
 use crate::spec_flags::{assignment, name_of};
 use crate::support;
 
-/// What runs, and the facts of it that are worth showing.
+/// What runs.
 pub struct Replica {
     cluster: LocalCluster,
-    /// Where it was placed, with how much memory.
-    pub plan: Plan,
-    /// What kind of model it is.
-    pub facts: Facts,
     progress: LoadProgress,
     /// Held, so that the store keeps the files.
     _model: ResolvedModel,
 }
 
-/// Facts of a model for banners.
-#[derive(Debug, Clone)]
-pub struct Facts {
-    /// Name of its family.
-    pub family: &'static str,
-    /// Parameters.
-    pub parameters: u64,
-    /// Type most of its weights have.
-    pub quantization: String,
-}
-
 impl Replica {
     /// Opens and places a model and starts its engine, which loads in the background: see [`Replica::ready`].
-    /// With a `supervisor`, the node's actor is linked to it.
     ///
     /// # Errors
     /// A model that cannot be used, or that does not fit this machine ([`Exit::NotPlaceable`]).
-    pub async fn start(
-        service: &ModelService,
-        model: ResolvedModel,
-        names: ServedNames,
-        metrics: Metrics,
-        supervisor: Option<ActorCell>,
-    ) -> Result<Self> {
+    pub async fn start(service: &ModelService, model: ResolvedModel, names: ServedNames, metrics: Metrics) -> Result<Self> {
         let prepared = prepare(service, &model).await?;
-        let summary = prepared.model.summary();
-        let facts = Facts {
-            family: summary.family,
-            parameters: summary.parameters as u64,
-            quantization: summary.quantization.main_type().to_owned(),
-        };
-        let plan = place(service, &prepared)?;
+        let plan = place_one(service, &prepared)?;
         let progress = prepared.progress.clone();
-        let options = LocalOptions { model: prepared, service: service.clone(), plan: plan.clone(), names, metrics };
-        let cluster = LocalCluster::start(options, supervisor).await.map_err(failed)?;
-        Ok(Replica { cluster, plan, facts, progress, _model: model })
+        let options = LocalOptions { model: prepared, service: service.clone(), plan, names, metrics };
+        let cluster = LocalCluster::start(options).await.map_err(failed)?;
+        Ok(Replica { cluster, progress, _model: model })
     }
 
     /// What to speak to it with.
     pub fn served(&self) -> Served {
         self.cluster.served()
-    }
-
-    /// The same for a gateway.
-    pub fn served_model(&self) -> ServedModel {
-        let Served { link, tokenizer, chat_template } = self.served();
-        ServedModel { link, tokenizer, chat_template }
     }
 
     /// Waits until it can answer, and shows how far it is.
@@ -108,18 +75,37 @@ impl Replica {
     }
 }
 
-/// Whether a service with this model could be served here: its files are read, and it is placed.
+/// Whether a service with this model could be served on a device: all of its replicas are placed. The cluster does the same
+/// again with what it knows then.
 ///
 /// # Errors
-/// As [`Replica::start`].
-pub async fn check(service: &ModelService, model: &ResolvedModel) -> Result<Plan> {
-    place(service, &prepare(service, model).await?)
+/// It does not fit ([`Exit::NotPlaceable`]), with what would.
+pub fn check(service: &ModelService, prepared: &PreparedModel, device: &DeviceInfo) -> Result<()> {
+    let view = DeviceView {
+        node: NodeId::from("local"),
+        device: device.index,
+        free_bytes: ByteSize(device.memory_bytes),
+        threads: device.cores as usize,
+    };
+    let (spec, name) = (&service.spec, ServiceName(service.metadata.name.clone()));
+    let indices: Vec<u32> = (0..spec.replicas).collect();
+    let wish = Wish {
+        service: &name,
+        spec,
+        facts: &prepared.facts,
+        indices: &indices,
+        last_epoch: Epoch(0),
+        standing: &[],
+        avoided: &[],
+        max_ranks: EXECUTABLE_RANKS,
+    };
+    placement::plan(&mut Cluster::of_devices(&[view]), &wish).refusal.map_or(Ok(()), |refusal| Err(not_placeable(refusal)))
 }
 
-fn place(service: &ModelService, prepared: &PreparedModel) -> Result<Plan> {
+fn place_one(service: &ModelService, prepared: &PreparedModel) -> Result<Plan> {
     let spec = &service.spec;
     if spec.replicas != 1 {
-        return Err(Failure::new(format!("spec.replicas is {}, and this process is one worker", spec.replicas))
+        return Err(Failure::new(format!("spec.replicas is {}, and a chat has one", spec.replicas))
             .help(format!("this would fit: {}", assignment("replicas", "1")))
             .exit(Exit::NotPlaceable));
     }
@@ -127,7 +113,11 @@ fn place(service: &ModelService, prepared: &PreparedModel) -> Result<Plan> {
     plan_alone(&devices, &ServiceName(service.metadata.name.clone()), spec, &prepared.facts).map_err(not_placeable)
 }
 
-async fn prepare(service: &ModelService, model: &ResolvedModel) -> Result<PreparedModel> {
+/// Opens a resolved model under a service's settings.
+///
+/// # Errors
+/// Why it cannot be used, and how to get a whole one where its files are damaged.
+pub async fn prepare(service: &ModelService, model: &ResolvedModel) -> Result<PreparedModel> {
     let (path, digest, spec) = (model.path().to_owned(), model.digest().to_string(), service.spec.clone());
     let opened = tokio::task::spawn_blocking(move || PreparedModel::open(&path, &digest, &spec)).await;
     let opened = opened.map_err(|error| Failure::of(&error).while_doing("an internal task died"))?;
@@ -175,7 +165,8 @@ pub fn failed(error: WorkerError) -> Failure {
     }
 }
 
-fn not_placeable(refusal: Refusal) -> Failure {
+/// A wish that fits nowhere, or a setting that the model cannot have.
+pub fn not_placeable(refusal: Refusal) -> Failure {
     let failure = match &refusal.wrong_setting {
         Some(key) => Failure::usage(format!("{}: this model cannot have it", name_of(key))),
         None => Failure::new(format!("{} does not fit this machine", refusal.replica)).exit(Exit::NotPlaceable),

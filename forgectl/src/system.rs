@@ -1,18 +1,17 @@
-//! The root of the process's actors: it supervises the gateway and the node.
+//! The root of the gateway's actor, which it supervises.
 //!
 //! ```text
-//! SystemActor ─┬─ GatewayActor ── owns ──> listeners and their tasks
-//!              └─ NodeActor (forge-worker) ── ReplicaActor ── engine thread
+//! SystemActor ── GatewayActor ── owns ──> listeners and their tasks
 //! ```
 //!
-//! A gateway that dies gets new listeners on the same ports, a few times; engines are restarted below, by their
-//! node. What cannot be kept up is told to the owner, who ends the process with an error.
+//! A gateway that dies gets new listeners on the same ports, a few times; what cannot be kept up is told to the owner, who
+//! ends the process with an error. Engines are restarted by the worker's node, which [`crate::embedded`] has.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use forge_gateway::{Gateway, GatewayConfig, GatewayError, Listeners};
-use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::failure::{Failure, Result};
@@ -52,11 +51,6 @@ impl System {
         let (sender, ends) = mpsc::unbounded_channel();
         let (root, _) = Actor::spawn(None, SystemActor, sender).await.map_err(|error| Failure::of(&error))?;
         Ok(System { root, ends })
-    }
-
-    /// Supervisor for the node.
-    pub fn cell(&self) -> ActorCell {
-        self.root.get_cell()
     }
 
     /// Serves on the listeners from here on.
@@ -143,7 +137,7 @@ impl Actor for SystemActor {
             }
             SystemMessage::Drain => {
                 let asked = state.gateway.as_ref().is_some_and(|supervised| supervised.actor.cast(GatewayMessage::Drain).is_ok());
-                // One that is gone has nothing to drain; the root must live on for the node.
+                // One that is gone has nothing to drain; its end is told at once.
                 if !asked {
                     state.tell(Ok(()));
                 }
@@ -161,9 +155,6 @@ impl Actor for SystemActor {
         match event {
             SupervisionEvent::ActorTerminated(cell, _, _) if state.is_gateway(cell.get_id()) => state.tell(Ok(())),
             SupervisionEvent::ActorFailed(cell, error) if state.is_gateway(cell.get_id()) => revive(&myself, state, &error).await?,
-            SupervisionEvent::ActorFailed(_, error) => {
-                state.tell(Err(Failure::new(error.to_string()).while_doing("the node died")));
-            }
             _ => {}
         }
         Ok(())

@@ -129,7 +129,6 @@ fn wrong_usage_exits_with_2_and_says_what_to_do() {
         (&["pull", "hf:a/b/c"], &["org/name"]),
         (&["list", "-o", "xml"], &["table", "yaml"]),
         (&["keys", "create", "ci", "--rpm", "0"], &["rpm", "at least 1"]),
-        (&["get", "nodes"], &["no cluster is known", "help:", "cluster init"]),
         (&["get", "moons"], &["'moons'", "nodes, models, placements"]),
         (&["apply"], &["-f FILE"]),
         (&["context", "use", "absent"], &["no context \"absent\"", "context add"]),
@@ -146,6 +145,7 @@ fn wrong_usage_exits_with_2_and_says_what_to_do() {
         }
         ran.fails(2, expected);
     }
+    home.run(&["get", "nodes"]).fails(4, &["no cluster runs", "help:", "forgectl serve", "cluster init"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! `FORGE_FAULT=engine-panic-at-step:N` ends the engine's thread by a panic at the process's N-th step, once.
 //! `FORGE_FAULT=engine-panic-every:N` does so at every N-th step of each engine, until its supervisor gives up.
+//! `FORGE_FAULT=load-takes-ms:N` makes every load last N milliseconds longer.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,16 +17,20 @@ static STEPS: AtomicU64 = AtomicU64::new(0);
 enum Fault {
     PanicAtStep(u64),
     PanicEvery(u64),
+    LoadTakesMs(u64),
 }
 
 fn parse(text: &str) -> Result<Fault, WorkerError> {
-    let wrong =
-        || WorkerError::Setting { field: "FORGE_FAULT", reason: format!("{text:?} is not engine-panic-at-step:N or engine-panic-every:N") };
+    let wrong = || WorkerError::Setting {
+        field: "FORGE_FAULT",
+        reason: format!("{text:?} is not engine-panic-at-step:N, engine-panic-every:N or load-takes-ms:N"),
+    };
     let (name, count) = text.split_once(':').ok_or_else(wrong)?;
     let count: u64 = count.parse().ok().filter(|count| *count > 0).ok_or_else(wrong)?;
     match name {
         "engine-panic-at-step" => Ok(Fault::PanicAtStep(count)),
         "engine-panic-every" => Ok(Fault::PanicEvery(count)),
+        "load-takes-ms" => Ok(Fault::LoadTakesMs(count)),
         _ => Err(wrong()),
     }
 }
@@ -34,7 +39,13 @@ fn parse(text: &str) -> Result<Fault, WorkerError> {
 pub fn inject(model: Box<dyn StepModel>) -> Result<Box<dyn StepModel>, WorkerError> {
     match std::env::var("FORGE_FAULT") {
         Err(_) => Ok(model),
-        Ok(text) => Ok(Box::new(Faulty { model, fault: parse(&text)?, own_steps: 0 })),
+        Ok(text) => match parse(&text)? {
+            Fault::LoadTakesMs(milliseconds) => {
+                std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+                Ok(model)
+            }
+            fault => Ok(Box::new(Faulty { model, fault, own_steps: 0 })),
+        },
     }
 }
 
@@ -68,6 +79,7 @@ mod tests {
     fn only_known_faults_are_taken() {
         assert_eq!(parse("engine-panic-at-step:3").ok(), Some(Fault::PanicAtStep(3)));
         assert_eq!(parse("engine-panic-every:7").ok(), Some(Fault::PanicEvery(7)));
+        assert_eq!(parse("load-takes-ms:5").ok(), Some(Fault::LoadTakesMs(5)));
         for text in ["", "engine-panic-every", "engine-panic-every:0", "engine-panic-every:x", "flood:1"] {
             assert!(parse(text).is_err_and(|error| error.to_string().contains("FORGE_FAULT")), "{text}");
         }

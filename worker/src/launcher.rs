@@ -2,6 +2,7 @@
 //! production [`Launch`].
 
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use forge_engine::{EngineExit, EngineHandle, EngineOptions, EngineSetup, EngineThread};
@@ -140,13 +141,15 @@ impl LoadRun {
         };
         let (cores, niceness, progress) = (device.cores.clone(), device.niceness, self.model.progress.clone());
         let died = |reason: String| WorkerError::EngineDied { reason: format!("while loading: {reason}") };
+        let (end, ended) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::Builder::new().name("forge-load".into()).spawn(move || {
+            // Dropped at the thread's end, whichever way it ends.
+            let _end = end;
             threads::settle(&cores, niceness);
             self.load(threads)
         });
         let thread = thread.map_err(|error| died(error.to_string()))?;
-        while !thread.is_finished() {
-            std::thread::sleep(PROGRESS_INTERVAL);
+        while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(PROGRESS_INTERVAL) {
             let (done, total) = progress.bytes();
             let percent = (u128::from(done) * 100).checked_div(u128::from(total)).unwrap_or(0);
             (watch.progress)(ReplicaPhase::Loading, u8::try_from(percent).unwrap_or(100));

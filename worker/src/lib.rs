@@ -16,6 +16,7 @@ pub mod local;
 pub mod logs;
 pub mod machine;
 pub mod models;
+pub mod node;
 pub mod prepare;
 pub mod probe;
 pub mod process;

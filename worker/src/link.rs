@@ -18,7 +18,7 @@ use forge_shared::link::{EngineLink, EngineStatus, EventStream, ModelCard, Prefi
 use forge_text::ModelText;
 use futures::future::BoxFuture;
 use parking_lot::RwLock;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::actors::{CountTokens, ListenPrefixes};
 use crate::agent::RunId;
@@ -35,6 +35,8 @@ pub struct ReplicaLink {
     restarts: AtomicU32,
     /// Counts changes of engine, card and text, so that watchers compare a number.
     version: AtomicU64,
+    /// Told of the same, together with its board's other links.
+    changed: Arc<Notify>,
 }
 
 /// A model's text, and its portable form once somebody wants it.
@@ -84,7 +86,13 @@ impl ReplicaLink {
             block_size,
             restarts: AtomicU32::new(0),
             version: AtomicU64::new(0),
+            changed: Arc::default(),
         }
+    }
+
+    fn count_change(&self) {
+        self.version.fetch_add(1, Ordering::Release);
+        self.changed.notify_waiters();
     }
 
     /// Puts a running engine in.
@@ -94,13 +102,13 @@ impl ReplicaLink {
             *self.text.write() = text.map(|text| Arc::new(ServedText { text, portable: OnceLock::new() }));
         }
         *self.current.write() = Current::Running { engine, prefixes, tokens };
-        self.version.fetch_add(1, Ordering::Release);
+        self.count_change();
     }
 
     /// Takes the engine out.
     pub fn detach(&self, reason: &str) {
         *self.current.write() = Current::Absent { reason: reason.to_owned() };
-        self.version.fetch_add(1, Ordering::Release);
+        self.count_change();
     }
 
     /// Counts a restart.
@@ -176,6 +184,7 @@ impl EngineLink for ReplicaLink {
 #[derive(Default)]
 pub struct ReplicaBoard {
     runs: RwLock<BTreeMap<RunId, Arc<ReplicaLink>>>,
+    changed: Arc<Notify>,
 }
 
 impl ReplicaBoard {
@@ -204,9 +213,15 @@ impl ReplicaBoard {
                 created_s: now_s(),
                 default_sampling: Default::default(),
             };
-            Arc::new(ReplicaLink::new(card, assignment.plan.block_size))
+            let link = ReplicaLink::new(card, assignment.plan.block_size);
+            Arc::new(ReplicaLink { changed: self.changed.clone(), ..link })
         };
         self.runs.write().entry(run.clone()).or_insert_with(link).clone()
+    }
+
+    /// Resolves at the next engine that comes or goes in a link that was opened here.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
     }
 
     /// Offers a link under a run before it is assigned, so that it can be handed out at once.

@@ -1,4 +1,4 @@
-//! `LocalCluster`: a node with one replica inside this process, for `forgectl serve` and `forgectl run`.
+//! `LocalCluster`: a node with one replica inside this process, for `forgectl run`.
 //!
 //! It is the same node actor, agent, launcher and board that a cluster's worker runs; only the assignment comes from a
 //! function call, the model is open already, and the link is a channel.
@@ -15,7 +15,7 @@ use forge_shared::plan::Plan;
 use forge_shared::spec::ModelService;
 use forge_shared::telemetry::Metrics;
 use forge_text::{ChatTemplate, Tokenizer};
-use ractor::{Actor, ActorCell, ActorRef, rpc::CallResult};
+use ractor::{Actor, ActorRef, rpc::CallResult};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -69,11 +69,9 @@ pub struct LocalCluster {
 impl LocalCluster {
     /// Starts the node and assigns the plan; the model loads in the background. Wait with [`Self::ready`].
     ///
-    /// With a `supervisor`, the node's actor is linked to it.
-    ///
     /// # Errors
     /// The node did not start or refused the plan.
-    pub async fn start(options: LocalOptions, supervisor: Option<ActorCell>) -> Result<Self, WorkerError> {
+    pub async fn start(options: LocalOptions) -> Result<Self, WorkerError> {
         let LocalOptions { model, service, plan, names, metrics } = options;
         // Offered before it is assigned, so that a gateway can be built on it while the model loads.
         let link = Arc::new(ReplicaLink::new(card(&model, &plan, names.clone())?, plan.block_size));
@@ -100,10 +98,7 @@ impl LocalCluster {
             metrics,
             events: event_sender,
         };
-        let spawned = match supervisor {
-            Some(supervisor) => Actor::spawn_linked(None, NodeActor, arguments, supervisor).await,
-            None => Actor::spawn(None, NodeActor, arguments).await,
-        };
+        let spawned = Actor::spawn(None, NodeActor, arguments).await;
         let actor_error = |reason: String| WorkerError::Actor { actor: "node", reason };
         let (node, joined) = spawned.map_err(|error| actor_error(error.to_string()))?;
         let cluster = LocalCluster { served, node, joined, events };

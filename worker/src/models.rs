@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use forge_shared::cluster::service::ReplicaPhase;
 use forge_shared::cluster::session::Assignment;
+use forge_shared::plan::ModelFacts;
 use forge_shared::spec::ModelService;
 use forge_shared::telemetry::{Metrics, model_label};
 use forge_store::{CancelFlag, ContentDigest, Digest, ForgeHome, PullEvent, PullOptions, ResolvedModel, Store};
@@ -11,6 +12,7 @@ use parking_lot::Mutex;
 
 use crate::WorkerError;
 use crate::actors::LaunchWatch;
+use crate::inspect::inspect;
 use crate::prepare::PreparedModel;
 
 /// Prefix of a digest that names a hub's commit instead of bytes: what is known of weights that were only looked at.
@@ -55,6 +57,44 @@ pub struct OpenModel {
 impl ProvideModel for OpenModel {
     fn provide(&self, _assignment: &Assignment, _watch: &LaunchWatch) -> Result<ProvidedModel, WorkerError> {
         Ok(ProvidedModel { model: self.model.clone(), names: self.names.clone(), lease: None })
+    }
+}
+
+/// One model that is open already for its service as it was wished then; anything else from the store.
+pub struct OpenedFirst {
+    /// The model.
+    pub opened: OpenModel,
+    /// Whose it is. How many replicas there are makes no difference.
+    pub service: ModelService,
+    /// For other services, and for this one once its wish is another.
+    pub stored: StoredModels,
+}
+
+impl OpenedFirst {
+    fn is_opened(&self, service: &ModelService) -> bool {
+        let mut service = service.clone();
+        service.spec.replicas = self.service.spec.replicas;
+        service == self.service
+    }
+
+    /// Facts of a service's model, as [`inspect`].
+    ///
+    /// # Errors
+    /// As [`inspect`].
+    pub fn inspect(&self, service: &ModelService) -> Result<ModelFacts, String> {
+        match self.is_opened(service) {
+            true => Ok(self.opened.model.facts.clone()),
+            false => inspect(&self.stored, service),
+        }
+    }
+}
+
+impl ProvideModel for OpenedFirst {
+    fn provide(&self, assignment: &Assignment, watch: &LaunchWatch) -> Result<ProvidedModel, WorkerError> {
+        match self.is_opened(&assignment.service) {
+            true => self.opened.provide(assignment, watch),
+            false => self.stored.provide(assignment, watch),
+        }
     }
 }
 

@@ -18,33 +18,24 @@ use forge_cluster::config::DeclaredDevice;
 use forge_cluster::incarnation;
 use forge_cluster::probes::{self, Probes};
 use forge_cluster::tls::SharedCredentials;
-use forge_shared::cluster::node::{NodeLoad, NodeSpec, Role};
-use forge_shared::cluster::session::NodeUp;
+use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::ids::NodeId;
 use forge_shared::telemetry::Metrics;
 use forge_store::ForgeHome;
-use ractor::{Actor, ActorRef};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 
 use crate::WorkerError;
-use crate::actors::{NodeActor, NodeArguments, NodeEvent, NodeMessage};
-use crate::agent::RestartLimits;
 use crate::inspect::inspect;
-use crate::launcher::ModelLauncher;
-use crate::ledger::{Ledger, LedgerDevice};
-use crate::link::ReplicaBoard;
+use crate::ledger::Ledger;
 use crate::logs::LogRing;
 use crate::machine;
 use crate::models::StoredModels;
+use crate::node::{END_TIMEOUT, WorkerNode};
 use crate::probe::{self, NodeDevices, ProbeWish};
 use crate::service::{self, EngineService};
-use crate::session::{Session, SessionOptions, SessionState};
+use crate::session::SessionState;
 use crate::time::now_ms;
-
-/// For the good-bye, and for each of the parts that end after the replicas.
-const END_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What a worker runs with.
 #[derive(Debug, Clone)]
@@ -75,55 +66,6 @@ pub struct WorkerOptions {
     pub reserve_bytes: u64,
     /// For requests under way when it is asked to end.
     pub drain_timeout: Duration,
-}
-
-/// A running worker's node: its actor and its replicas, without the ties to the outside.
-pub struct WorkerNode {
-    /// The node's actor.
-    pub actor: ActorRef<NodeMessage>,
-    /// Ends with the actor.
-    pub joined: JoinHandle<()>,
-    /// What it tells.
-    pub events: mpsc::UnboundedReceiver<NodeEvent>,
-    /// Its replicas.
-    pub board: Arc<ReplicaBoard>,
-    /// How much of its devices is given out.
-    pub ledger: Arc<Ledger>,
-}
-
-impl WorkerNode {
-    /// Starts a node that serves models of a store on these devices.
-    ///
-    /// # Errors
-    /// The actor system does not start it.
-    pub async fn start(
-        spec: &NodeSpec,
-        devices: Vec<LedgerDevice>,
-        models: Arc<StoredModels>,
-        metrics: Metrics,
-    ) -> Result<Self, WorkerError> {
-        let board = Arc::new(ReplicaBoard::default());
-        let (event_sender, events) = mpsc::unbounded_channel();
-        let ledger = Ledger::new(devices, Box::new(machine::free_bytes));
-        let launcher = ModelLauncher { node: spec.id.clone(), models, ledger: ledger.clone(), metrics: metrics.clone() };
-        let arguments = NodeArguments {
-            node: spec.id.clone(),
-            incarnation: spec.incarnation,
-            limits: RestartLimits::default(),
-            launcher: Arc::new(launcher),
-            board: board.clone(),
-            metrics,
-            events: event_sender,
-        };
-        let spawned = Actor::spawn(None, NodeActor, arguments).await;
-        let (actor, joined) = spawned.map_err(|error| WorkerError::Actor { actor: "node", reason: error.to_string() })?;
-        Ok(WorkerNode { actor, joined, events, board, ledger })
-    }
-
-    /// What it is doing.
-    pub fn load(board: &ReplicaBoard) -> NodeLoad {
-        NodeLoad { resident_bytes: forge_cluster::resident_bytes(), replicas: board.loads(), requests_in_progress: 0 }
-    }
 }
 
 /// Runs a worker until `shutdown`, then drains it.
@@ -157,23 +99,13 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
     };
     let metrics = Metrics::new();
     let models = Arc::new(StoredModels::new(options.home.clone(), options.is_offline).counting(metrics.clone()));
-    let node = WorkerNode::start(&spec, ledger, models.clone(), metrics.clone()).await?;
-    let WorkerNode { actor, joined, mut events, board, ledger } = node;
+    let ledger = Ledger::new(ledger, Box::new(machine::free_bytes));
+    let node = WorkerNode::start(&spec, ledger.clone(), models.clone(), metrics.clone()).await?;
     tracing::info!(name = options.name, %address, %metrics_address, incarnation = spec.incarnation.0, devices = spec.devices.len(), "the worker starts");
-    let session = Session::start(SessionOptions {
-        spec,
-        connect: connect(&options),
-        node: actor.clone(),
-        load: {
-            let board = board.clone();
-            Arc::new(move || WorkerNode::load(&board))
-        },
-        inspect: Arc::new(move |service| inspect(&models, service)),
-    });
-    let mut session = session?;
+    let mut node = node.join(spec, connect(&options), Arc::new(move |service| inspect(&models, service)))?;
     let renewal = RemoteCluster::new(&options.coordinators, &options.credentials).map_err(|error| cannot(error.to_string()))?;
     let renewal = tokio::spawn(keep_renewed(renewal, options.credentials_dir.clone()));
-    let state = session.state();
+    let state = node.state();
     let readiness = Probes {
         metrics: {
             let state = state.clone();
@@ -196,43 +128,23 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
         let _ = closed.await;
     };
     let probing = tokio::spawn(probes::serve(metrics_port, readiness, closed(probes_closed)));
-    let (credentials, engine) = (options.credentials.clone(), EngineService::new(board, logs));
+    let (credentials, engine) = (options.credentials.clone(), EngineService::new(node.board().clone(), logs));
     let mut serving = tokio::spawn(async move { service::serve(listener, &credentials, engine, closed(service_closed)).await });
 
-    let reports = session.reports();
     let mut shutdown = std::pin::pin!(shutdown);
     let result = loop {
         tokio::select! {
             () = &mut shutdown => break Ok(()),
-            error = session.refused() => break Err(error),
+            event = node.next() => if let Err(error) = event { break Err(error) },
             ended = &mut serving => break Err(match ended {
                 Ok(Err(error)) => error,
                 Ok(Ok(())) => cannot("it ended by itself".into()),
                 Err(death) => cannot(death.to_string()),
             }),
-            event = events.recv() => match event {
-                // A session that has ended is seen above.
-                Some(NodeEvent::Report(report)) => drop(reports.send(NodeUp::Replica { report })),
-                Some(NodeEvent::Drained) => {}
-                None => break Err(WorkerError::Actor { actor: "node", reason: "it ended by itself".into() }),
-            },
         }
     };
     tracing::info!(drain_s = options.drain_timeout.as_secs(), "the worker ends: requests under way are finished");
-    if actor.cast(NodeMessage::Drain(options.drain_timeout)).is_ok() {
-        let drained = async {
-            while let Some(event) = events.recv().await {
-                match event {
-                    NodeEvent::Report(report) => drop(reports.send(NodeUp::Replica { report })),
-                    NodeEvent::Drained => break,
-                }
-            }
-        };
-        if tokio::time::timeout(options.drain_timeout + END_TIMEOUT, drained).await.is_err() {
-            tracing::warn!("the replicas did not end in time");
-        }
-    }
-    session.goodbye(END_TIMEOUT).await;
+    node.end(options.drain_timeout).await;
     renewal.abort();
     drop((close_service, close_probes));
     let rest = async {
@@ -247,8 +159,6 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
         );
     };
     let _ = tokio::time::timeout(END_TIMEOUT, rest).await;
-    actor.stop(None);
-    let _ = tokio::time::timeout(END_TIMEOUT, joined).await;
     result
 }
 

@@ -20,7 +20,7 @@ use forge_shared::link::EngineLink;
 use forge_shared::spec::ModelService;
 use forge_worker::actors::NodeEvent;
 use forge_worker::inspect::inspect;
-use forge_worker::process::WorkerNode;
+use forge_worker::node::WorkerNode;
 use forge_worker::session::{Session, SessionOptions, SessionState};
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;

@@ -1,6 +1,7 @@
 //! From flags, variables and contexts to a connection.
 
 use std::future::Future;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use forge_cluster::api::ClusterApi;
@@ -10,7 +11,7 @@ use uuid::Uuid;
 
 use super::contexts::ContextStore;
 use crate::cli::cluster::ServerArgs;
-use crate::failure::{Failure, Result};
+use crate::failure::{Exit, Failure, Result};
 use crate::runtime;
 
 /// Longest wait for one answer: a new leader is there long before.
@@ -19,8 +20,11 @@ pub const TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest wait for what a command does not need itself.
 const LEARN_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Longest wait for the answer of a port of this machine.
+const PORT_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// The context that `forgectl serve` writes for the cluster it has in itself.
-const LOCAL: &str = "local";
+pub const LOCAL_CONTEXT: &str = "local";
 
 /// The cluster that is meant: `--context`, the current context, or the one of a `forgectl serve` on this machine;
 /// `--server` gives other addresses for the same certificate.
@@ -28,7 +32,15 @@ const LOCAL: &str = "local";
 /// # Errors
 /// If no cluster is known, or its certificate cannot be used.
 pub fn connect(store: &ContextStore, args: &ServerArgs) -> Result<RemoteCluster> {
-    let known = store.get(&context(store, args)?)?;
+    let name = context(store, args)?;
+    let is_local = name == LOCAL_CONTEXT && args.server.is_empty();
+    if is_local && !store.has(&name) {
+        return Err(not_running());
+    }
+    let known = store.get(&name)?;
+    if is_local && known.servers.iter().all(|server| is_closed(server)) {
+        return Err(not_running());
+    }
     let servers = if args.server.is_empty() { &known.servers } else { &args.server };
     Ok(RemoteCluster::new(servers, &SharedCredentials::new(known.credentials))?)
 }
@@ -39,15 +51,23 @@ fn context(store: &ContextStore, args: &ServerArgs) -> Result<String> {
         Some(name) => name.clone(),
         None => match store.current()? {
             Some(name) => name,
-            None if store.names()?.iter().any(|name| name == LOCAL) => LOCAL.to_owned(),
-            None => {
-                return Err(Failure::usage("no cluster is known here").help(
-                    "make one with `forgectl cluster init`, or remember one with \
-                     `forgectl context add NAME --server HOST:PORT --credentials DIR`",
-                ));
-            }
+            None => LOCAL_CONTEXT.to_owned(),
         },
     })
+}
+
+/// Whether nobody listens at an address of this machine.
+fn is_closed(server: &str) -> bool {
+    let address: Option<SocketAddr> = server.parse().ok();
+    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+    address.is_some_and(|address| TcpStream::connect_timeout(&address, PORT_TIMEOUT).is_err_and(refused))
+}
+
+fn not_running() -> Failure {
+    Failure::new("no cluster runs in a `forgectl serve` on this machine, and no other one is chosen").exit(Exit::LostContact).help(
+        "start one with `forgectl serve`; `forgectl context use NAME` chooses another, `forgectl context add` remembers one, \
+         `forgectl cluster init` makes one",
+    )
 }
 
 /// Keeps the addresses of the coordinators of now with the context, so that the next command finds one though those it was

@@ -56,14 +56,35 @@ impl ContextStore {
     /// # Errors
     /// A name that is none, or files that cannot be written.
     pub fn add(&self, name: &str, servers: &[String], credentials: &Credentials) -> Result<()> {
-        check_name("context", name)?;
-        let folder = self.folder.join(name);
-        credentials.save(&folder)?;
-        self.write(name, servers)?;
+        self.put(name, servers, credentials)?;
         if self.current()?.is_none() {
             self.set_current(name)?;
         }
         Ok(())
+    }
+
+    /// Remembers a cluster; replaces one of the same name. Which one is current stays.
+    ///
+    /// # Errors
+    /// As [`ContextStore::add`].
+    pub fn put(&self, name: &str, servers: &[String], credentials: &Credentials) -> Result<()> {
+        check_name("context", name)?;
+        credentials.save(&self.folder.join(name))?;
+        self.write(name, servers)
+    }
+
+    /// Whether there is one of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.folder.join(name).join(FILE).is_file()
+    }
+
+    /// Forgets a cluster if this is still its address.
+    ///
+    /// # Errors
+    /// Files that cannot be removed.
+    pub fn remove_if_at(&self, name: &str, server: &str) -> Result<()> {
+        let is_there = self.has(name) && self.get(name)?.servers == [server];
+        if is_there { self.remove(name) } else { Ok(()) }
     }
 
     /// Keeps other addresses for a cluster; its certificate stays. Without any, what was there stays too.

@@ -75,7 +75,11 @@ pub fn admin(args: &AdminArgs) -> Result<()> {
     ))
 }
 
-fn issue(ca: &ClusterCa, role: Role, name: &str, lifetime: Duration) -> Result<Credentials> {
+/// A new key with a certificate of this CA.
+///
+/// # Errors
+/// A name that is none.
+pub fn issue(ca: &ClusterCa, role: Role, name: &str, lifetime: Duration) -> Result<Credentials> {
     let key = NodeKey::generate()?;
     let identity = Identity::new(ca.cluster_id(), role, name)?;
     let certificate = ca.sign(&key.signing_request_der()?, &identity, lifetime, Utc::now().0)?;

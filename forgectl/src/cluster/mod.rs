@@ -19,9 +19,10 @@ mod top;
 mod verbs;
 
 pub use apply::apply;
-pub use contexts::context;
+pub use connect::LOCAL_CONTEXT;
+pub use contexts::{ContextStore, context};
 pub use get::{describe, get};
-pub use init::{admin, init};
+pub use init::{admin, init, issue};
 pub use keys::keys;
 pub use members::{backup, change_members, join_token, status};
 pub use top::top;

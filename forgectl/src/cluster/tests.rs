@@ -73,7 +73,7 @@ async fn a_cluster_is_found_by_context_and_flags_and_missed_with_a_remedy() {
     let folder = tempfile::tempdir().unwrap();
     let contexts = ContextStore::at(folder.path());
     let error = connect(&contexts, &ServerArgs::default()).unwrap_err().to_string();
-    assert!(error.contains("no cluster is known") && error.contains("cluster init"), "{error}");
+    assert!(error.contains("no cluster runs") && error.contains("forgectl serve") && error.contains("cluster init"), "{error}");
     init_with(&init_args(&folder.path().join("c1")), &contexts).unwrap();
     connect(&contexts, &ServerArgs::default()).unwrap();
     let other = ServerArgs { context: Some("tset".into()), ..ServerArgs::default() };

@@ -50,7 +50,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         let resolved = context::pull(&service.spec.model, false).await?;
         let names = served_names(&context, &service, &resolved)?;
         let loading = spinner(&format!("opening {}", resolved.name()));
-        let mut replica = Replica::start(&service, resolved, names, Metrics::new(), None).await?;
+        let mut replica = Replica::start(&service, resolved, names, Metrics::new()).await?;
         loading.finish_and_clear();
         replica.ready().await?;
         Ok(replica)

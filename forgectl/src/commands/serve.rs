@@ -1,22 +1,31 @@
-//! `forgectl serve`: gateway, engine and worker in this process.
+//! `forgectl serve`: a cluster in this process, and a gateway to it.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::time::Duration;
 
+use forge_gateway::clock::SystemClock;
+use forge_gateway::cluster::{MemberParts, Shares};
 use forge_gateway::{Gateway, GatewayConfig, KeyRing, Listeners, RequestLimits, Timeouts};
+use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::config::{self, Format};
+use forge_shared::ids::NodeId;
 use forge_shared::spec::{GatewaySpec, ModelService};
 use forge_shared::telemetry::Metrics;
 use forge_store::Silent;
+use forge_worker::probe;
+use forge_worker::service::LocalDialer;
 
 use crate::banner;
 use crate::cli::{DocumentFormat, ServeArgs};
+use crate::cluster::ContextStore;
 use crate::context::{self, Context};
+use crate::embedded::{self, Beginning, EmbeddedCoordinator, ServedService, WorkerParts};
 use crate::failure::{Failure, Result};
 use crate::names::served_names;
 use crate::output::print_text;
-use crate::replica::{self, Replica, unless_stopped};
+use crate::replica::{self, unless_stopped};
 use crate::runtime;
 use crate::support;
 use crate::system::System;
@@ -35,7 +44,10 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     support::check(&context, &service.spec.model)?;
     if args.dry_run {
         match context.store.resolve(&service.spec.model, &Silent)? {
-            Some(resolved) => runtime::start()?.block_on(replica::check(&service, &resolved)).map(drop)?,
+            Some(resolved) => {
+                let prepared = runtime::start()?.block_on(replica::prepare(&service, &resolved))?;
+                replica::check(&service, &prepared, &probe::cpu_alone())?;
+            }
             None => eprintln!("note: {} is not here yet; its files and memory are checked when it is", service.spec.model),
         }
         return print_text(&config::render(&service, format(args.output))?);
@@ -53,29 +65,51 @@ fn format(format: DocumentFormat) -> Format {
 
 async fn serve_service(context: &Context, service: &ModelService, config: GatewayConfig) -> Result<()> {
     // What can be refused is refused before gigabytes are pulled.
-    let keys = KeyRing::open(context.keys().path())?;
+    let shares = Arc::new(Shares::default());
+    let keys = KeyRing::open(context.keys().path())?.and_told(shares.clone());
     config.check(keys.required())?;
     // Let go again: a port that accepts and does not answer would hang probes while a model is pulled.
     drop(Listeners::bind(&config).await?);
     let metrics = Metrics::new();
     let mut system = System::start().await?;
-    let root = system.cell();
     // One listener for all waits: a signal between them must not be lost.
     let mut stop = pin!(runtime::stop_signal());
-    let (mut replica, listeners) = unless_stopped(stop.as_mut(), async {
-        let resolved = context::pull(&service.spec.model, false).await?;
+    let gateway = Gateway::empty(config.clone(), metrics.clone(), keys.clone(), Arc::new(SystemClock))?;
+    let (mut served, listeners) = unless_stopped(stop.as_mut(), async {
+        let model = context::pull(&service.spec.model, false).await?;
         let listeners = Listeners::bind(&config).await?;
-        let names = served_names(context, service, &resolved)?;
-        let replica = Replica::start(service, resolved, names, metrics.clone(), Some(root)).await?;
-        Ok((replica, listeners))
+        let names = served_names(context, service, &model)?;
+        let (prepared, coordinator) = tokio::try_join!(replica::prepare(service, &model), EmbeddedCoordinator::start(&context.home))?;
+        let device = probe::cpu_alone();
+        replica::check(service, &prepared, &device)?;
+        let parts = WorkerParts {
+            device,
+            model: prepared.clone(),
+            names,
+            service: service.clone(),
+            home: context.home.clone(),
+            metrics: metrics.clone(),
+        };
+        let cluster = coordinator.with_worker(parts, ContextStore::at(context.home.root())).await?;
+        let dialer = LocalDialer::new(cluster.board());
+        let texts = dialer.clone();
+        let member = gateway.join(MemberParts {
+            api: cluster.api(),
+            dialer: Arc::new(dialer),
+            built_texts: Some(Arc::new(move |target| texts.text(target))),
+            spec: gateway_node(&listeners),
+            keys: keys.clone(),
+            shares,
+        });
+        let served = ServedService::begin(service, Beginning { cluster, member, prepared, model }).await?;
+        Ok((served, listeners))
     })
     .await?;
-    let gateway = Gateway::new(config.clone(), vec![replica.served_model()], metrics, keys.clone())?;
     let addresses = banner::Addresses { api: listeners.api(), metrics: listeners.metrics(), keys: keys.required() };
     // From here on probes answer; readiness follows when the model is loaded.
     system.serve(gateway.clone(), &config, listeners)?;
     let ended = tokio::select! {
-        ended = run_replica(&mut replica, &addresses, stop) => ended,
+        ended = run_service(&mut served, &addresses, stop) => ended,
         ended = system.ended() => Err(ended.err().unwrap_or_else(|| Failure::new("the gateway ended by itself"))),
     };
     stop_at_next_signal();
@@ -95,21 +129,38 @@ async fn serve_service(context: &Context, service: &ModelService, config: Gatewa
             gateway.drain(FATAL_DRAIN).await;
         }
     }
-    replica.shutdown(FATAL_DRAIN).await;
+    served.end(FATAL_DRAIN).await;
     system.stop();
     ended
 }
 
+/// The gateway as a node of the cluster.
+fn gateway_node(listeners: &Listeners) -> NodeSpec {
+    NodeSpec {
+        id: NodeId::from(embedded::GATEWAY),
+        role: Role::Gateway,
+        incarnation: embedded::first_incarnation(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        address: listeners.api().to_string(),
+        metrics_address: listeners.metrics().to_string(),
+        devices: Vec::new(),
+    }
+}
+
 /// Loads, shows the banner, and waits for a signal (`Ok`) or for the end of the engine.
-async fn run_replica(replica: &mut Replica, addresses: &banner::Addresses, mut stop: Pin<&mut impl Future<Output = ()>>) -> Result<()> {
+async fn run_service(
+    served: &mut ServedService,
+    addresses: &banner::Addresses,
+    mut stop: Pin<&mut impl Future<Output = ()>>,
+) -> Result<()> {
     tracing::info!("loading");
     tokio::select! {
-        ready = replica.ready() => ready?,
+        ready = served.ready() => ready?,
         () = stop.as_mut() => return Ok(()),
     }
-    print_text(&banner::banner(replica, addresses))?;
+    print_text(&banner::banner(&served.shown().await?, addresses))?;
     tokio::select! {
-        failure = replica.failed() => Err(failure),
+        failure = served.failed() => Err(failure),
         () = stop => Ok(()),
     }
 }

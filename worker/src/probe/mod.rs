@@ -100,21 +100,17 @@ pub fn devices(node: &NodeId, wish: &ProbeWish<'_>) -> NodeDevices {
     devices
 }
 
+/// The CPU of this machine with its free memory, for a node inside `forgectl`: measured speeds and GPUs, which take a while
+/// to look at, are left out.
+pub fn cpu_alone() -> DeviceInfo {
+    let cpu = Cpu::read(Path::new("/proc/cpuinfo"), Path::new("/sys/devices/system/node"));
+    let view = machine::cpu_device(NodeId::from("local"));
+    cpu.info(view.threads, view.free_bytes.0, &Speeds::default())
+}
+
 fn found(cpu: &Cpu, cores: &[usize], wish: &ProbeWish<'_>) -> NodeDevices {
     let speeds = Speeds::of(&cpu.name, cores.len(), wish.cache);
-    let info = DeviceInfo {
-        index: 0,
-        kind: DeviceKind::Cpu,
-        name: cpu.name.clone(),
-        cores: u32::try_from(cores.len()).unwrap_or(u32::MAX),
-        numa_node: cpu.numa_node,
-        instruction_sets: cpu.instruction_sets.clone(),
-        memory_bytes: machine::free_bytes().saturating_sub(wish.reserve_bytes),
-        read_bandwidth_bytes_per_s: speeds.read_bandwidth_bytes_per_s,
-        matrix_flops: speeds.matrix_flops,
-        is_virtual: false,
-        cannot_run: None,
-    };
+    let info = cpu.info(cores.len(), machine::free_bytes().saturating_sub(wish.reserve_bytes), &speeds);
     // Its threads go where the system puts them: the whole machine is theirs.
     let ledger = vec![LedgerDevice::of(&info, Vec::new(), NICENESS)];
     let gpus = cuda_devices().into_iter().zip(1..).map(|(gpu, index)| DeviceInfo {
@@ -167,6 +163,23 @@ impl Cpu {
             _ => None,
         };
         Cpu { numa_node, ..Cpu::parse(&text) }
+    }
+
+    /// All of it as a device.
+    fn info(&self, cores: usize, memory_bytes: u64, speeds: &Speeds) -> DeviceInfo {
+        DeviceInfo {
+            index: 0,
+            kind: DeviceKind::Cpu,
+            name: self.name.clone(),
+            cores: u32::try_from(cores).unwrap_or(u32::MAX),
+            numa_node: self.numa_node,
+            instruction_sets: self.instruction_sets.clone(),
+            memory_bytes,
+            read_bandwidth_bytes_per_s: speeds.read_bandwidth_bytes_per_s,
+            matrix_flops: speeds.matrix_flops,
+            is_virtual: false,
+            cannot_run: None,
+        }
     }
 
     fn parse(cpuinfo: &str) -> Self {

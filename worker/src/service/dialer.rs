@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forge_cluster::api::ClusterError;
-use forge_cluster::engine::{EngineDialer, EngineTarget, ReplicaClient};
+use forge_cluster::engine::{EngineDialer, EngineTarget, ReplicaClient, STATUS_POLL};
 use forge_shared::generate::{AdmitError, GenerateRequest};
 use forge_shared::link::{EngineLink, EngineStatus, EventStream, ModelCard, PrefixUpdate};
+use forge_text::ModelText;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
@@ -24,6 +25,11 @@ impl LocalDialer {
     /// Over a node's runs.
     pub fn new(board: Arc<ReplicaBoard>) -> Self {
         LocalDialer { board }
+    }
+
+    /// Text parts of a replica that runs here, as they were built for it.
+    pub fn text(&self, target: &EngineTarget) -> Option<ModelText> {
+        Some(find(&self.board, &target.replica, target.epoch).ok()?.text()?.text.clone())
     }
 }
 
@@ -99,6 +105,13 @@ impl ReplicaClient for LocalReplica {
             // Closed at once: the replica is gone.
             Err(_) => mpsc::channel(1).1,
         }
+    }
+
+    fn changed(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            // The wait is bounded as others' are: a change just before it is seen then.
+            let _ = tokio::time::timeout(STATUS_POLL, self.board.changed()).await;
+        })
     }
 
     fn block_size(&self) -> usize {

@@ -129,9 +129,10 @@ impl Session {
 
     /// Says good-bye, so that no lease needs to be waited for. Bounded by `timeout`.
     pub async fn goodbye(self, timeout: Duration) {
-        // A session that has ended has nobody to say it to.
-        let _ = self.goodbye.send(());
-        let _ = tokio::time::timeout(timeout, self.ended).await;
+        // A session that has ended has nobody to say it to, and may have told its end already.
+        if self.goodbye.send(()).is_ok() {
+            let _ = tokio::time::timeout(timeout, self.ended).await;
+        }
     }
 }
 

@@ -19,10 +19,11 @@ use forge_store::ForgeHome;
 use forge_worker::actors::{NodeEvent, NodeMessage};
 use forge_worker::agent::RunId;
 use forge_worker::inspect::inspect;
-use forge_worker::ledger::LedgerDevice;
+use forge_worker::ledger::{Ledger, LedgerDevice};
 use forge_worker::link::ReplicaLink;
+use forge_worker::machine;
 use forge_worker::models::StoredModels;
-use forge_worker::process::WorkerNode;
+use forge_worker::node::WorkerNode;
 use serde_json::{Map, Value, json};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/model");
@@ -143,7 +144,10 @@ pub fn spec(name: &str) -> NodeSpec {
 impl Node {
     pub async fn start(name: &str, models: &Models, memory_bytes: u64) -> Self {
         let device = LedgerDevice { index: 0, memory_bytes, cores: Vec::new(), niceness: 0 };
-        let worker = WorkerNode::start(&spec(name), vec![device], models.stored(), Metrics::new()).await.expect("it starts");
+        let worker =
+            WorkerNode::start(&spec(name), Ledger::new(vec![device], Box::new(machine::free_bytes)), models.stored(), Metrics::new())
+                .await
+                .expect("it starts");
         Node { worker, revision: 0 }
     }
 

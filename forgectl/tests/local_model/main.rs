@@ -2,6 +2,8 @@
 //!
 //! The weights are the parity suite's; their tokenizer is made here, one token per printable character.
 
+mod cluster;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -29,10 +31,17 @@ impl Home {
         Home(home)
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    /// A command that runs no model.
+    fn program(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_forgectl"));
         command.env_clear().env("FORGE_HOME", self.0.path()).env("HOME", self.0.path()).env("FORGE_OFFLINE", "1");
-        command.args(arguments).args(["--threads", "1"]).current_dir(self.0.path()).stdin(Stdio::null());
+        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.program(arguments);
+        command.args(["--threads", "1"]);
         command
     }
 
@@ -42,7 +51,11 @@ impl Home {
 
     /// Serves the model on free ports and waits until it is ready.
     fn serve(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Server {
-        let all = [&["serve", "./tiny", "--port", "0", "--metrics-port", "0"], arguments].concat();
+        self.serve_what(&["./tiny"], arguments, variables)
+    }
+
+    fn serve_what(&self, what: &[&str], arguments: &[&str], variables: &[(&str, &str)]) -> Server {
+        let all = [&["serve", "--port", "0", "--metrics-port", "0"], what, arguments].concat();
         let mut child = self
             .command(&all)
             .envs(variables.iter().copied())
@@ -103,11 +116,15 @@ impl Server {
     }
 
     fn request(&self, name: &str, request: &str, body: &str) -> (u16, String) {
+        self.request_with(name, request, "", body)
+    }
+
+    fn request_with(&self, name: &str, request: &str, headers: &str, body: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(self.address(name)).expect("it listens");
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a valid time");
         let length = body.len();
         let head = format!(
-            "{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+            "{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{headers}content-type: application/json\r\ncontent-length: {length}\r\n\r\n"
         );
         stream.write_all((head + body).as_bytes()).expect("it reads");
         let mut answer = String::new();
@@ -177,15 +194,30 @@ fn flags_reach_the_engine_and_the_gateway() {
 #[test]
 fn a_wish_that_does_not_fit_exits_with_3_and_the_nearest_that_does() {
     let home = Home::new();
-    for (arguments, expected) in [
-        (["--kv-memory", "1000TiB"], "help: this would fit: --kv-memory "),
-        (["--set", "replicas=2"], "--set replicas=1"),
-        (["--set", "layout.tensor=2"], "--set layout.tensor=1"),
-    ] {
+    for (arguments, expected) in
+        [(["--kv-memory", "1000TiB"], "help: this would fit: --kv-memory "), (["--set", "layout.tensor=2"], "--set layout.tensor=1")]
+    {
         let output = home.output(&[&["serve", "./tiny", "--port", "0", "--metrics-port", "0"][..], &arguments].concat());
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(3), "{arguments:?}: {stderr}");
         assert!(stderr.contains(expected) && stderr.contains("help:"), "{stderr}");
+    }
+}
+
+#[test]
+fn replicas_that_do_not_all_fit_are_refused_with_how_many_do() {
+    let home = Home::new();
+    let memory = std::fs::read_to_string("/proc/meminfo").expect("this system has it");
+    let line = memory.lines().find(|line| line.starts_with("MemAvailable:")).expect("it is there");
+    let available_kib: u64 = line.split_whitespace().nth(1).expect("a number").parse().expect("a number");
+    // One takes half of what there is and more, two do not fit.
+    let kv_memory = format!("{}KiB", available_kib / 100 * 55);
+    let arguments = ["serve", "./tiny", "--port", "0", "--metrics-port", "0", "--kv-memory", &kv_memory, "--set", "replicas=2"];
+    for arguments in [&arguments[..], &[&arguments[..], &["--dry-run"]].concat()] {
+        let output = home.output(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{stderr}");
+        assert!(stderr.contains("this would fit: --set replicas=1"), "{stderr}");
     }
 }
 
