@@ -55,6 +55,13 @@ pub struct BackupHeader {
     pub snapshot_sha256: String,
 }
 
+impl BackupHeader {
+    /// What to tell who has restored it.
+    pub fn restored_into(&self, data_dir: &Path) -> String {
+        format!("restored cluster {} as of revision {} into {}", self.cluster_id, self.revision, data_dir.display())
+    }
+}
+
 impl Coordinator {
     /// The state, no older than this call, as a backup file's bytes.
     ///

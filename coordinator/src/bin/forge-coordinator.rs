@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     if let Some(backup) = &arguments.restore {
         return match restore(backup, &config.data_dir) {
             Ok(header) => {
-                println!("restored cluster {} as of revision {} into {}", header.cluster_id, header.revision, config.data_dir.display());
+                println!("{}", header.restored_into(&config.data_dir));
                 ExitCode::SUCCESS
             }
             Err(error) => fail(&error),

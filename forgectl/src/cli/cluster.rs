@@ -56,6 +56,24 @@ pub enum ClusterCommand {
         #[command(flatten)]
         server: ServerArgs,
     },
+    /// Make a coordinator that does not run a new group of one from a backup; its data folder must be empty
+    Restore(RestoreArgs),
+}
+
+/// `cluster restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// File that `cluster backup` wrote
+    pub file: PathBuf,
+    /// Folder of the coordinator, with its coordinator.yaml, as `cluster init` made it
+    #[arg(long, value_name = "DIR", default_value = "forge-coordinator")]
+    pub dir: PathBuf,
+    /// Its configuration file, where it is elsewhere
+    #[arg(long, value_name = "FILE", conflicts_with = "dir")]
+    pub config: Option<PathBuf>,
+    /// One key of the configuration, over the file
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub assignments: Vec<String>,
 }
 
 /// Commands of `cluster members`.

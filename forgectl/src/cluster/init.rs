@@ -13,6 +13,9 @@ use crate::failure::{Failure, Result};
 use crate::output::print_text;
 use crate::time::Utc;
 
+/// The coordinator's configuration in the folder that is made.
+pub(super) const CONFIG_FILE: &str = "coordinator.yaml";
+
 /// `forgectl cluster init`.
 ///
 /// # Errors
@@ -22,7 +25,7 @@ pub fn init(args: &InitArgs) -> Result<()> {
 }
 
 pub(super) fn init_with(args: &InitArgs, contexts: &ContextStore) -> Result<()> {
-    let file = args.dir.join("coordinator.yaml");
+    let file = args.dir.join(CONFIG_FILE);
     if file.exists() {
         return Err(Failure::usage(format!("{} is there already", file.display()))
             .help("a cluster is made once; name another folder with --dir, or remove this one if its cluster is no longer wanted"));

@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use forge_cluster::api::{ClusterApi, GroupStatus};
 use forge_cluster::client::{MemberAction, RemoteCluster};
+use forge_cluster::config::{CoordinatorConfig, load};
 use forge_cluster::tls::JoinTokenText;
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::node::Role;
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
-use crate::cli::cluster::{JoinTokenArgs, MembersCommand, ServerArgs};
+use super::init::CONFIG_FILE;
+use crate::cli::cluster::{JoinTokenArgs, MembersCommand, RestoreArgs, ServerArgs};
 use crate::failure::{Failure, Result};
 use crate::output::{OutputFormat, column, print_facts, print_list, print_text, wide};
 use crate::time::Utc;
@@ -136,6 +138,21 @@ pub fn join_token(args: &JoinTokenArgs) -> Result<()> {
 /// A new file for its owner alone: a backup holds what keys and tokens are checked against.
 fn create_private(file: &Path) -> std::io::Result<std::fs::File> {
     std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file)
+}
+
+/// `forgectl cluster restore`: what `forge-coordinator --restore` does.
+///
+/// # Errors
+/// A configuration or a backup that cannot be used, a data folder that is not empty.
+pub fn restore(args: &RestoreArgs) -> Result<()> {
+    let file = args.config.clone().unwrap_or_else(|| args.dir.join(CONFIG_FILE));
+    let config: CoordinatorConfig = load(Some(&file), &args.assignments)?;
+    let header = forge_coordinator::restore(&args.file, &config.data_dir).map_err(|error| Failure::of(&error))?;
+    print_text(&format!(
+        "{}\nstart it without --bootstrap:  forge-coordinator --config {}\n",
+        header.restored_into(&config.data_dir),
+        file.display()
+    ))
 }
 
 /// `forgectl cluster backup`.

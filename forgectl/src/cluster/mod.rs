@@ -24,7 +24,7 @@ pub use contexts::{ContextStore, context};
 pub use get::{describe, get};
 pub use init::{admin, init, issue};
 pub use keys::keys;
-pub use members::{backup, change_members, join_token, status};
+pub use members::{backup, change_members, join_token, restore, status};
 pub use top::top;
 pub use verbs::{cordon, delete, drain, logs, scale};
 
@@ -43,5 +43,6 @@ pub fn cluster(args: &ClusterArgs) -> Result<()> {
         ClusterCommand::Status { list, server } => status(list.output, server),
         ClusterCommand::Members { command } => change_members(command),
         ClusterCommand::Backup { file, server } => backup(file, server),
+        ClusterCommand::Restore(args) => restore(args),
     }
 }

@@ -163,6 +163,27 @@ fn keys_of_this_machine_and_of_the_cluster_both_open() {
     assert_eq!(server.end().0, 0);
 }
 
+#[test]
+fn a_backup_begins_a_coordinator_that_does_not_run() {
+    let home = Home::new();
+    let server = home.serve(&[], &[]);
+    home.told(&["cluster", "backup", "saved", "--context", "local"]);
+    server.signal("TERM");
+    assert_eq!(server.end().0, 0);
+    home.told(&["cluster", "init", "--dir", "c1", "--cluster", "local"]);
+    let refused = |arguments: &[&str], expected: &str| {
+        let output = home.run(arguments);
+        assert!(!output.status.success() && text(&output.stderr).contains(expected), "{}", text(&output.stderr));
+    };
+    let whole = std::fs::read(home.0.path().join("saved")).expect("it was written");
+    std::fs::write(home.0.path().join("cut"), &whole[..whole.len() - 1]).expect("writable");
+    refused(&["cluster", "restore", "cut", "--dir", "c1"], "it was cut off");
+    refused(&["cluster", "restore", "saved", "--dir", "elsewhere"], "elsewhere/coordinator.yaml");
+    let told = home.told(&["cluster", "restore", "saved", "--dir", "c1"]);
+    assert!(told.contains("restored cluster local as of revision"), "{told}");
+    refused(&["cluster", "restore", "saved", "--config", "c1/coordinator.yaml"], "not empty");
+}
+
 /// Faults are compiled into debug builds only.
 #[cfg(debug_assertions)]
 #[test]
