@@ -95,7 +95,7 @@ mod tests {
         let message = check_ids(&tokenizer, 3).unwrap_err().to_string();
         assert!(message.contains("eos_token_id: 3 is outside the model's vocabulary of 3"), "{message}");
         let tokens = (0..1200).map(|id| format!("t{id}")).collect();
-        let another = GgufTokenizer { model: "gpt2".to_owned(), pre: "gpt-2".to_owned(), tokens, ..GgufTokenizer::default() };
+        let another = GgufTokenizer { model: "llama".to_owned(), tokens, scores: Some(vec![0.0; 1200]), ..GgufTokenizer::default() };
         let another = Tokenizer::from_gguf(&another).unwrap();
         assert_eq!(check_ids(&another, 200), Ok(()));
         let message = check_ids(&another, 100).unwrap_err().to_string();
