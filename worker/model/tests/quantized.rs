@@ -3,6 +3,9 @@
 mod common;
 
 checks! { quantized: logits = check_rounded_logits, batch = check_batch, ranks = check_ranks => {
+    llama_q4_0: "llama-q4_0",
+    llama_q4_1: "llama-q4_1",
+    llama_q8_0: "llama-q8_0",
     llama_q5_0: "llama-q5_0",
     llama_q5_1: "llama-q5_1",
     llama_q2_k: "llama-q2_k",
@@ -13,6 +16,9 @@ checks! { quantized: logits = check_rounded_logits, batch = check_batch, ranks =
     llama_iq4_nl: "llama-iq4_nl",
     llama_iq4_xs: "llama-iq4_xs",
     llama_mxfp4: "llama-mxfp4",
+    qwen3moe_q4_0: "qwen3moe-q4_0",
+    qwen3moe_q4_1: "qwen3moe-q4_1",
+    qwen3moe_q8_0: "qwen3moe-q8_0",
     qwen3moe_q5_0: "qwen3moe-q5_0",
     qwen3moe_q5_1: "qwen3moe-q5_1",
     qwen3moe_q2_k: "qwen3moe-q2_k",
@@ -28,5 +34,15 @@ checks! { quantized: logits = check_rounded_logits, batch = check_batch, ranks =
 mod folders {
     crate::checks! { quantized_folder: logits = check_rounded_logits, batch = check_batch, ranks = check_ranks => {
         gpt_oss_mxfp4: "gpt_oss-mxfp4",
+    } }
+}
+
+/// 8-bit floats with every kind of scales; `tests/loaders.rs` has their logits.
+mod eight_bit_floats {
+    crate::checks! { torch_folder: batch = check_batch, ranks = check_ranks => {
+        block: "fp8-block",
+        row: "fp8-row",
+        matrix: "fp8-matrix",
+        plain: "fp8-plain",
     } }
 }

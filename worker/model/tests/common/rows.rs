@@ -19,6 +19,7 @@ const EQUAL_ROWS_PERCENT: usize = 95;
 pub struct Row {
     /// Path of both below the fixtures, for messages the name.
     pub model: String,
+    /// Empty where another test has the logits.
     pub golden: String,
 }
 
@@ -45,13 +46,18 @@ impl Row {
         Row { model: format!("quantized/{name}"), golden: format!("quantized/{name}/golden.safetensors") }
     }
 
+    /// A folder of tests/fixtures/torch, at most 32 tokens long: its logits are tested with the files' formats.
+    pub fn torch_folder(name: &str) -> Row {
+        Row { model: format!("../torch/{name}"), golden: String::new() }
+    }
+
     fn open(&self) -> Model {
         Model::open(fixture(&self.model), LoadMode::Mmap).unwrap_or_else(|error| panic!("{}: {error}", self.model))
     }
 
     /// Options for the length that the reference was made for: scalings that depend on it are fixed by it.
     fn options(&self) -> DecoderOptions {
-        let longest = Golden::read(&self.golden).max_model_len;
+        let longest = if self.golden.is_empty() { Some(32) } else { Golden::read(&self.golden).max_model_len };
         DecoderOptions { max_model_len: longest.unwrap_or(options().max_model_len), ..options() }
     }
 
