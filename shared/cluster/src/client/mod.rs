@@ -108,8 +108,7 @@ impl ClusterApi for RemoteCluster {
     fn status(&self, timeout: Duration) -> BoxFuture<'_, Result<GroupStatus, ClusterError>> {
         async move {
             let request = StatusRequest {};
-            let knows_leader =
-                |reply: &StatusReply| serde_json::from_slice::<GroupStatus>(&reply.status_json).is_ok_and(|status| status.leader_id != 0);
+            let knows_leader = |reply: &StatusReply| serde_json::from_slice::<GroupStatus>(&reply.status_json).is_ok_and(knows_leader);
             let reply = self
                 .channels
                 .call_all(timeout, knows_leader, |mut client, request| async move { client.status(request).await }, request)
@@ -122,6 +121,12 @@ impl ClusterApi for RemoteCluster {
     fn loads(&self, interval: Duration) -> mpsc::Receiver<ClusterLoads> {
         streams::loads(self.channels.clone(), interval)
     }
+}
+
+/// Whether a member's answer is worth taking before the others'. One that has just been let in hears the leader before it
+/// has read who the members are.
+fn knows_leader(status: GroupStatus) -> bool {
+    status.members.iter().any(|member| member.id == status.leader_id && !member.address.is_empty())
 }
 
 /// Bytes of a document for the wire.

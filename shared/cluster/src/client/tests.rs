@@ -21,10 +21,13 @@ use tokio::runtime::Runtime;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
+use crate::api::MemberStatus;
 use crate::status::to_status;
 use crate::tls::{ClusterCa, Credentials, Identity, NODE_LIFETIME, NodeKey, Peer, TlsIncoming, clock_s};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The leader that a coordinator names which has not read who the members are.
+const NEWCOMERS_LEADER: u64 = 9;
 
 /// A coordinator that does as it is told.
 #[derive(Clone)]
@@ -106,7 +109,17 @@ impl Cluster for Script {
             commit_index: 1,
             applied_index: 1,
             revision: Revision(1),
-            members: Vec::new(),
+            members: match leader_id {
+                0 | NEWCOMERS_LEADER => Vec::new(),
+                id => vec![MemberStatus {
+                    id,
+                    name: "leader".into(),
+                    address: "host:7000".into(),
+                    is_voter: true,
+                    is_reachable: true,
+                    matched_index: 1,
+                }],
+            },
             version: "1".into(),
         };
         Ok(Response::new(wire::StatusReply { status_json: serde_json::to_vec(&status).unwrap().into() }))
@@ -295,6 +308,12 @@ async fn whether_the_group_lives_is_asked_of_all_at_once() {
     let credentials = SharedCredentials::new(credentials(&ca, Role::Admin, "root"));
     let cluster = RemoteCluster::new(&addresses, &credentials).unwrap();
     assert_eq!(cluster.status(Duration::from_secs(8)).await.unwrap().leader_id, 2);
+    // One that has just been let in knows no member's address yet: nobody could join by what it says.
+    *without.script.status_leader.lock() = Some(NEWCOMERS_LEADER);
+    for _ in 0..10 {
+        assert_eq!(cluster.status(Duration::from_secs(8)).await.unwrap().leader_id, 2);
+    }
+    *without.script.status_leader.lock() = Some(0);
     // Without one that knows a leader, one that knows none will do.
     *with.script.status_leader.lock() = Some(0);
     assert_eq!(cluster.status(Duration::from_secs(8)).await.unwrap().leader_id, 0);
