@@ -51,3 +51,17 @@ fn safetensors_of_other_types_are_named_unless_ignored() {
     let text = with("model.layers.0.self_attn.rotary_emb.other", Dtype::F32, &[0; 32], vec![8]).unwrap_err().to_string();
     assert!(text.contains("does not use: model.layers.0.self_attn.rotary_emb.other"), "{text}");
 }
+
+/// Of two entries of one name the library keeps the last; the bytes of the first are then nobody's.
+#[test]
+fn a_tensor_that_is_there_twice_is_refused() {
+    let file = |header: &str, data: usize| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat();
+    let entry = |name: &str, start: usize| format!(r#""{name}":{{"dtype":"F32","shape":[2],"data_offsets":[{start},{}]}}"#, start + 8);
+    let sound = file(&format!("{{{},{}}}", entry("a", 0), entry("b", 8)), 16);
+    assert_eq!(forge_model::safetensors::parse_header(&sound, |_| true).unwrap().len(), 2);
+    for (first, second) in [(0, 8), (8, 0)] {
+        let twice = file(&format!("{{{},{}}}", entry("a", first), entry("a", second)), 16);
+        let refused = forge_model::safetensors::parse_header(&twice, |_| true);
+        assert!(matches!(&refused, Err(ModelError::Malformed { .. })), "{refused:?}");
+    }
+}
