@@ -110,8 +110,12 @@ async fn read(cluster: &RemoteCluster, listed: Listed, name: Option<&str>) -> Re
 /// Everything there is, then a block of rows for each change. As data: one JSON line per change.
 async fn watch(cluster: &RemoteCluster, args: &GetArgs) -> Result<()> {
     let wanted = |name: &str| args.name.as_deref().is_none_or(|wanted| wanted == name);
-    let mut items = cluster.watch(vec![kind_of(args.kind)], None);
-    let mut listing = Some(Vec::new());
+    // A watch from the beginning may give an older listing and what happened since: right for programs, history for people.
+    let first = cluster.read(kind_of(args.kind), None, TIMEOUT).await?;
+    let objects: Vec<Object> = first.objects.into_iter().filter(|object| wanted(&object.name())).collect();
+    print_objects(args.kind, &objects, args.output)?;
+    let mut items = cluster.watch(vec![kind_of(args.kind)], Some(first.revision));
+    let mut listing = None;
     while let Some(item) = items.recv().await {
         match item {
             WatchItem::Reset => listing = Some(Vec::new()),
