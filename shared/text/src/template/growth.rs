@@ -52,12 +52,9 @@ pub(super) fn register(environment: &mut Environment<'static>) {
         ("lines", items, Value::from_function(filters::lines)),
     ];
     for (name, growth, filter) in guarded {
-        environment.add_filter(name, move |state: &mut State, arguments: Rest<ValueOrKwargs>| {
-            let arguments = arguments.into_values();
-            before(state, growth, &arguments)?;
-            filter.call(state, &arguments)
-        });
+        guard(environment, name, filter, move |_| Some(growth));
     }
+    let is_text = |arguments: &[Value]| arguments.first().is_some_and(|value| value.as_str().is_some());
     // Lists are made anew item by item, which their own bytes cover; a text's characters are not.
     let listing = [
         ("list", Value::from_function(filters::list)),
@@ -65,13 +62,7 @@ pub(super) fn register(environment: &mut Environment<'static>) {
         ("reject", Value::from_function(filters::reject)),
     ];
     for (name, filter) in listing {
-        environment.add_filter(name, move |state: &mut State, arguments: Rest<ValueOrKwargs>| {
-            let arguments = arguments.into_values();
-            if arguments.first().is_some_and(|value| value.as_str().is_some()) {
-                before(state, items, &arguments)?;
-            }
-            filter.call(state, &arguments)
-        });
+        guard(environment, name, filter, move |arguments| is_text(arguments).then_some(items));
     }
     // These compare what is in a list, as text or not, however often the same lies in it.
     let comparing = [
@@ -83,20 +74,26 @@ pub(super) fn register(environment: &mut Environment<'static>) {
         ("groupby", Value::from_function(filters::groupby)),
     ];
     for (name, filter) in comparing {
-        environment.add_filter(name, move |state: &mut State, arguments: Rest<ValueOrKwargs>| {
-            let arguments = arguments.into_values();
-            before(state, if arguments.first().is_some_and(|value| value.as_str().is_some()) { items } else { text }, &arguments)?;
-            filter.call(state, &arguments)
-        });
+        guard(environment, name, filter, move |arguments| Some(if is_text(arguments) { items } else { text }));
     }
-    let map = Value::from_function(filters::map);
-    environment.add_filter("map", move |state: &mut State, arguments: Rest<ValueOrKwargs>| {
+    // With an attribute it takes what exists; with a filter, each result may grow.
+    let is_filter = |arguments: &[Value]| arguments.get(1).is_some_and(|name| name.as_str().is_some());
+    guard(environment, "map", Value::from_function(filters::map), move |arguments| is_filter(arguments).then_some(items));
+}
+
+/// Puts a filter behind the check of what it can make of its arguments.
+fn guard(
+    environment: &mut Environment<'static>,
+    name: &'static str,
+    filter: Value,
+    growth: impl Fn(&[Value]) -> Option<Growth> + Send + Sync + 'static,
+) {
+    environment.add_filter(name, move |state: &mut State, arguments: Rest<ValueOrKwargs>| {
         let arguments = arguments.into_values();
-        // With an attribute it takes what exists; with a filter, each result may grow.
-        if arguments.get(1).is_some_and(|name| name.as_str().is_some()) {
-            before(state, items, &arguments)?;
+        if let Some(growth) = growth(&arguments) {
+            before(state, growth, &arguments)?;
         }
-        map.call(state, &arguments)
+        filter.call(state, &arguments)
     });
 }
 
