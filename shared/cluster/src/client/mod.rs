@@ -108,10 +108,10 @@ impl ClusterApi for RemoteCluster {
     fn status(&self, timeout: Duration) -> BoxFuture<'_, Result<GroupStatus, ClusterError>> {
         async move {
             let request = StatusRequest {};
-            let knows_leader = |reply: &StatusReply| serde_json::from_slice::<GroupStatus>(&reply.status_json).is_ok_and(knows_leader);
+            let is_best = |reply: &StatusReply| serde_json::from_slice::<GroupStatus>(&reply.status_json).is_ok_and(knows_leader);
             let reply = self
                 .channels
-                .call_all(timeout, knows_leader, |mut client, request| async move { client.status(request).await }, request)
+                .call_all(timeout, is_best, |mut client, request| async move { client.status(request).await }, request)
                 .await?;
             from_json("status", &reply.status_json)
         }
