@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use forge_cluster::api::{ClusterError, PlannedService};
 use forge_shared::cluster::service::Facts;
+use forge_shared::ids::NodeId;
 use forge_shared::plan::ModelFacts;
 use forge_shared::spec::ModelService;
 use tokio::sync::oneshot;
@@ -14,7 +15,13 @@ use tokio::time::Instant;
 use crate::control::plan_service;
 use crate::coordinator::Coordinator;
 use crate::error::CoordinatorError;
+use crate::leader::INSPECT_WITHIN;
 use crate::sessions::{Inspection, Purpose};
+
+/// Sessions of workers begin within this time after a leader's election, or there are none.
+const WORKERS_COME_WITHIN: Duration = Duration::from_secs(3);
+/// Between two rounds of questions.
+const ASK_PAUSE: Duration = Duration::from_millis(200);
 
 impl Coordinator {
     /// What would be placed where. Goes to the leader: it alone has sessions with workers.
@@ -52,28 +59,45 @@ impl Coordinator {
 
     /// Asks workers, one after the other, until one has looked.
     async fn look(&self, service: &ModelService, until: Instant, timeout: Duration) -> Result<ModelFacts, CoordinatorError> {
-        let late = |reason: &str| CoordinatorError::Late { waited_ms: timeout.as_millis() as u64, reason: reason.into() };
+        let begun = Instant::now();
+        let model = &service.spec.model;
+        // Who was asked last and has not answered, since when.
+        let mut reading: Option<(NodeId, Instant)> = None;
         loop {
             let leading = self.leading()?;
             let workers = leading.sessions.workers();
+            if workers.is_empty() && begun.elapsed() >= WORKERS_COME_WITHIN {
+                return Err(CoordinatorError::Away {
+                    reason: format!("no worker is connected that could look at {model}: start one (`forgectl get nodes` lists them)"),
+                });
+            }
             for node in &workers {
                 let (answer, answered) = oneshot::channel::<Inspection>();
-                let within = until.saturating_duration_since(Instant::now());
-                if !leading.sessions.ask(node, service.clone(), Purpose::DryRun(answer), within, Instant::now()) {
+                let asked = Instant::now();
+                let within = until.saturating_duration_since(asked).min(INSPECT_WITHIN);
+                if !leading.sessions.ask(node, service.clone(), Purpose::DryRun(answer), within, asked) {
                     continue;
                 }
-                match tokio::time::timeout_at(until, answered).await {
+                match tokio::time::timeout(within, answered).await {
                     Ok(Ok(Ok(facts))) => return Ok(*facts),
                     Ok(Ok(Err(reason))) => return Err(CoordinatorError::message("spec.model", reason)),
-                    // The session ended: the next worker is asked.
+                    // The session ended, or the worker looks at as many models as it can: the next worker is asked.
                     Ok(Err(_)) => {}
-                    Err(_) => return Err(late("a worker to look at the model")),
+                    Err(_) => reading = Some((node.clone(), asked)),
                 }
             }
-            if Instant::now() + Duration::from_millis(200) >= until {
-                return Err(late("a worker that can look at the model: is one connected? (`forgectl get nodes`)"));
+            if Instant::now() + ASK_PAUSE >= until {
+                let reason = match (reading, workers.is_empty()) {
+                    (Some((node, asked)), _) => format!(
+                        "worker {node} is still reading the model {model} ({} s): try again, or give it more time with --timeout",
+                        asked.elapsed().as_secs()
+                    ),
+                    (None, true) => format!("no worker is connected that could look at {model}"),
+                    (None, false) => format!("all workers are busy with looking at other models than {model}: try again"),
+                };
+                return Err(CoordinatorError::Unfinished { waited_ms: timeout.as_millis() as u64, reason });
             }
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            tokio::time::sleep(ASK_PAUSE).await;
         }
     }
 }

@@ -66,6 +66,20 @@ pub enum CoordinatorError {
         /// What was being waited for.
         reason: String,
     },
+    /// A worker is still at it, and nothing was proposed.
+    #[error("not finished within {waited_ms} ms: {reason}")]
+    Unfinished {
+        /// Milliseconds.
+        waited_ms: u64,
+        /// Which worker is at what, since when, and what to do.
+        reason: String,
+    },
+    /// A node that would have to do it is lost, or does not answer.
+    #[error("{reason}")]
+    Away {
+        /// Which, and what to do.
+        reason: String,
+    },
     /// It was proposed and its end is not known: ask again under the same request id.
     #[error("the command's outcome is not known: {reason}")]
     Unknown {
@@ -108,6 +122,8 @@ impl From<CoordinatorError> for ClusterError {
             CoordinatorError::NotPlaceable(refusal) => ClusterError::NotPlaceable(refusal),
             CoordinatorError::Unknown { reason } => ClusterError::Unknown { reason },
             CoordinatorError::Late { waited_ms, reason } => ClusterError::Unavailable { waited_ms, reason },
+            CoordinatorError::Unfinished { waited_ms, reason } => ClusterError::Unfinished { waited_ms, reason },
+            CoordinatorError::Away { reason } => ClusterError::Away { reason },
             error @ (CoordinatorError::Forbidden { .. } | CoordinatorError::Unauthenticated { .. }) => {
                 ClusterError::Forbidden { reason: error.to_string() }
             }

@@ -10,7 +10,7 @@ use forge_proto::cluster::{LogLine, LogsRequest};
 use forge_proto::engine::EngineLogsRequest;
 use forge_proto::engine::engine_client::EngineClient;
 use forge_shared::cluster::command::CommandError;
-use forge_shared::cluster::node::Role;
+use forge_shared::cluster::node::{NodePhase, Role};
 use forge_shared::ids::{NodeId, ServiceName};
 use futures::StreamExt;
 use tonic::Status;
@@ -38,6 +38,8 @@ struct Source {
     address: String,
     /// `service/index`, or empty for all of the worker.
     replica: String,
+    /// The cluster has given the worker up: nobody waits for it.
+    is_lost: bool,
 }
 
 /// Begins to follow what the request names.
@@ -74,14 +76,17 @@ pub(super) async fn follow(shared: &Shared, request: LogsRequest) -> Result<Answ
 }
 
 async fn open(shared: &Shared, source: &Source, request: &LogsRequest) -> Result<Answers<LogLine>, Status> {
+    if source.is_lost {
+        return Err(away(source, "it is lost"));
+    }
     let peer = PeerName::One(Role::Worker, source.node.0.clone());
     let unusable = |error: forge_cluster::tls::TlsError| refuse(CoordinatorError::Start { reason: error.to_string() });
     let channel = channel(&source.address, &peer, &shared.credentials, ChannelOptions::default()).map_err(unusable)?;
     let asked = EngineLogsRequest { replica: source.replica.clone(), follow: request.follow, tail: request.tail.min(MAX_TAIL) };
     let mut client = EngineClient::new(channel);
-    let late = |_| away(source, &Status::deadline_exceeded(format!("no answer within {BEGIN_WITHIN:?}")));
+    let late = |_| away(source, &format!("no answer within {BEGIN_WITHIN:?}"));
     let begun = tokio::time::timeout(BEGIN_WITHIN, client.logs(asked)).await.map_err(late)?;
-    let lines = begun.map_err(|status| away(source, &status))?.into_inner();
+    let lines = begun.map_err(|status| away(source, status.message()))?.into_inner();
     let node = source.node.0.clone();
     let lines = lines.map(move |line| {
         let line = line?;
@@ -91,9 +96,12 @@ async fn open(shared: &Shared, source: &Source, request: &LogsRequest) -> Result
     Ok(lines.boxed())
 }
 
-fn away(source: &Source, status: &Status) -> Status {
-    refuse(CoordinatorError::Busy {
-        reason: format!("the worker {} at {} gives no lines: {}", source.node, source.address, status.message()),
+fn away(source: &Source, why: &str) -> Status {
+    let Source { node, address, .. } = source;
+    refuse(CoordinatorError::Away {
+        reason: format!(
+            "worker {node} at {address} gives no lines: {why}; `forgectl get nodes` says where it stands, its own log what it did"
+        ),
     })
 }
 
@@ -111,15 +119,17 @@ fn sources(shared: &Shared, request: &LogsRequest) -> Result<Vec<Source>, Coordi
             ));
         }
         let spec = &record.spec;
-        return Ok(vec![Source { node: spec.id.clone(), address: spec.address.clone(), replica: String::new() }]);
+        let is_lost = record.phase == NodePhase::Lost;
+        return Ok(vec![Source { node: spec.id.clone(), address: spec.address.clone(), replica: String::new(), is_lost }]);
     }
     let (name, index) = named_replica(&request.target)?;
     let service = state.services().get(&ServiceName::from(name)).ok_or_else(|| missing("service", name))?;
     let wished = service.replicas.iter().filter(|replica| index.is_none_or(|index| replica.plan.replica.index == index));
     let sources: Vec<Source> = wished
         .filter_map(|replica| {
-            let node = &state.nodes().get(&replica.plan.ranks.first()?.node)?.spec;
-            Some(Source { node: node.id.clone(), address: node.address.clone(), replica: replica.plan.replica.to_string() })
+            let record = state.nodes().get(&replica.plan.ranks.first()?.node)?;
+            let (node, is_lost) = (&record.spec, record.phase == NodePhase::Lost);
+            Some(Source { node: node.id.clone(), address: node.address.clone(), replica: replica.plan.replica.to_string(), is_lost })
         })
         .take(MAX_SOURCES)
         .collect();

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use forge_cluster::api::{ClusterApi, ClusterError};
+use forge_cluster::client::LogSource;
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::{Kind, Object};
-use forge_shared::cluster::node::{NodePhase, Role};
-use forge_shared::cluster::session::NodeDown;
+use forge_shared::cluster::node::{NodeLoad, NodePhase, Role};
+use forge_shared::cluster::session::{NodeDown, NodeUp};
 
-use crate::support::{Cluster, SOON, Worker, execute, ready_on, service, wait_ready, wish, worker_spec};
+use crate::support::{Cluster, SOON, Worker, execute, facts, ready_on, service, wait_ready, wish, worker_spec};
 
 fn join(cluster: &Cluster, name: &str, incarnation: u64) -> Worker {
     Worker::start(cluster.client(Role::Worker, name), worker_spec(name, incarnation))
@@ -135,8 +136,73 @@ async fn a_worker_speaks_for_itself_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dry_run_without_workers_says_so_in_time() {
     let cluster = Cluster::found().await;
+    for (timeout_s, is_away) in [(2, false), (60, true)] {
+        let begun = Instant::now();
+        let planned = cluster.admin().plan(wish("s", 1), Duration::from_secs(timeout_s)).await;
+        let Err(ClusterError::Unfinished { reason, .. } | ClusterError::Away { reason }) = &planned else { panic!("{planned:?}") };
+        assert!(reason.contains("no worker is connected"), "{reason}");
+        assert_eq!(matches!(planned, Err(ClusterError::Away { .. })), is_away);
+        assert!(begun.elapsed() < Duration::from_secs(5));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_waits_for_a_slow_worker_as_long_as_it_is_told() {
+    let cluster = Cluster::found().await;
+    let slow = cluster.client(Role::Worker, "slow");
+    // It hears what it is asked and answers after seven seconds: longer than a client waits for a coordinator that is silent.
+    let session = slow.session(worker_spec("slow", 1), SOON).await.expect("it is taken in");
+    let worker = tokio::spawn(async move {
+        let mut session = session;
+        let mut beat = tokio::time::interval(Duration::from_millis(200));
+        let (answers, mut due) = tokio::sync::mpsc::unbounded_channel();
+        for number in 1.. {
+            let up = tokio::select! {
+                _ = beat.tick() => NodeUp::Heartbeat { number, load: NodeLoad::default(), usage: Vec::new() },
+                Some(answer) = due.recv() => answer,
+                down = session.down.recv() => {
+                    if let Some(NodeDown::Inspect { number, .. }) = down {
+                        let answers = answers.clone();
+                        tokio::spawn(async move {
+                            tokio::time::sleep(Duration::from_secs(7)).await;
+                            let _ = answers.send(NodeUp::Inspected { number, result: Ok(Box::new(facts())) });
+                        });
+                    }
+                    continue;
+                }
+            };
+            session.up.send(up).await.expect("the leader reads");
+        }
+    });
+    let admin = cluster.admin();
     let begun = Instant::now();
-    let planned = cluster.admin().plan(wish("s", 1), Duration::from_secs(2)).await;
-    assert!(matches!(&planned, Err(ClusterError::Unavailable { .. })), "{planned:?}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    let planned = admin.plan(wish("s", 1), Duration::from_secs(5)).await;
+    let Err(ClusterError::Unfinished { waited_ms, reason }) = &planned else { panic!("{planned:?}") };
+    assert!(reason.contains("worker slow is still reading the model tests/tiny (4 s)"), "{reason}");
+    assert!((4_500..5_500).contains(waited_ms) && begun.elapsed() < Duration::from_secs(6), "{waited_ms}");
+
+    let planned = admin.plan(wish("s", 1), Duration::from_secs(15)).await.expect("it has the time");
+    assert_eq!(planned.plans.len(), 1);
+    worker.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_a_lost_worker_for_lines_hears_that_it_is_lost() {
+    let cluster = Cluster::found().await;
+    let admin = cluster.admin();
+    let worker = join(&cluster, "a", 1);
+    while phase(&admin, "a").await.is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let lines = || LogSource { target: "a".into(), is_node: true, is_following: false, tail_lines: 10 };
+    for expected in ["worker a at", "it is lost"] {
+        let begun = Instant::now();
+        let refused = admin.logs(lines(), SOON).await.expect_err("nobody is there");
+        assert!(matches!(&refused, ClusterError::Away { reason } if reason.contains(expected)), "{refused:?}");
+        assert!(begun.elapsed() < Duration::from_secs(7), "{:?}", begun.elapsed());
+        worker.kill();
+        while phase(&admin, "a").await != Some(NodePhase::Lost) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
 }

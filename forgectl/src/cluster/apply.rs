@@ -19,6 +19,9 @@ use crate::context::read_document;
 use crate::failure::{Exit, Failure, Result};
 use crate::output::{OutputFormat, print_facts, print_list, print_text};
 
+/// Who waits longer than this for a plan is told for what.
+const TELL_AFTER: Duration = Duration::from_secs(3);
+
 /// `forgectl apply`.
 ///
 /// # Errors
@@ -27,7 +30,7 @@ pub fn apply(args: &ApplyArgs) -> Result<()> {
     let service = wish(args)?;
     with_cluster(&args.server, |cluster| async move {
         if args.dry_run {
-            return show_plan(&cluster.plan(service, TIMEOUT).await?, args.output);
+            return show_plan(&plan(&cluster, service, Duration::from_secs(args.timeout)).await?, args.output);
         }
         let name = service.metadata.name.clone();
         let applied = cluster.execute(request_id(), Command::ApplyService { service: Box::new(service) }, TIMEOUT).await?;
@@ -55,6 +58,21 @@ fn wish(args: &ApplyArgs) -> Result<ModelService> {
         return Err(Failure::usage("spec.model: is missing").help("name a model, for example `model: smollm2:135m`"));
     }
     Ok(service)
+}
+
+/// Asks for a plan. Where a worker has to read the model first, who waits is told.
+async fn plan(cluster: &RemoteCluster, service: ModelService, timeout: Duration) -> Result<PlannedService> {
+    let model = service.spec.model.clone();
+    let planning = cluster.plan(service, timeout);
+    tokio::pin!(planning);
+    let planned = tokio::select! {
+        planned = &mut planning => planned,
+        () = tokio::time::sleep(TELL_AFTER) => {
+            eprintln!("a worker reads {model}; waiting up to {} s for it", timeout.as_secs());
+            planning.await
+        }
+    };
+    Ok(planned?)
 }
 
 fn show_plan(planned: &PlannedService, output: OutputFormat) -> Result<()> {

@@ -19,6 +19,9 @@ impl From<ClusterError> for Failure {
             ClusterError::Unavailable { .. } => failure
                 .exit(Exit::LostContact)
                 .help("check that a coordinator runs and that the address is right: `forgectl context list`, `forgectl cluster status`"),
+            // The remedy is in the reason: it is the worker's matter, not the coordinators'.
+            ClusterError::Unfinished { .. } => failure,
+            ClusterError::Away { .. } => failure.exit(Exit::LostContact),
             ClusterError::Unknown { .. } => {
                 failure.exit(Exit::LostContact).help("it may have been done: look with `forgectl get`; the same command again does no harm")
             }

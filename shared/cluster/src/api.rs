@@ -36,6 +36,20 @@ pub enum ClusterError {
         /// The last try's end.
         reason: String,
     },
+    /// It is being worked on and was not finished in time; nothing was proposed. The same call again may find it done.
+    #[error("not finished within {waited_ms} ms: {reason}")]
+    Unfinished {
+        /// Time spent, milliseconds.
+        waited_ms: u64,
+        /// Who works on what, and how long already.
+        reason: String,
+    },
+    /// The coordinators answer, the node that would have to do it does not.
+    #[error("{reason}")]
+    Away {
+        /// Which node, and what to do.
+        reason: String,
+    },
     /// It was proposed and its end is not known: ask again under the same request id.
     #[error("the command's outcome is not known: {reason}")]
     Unknown {

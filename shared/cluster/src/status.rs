@@ -7,6 +7,7 @@ use forge_proto::cluster::ErrorDetail;
 use forge_shared::cluster::command::CommandError;
 use forge_shared::plan::Refusal;
 use prost::Message;
+use serde::{Deserialize, Serialize};
 use tonic::{Code, Status};
 
 use crate::api::ClusterError;
@@ -14,6 +15,13 @@ use crate::tls::diagnose;
 
 /// Longest message of a foreign status that is repeated.
 const MAX_MESSAGE_CHARS: usize = 500;
+
+/// [`ClusterError::Away`] in a status: a detail without any field is none on the wire.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AwayDetail {
+    away: String,
+}
 
 /// The status of an error. `leader` is `host:port` of who could do it, where this coordinator cannot.
 pub fn to_status(error: &ClusterError, leader: Option<&str>) -> Status {
@@ -31,12 +39,18 @@ pub fn to_status(error: &ClusterError, leader: Option<&str>) -> Status {
         }
         ClusterError::NotPlaceable(refusal) => (Code::FailedPrecondition, false, serde_json::to_vec(refusal).unwrap_or_default()),
         ClusterError::Unavailable { .. } => (Code::Unavailable, true, Vec::new()),
+        ClusterError::Unfinished { .. } => (Code::DeadlineExceeded, true, Vec::new()),
+        ClusterError::Away { reason } => {
+            (Code::FailedPrecondition, false, serde_json::to_vec(&AwayDetail { away: reason.clone() }).unwrap_or_default())
+        }
         ClusterError::Unknown { .. } => (Code::Unknown, true, Vec::new()),
         ClusterError::Forbidden { .. } => (Code::PermissionDenied, false, Vec::new()),
         ClusterError::Protocol { .. } => (Code::InvalidArgument, false, Vec::new()),
     };
     let message = match error {
         ClusterError::Unavailable { reason, .. }
+        | ClusterError::Unfinished { reason, .. }
+        | ClusterError::Away { reason }
         | ClusterError::Unknown { reason }
         | ClusterError::Forbidden { reason }
         | ClusterError::Protocol { reason } => reason.clone(),
@@ -97,10 +111,14 @@ fn from_detail(code: Code, detail: ErrorDetail, reason: String) -> Failure {
         if let Ok(refusal) = serde_json::from_slice::<Refusal>(&detail.error_json) {
             return failure(ClusterError::NotPlaceable(Box::new(refusal)));
         }
+        if let Ok(AwayDetail { away }) = serde_json::from_slice(&detail.error_json) {
+            return failure(ClusterError::Away { reason: away });
+        }
         return failure(ClusterError::Protocol { reason: format!("an error of a kind this version does not know: {reason}") });
     }
     match code {
         Code::Unavailable => failure(ClusterError::Unavailable { waited_ms: 0, reason }),
+        Code::DeadlineExceeded => failure(ClusterError::Unfinished { waited_ms: 0, reason }),
         Code::PermissionDenied | Code::Unauthenticated => failure(ClusterError::Forbidden { reason }),
         Code::Unknown => Failure { may_have_happened: true, ..failure(ClusterError::Unknown { reason }) },
         _ => failure(ClusterError::Protocol { reason }),
@@ -142,6 +160,8 @@ mod tests {
             ClusterError::Command(CommandError::NotFound { kind: "node".into(), name: "a".into(), nearest: Some("b".into()) }),
             ClusterError::Command(CommandError::Token { reason: "used up".into() }),
             ClusterError::Unavailable { waited_ms: 0, reason: "no leader".into() },
+            ClusterError::Unfinished { waited_ms: 0, reason: "a worker reads".into() },
+            ClusterError::Away { reason: "the worker is lost".into() },
             ClusterError::Unknown { reason: "lost".into() },
             ClusterError::Forbidden { reason: "workers may not".into() },
             ClusterError::Protocol { reason: "what?".into() },
@@ -150,7 +170,8 @@ mod tests {
             let failure = from_status(&to_status(&error, Some("10.0.0.1:7000")), "coordinator.forge");
             assert_eq!(failure.error, error);
             assert_eq!(failure.leader.as_deref(), Some("10.0.0.1:7000"));
-            assert_eq!(failure.is_retryable, matches!(error, ClusterError::Unavailable { .. } | ClusterError::Unknown { .. }));
+            let may_be_asked_again = [Code::Unavailable, Code::DeadlineExceeded, Code::Unknown];
+            assert_eq!(failure.is_retryable, may_be_asked_again.contains(&to_status(&error, None).code()));
             assert_eq!(failure.may_have_happened, matches!(error, ClusterError::Unknown { .. }));
         }
     }

@@ -21,13 +21,46 @@ const TRY_TIMEOUT: Duration = Duration::from_secs(3);
 /// Pause after the first round of questions to all.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a call goes on, and what its tries are like.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// Of all tries together.
+    timeout: Duration,
+    /// Of one of them.
+    longest_try: Duration,
+    /// An answer that was lost matters: the error is then `Unknown`.
+    changes: bool,
+}
+
+impl Patience {
+    /// A question that a coordinator answers at once.
+    pub(super) fn reading(timeout: Duration) -> Self {
+        Patience { timeout, longest_try: TRY_TIMEOUT, changes: false }
+    }
+
+    /// A command.
+    pub(super) fn changing(timeout: Duration) -> Self {
+        Patience { changes: true, ..Patience::reading(timeout) }
+    }
+
+    /// A question whose answer takes work, of a worker for example: one coordinator may have all of the time for it. One
+    /// that froze is noticed by its connection.
+    pub(super) fn working(timeout: Duration) -> Self {
+        Patience { longest_try: timeout, ..Patience::reading(timeout) }
+    }
+
+    /// The next try's time, of what is left. Whoever is asked leaves time for the others.
+    fn next_try(self, left: Duration, has_more: bool) -> Duration {
+        let all = self.longest_try >= self.timeout;
+        if has_more && !all { left / 2 } else { left }.min(self.longest_try)
+    }
+}
+
 impl Channels {
-    /// Asks coordinators until one answers, the error is final, or `timeout` is over. `changes` says that an answer that
-    /// was lost matters: then the error is `Unknown`.
+    /// Asks coordinators until one answers, the error is final, or the time is over.
     pub(super) async fn call<Q, R, F>(
         &self,
-        timeout: Duration,
-        changes: bool,
+        patience: Patience,
         send: impl Fn(ClusterClient<Channel>, Request<Q>) -> F,
         request: Q,
     ) -> Result<R, ClusterError>
@@ -36,7 +69,7 @@ impl Channels {
         F: Future<Output = Result<Response<R>, Status>>,
     {
         let send = &send;
-        self.attempts(timeout, changes, |address, wait| self.ask(address, wait, send, request.clone())).await
+        self.attempts(patience, |address, wait| self.ask(address, wait, send, request.clone())).await
     }
 
     /// Asks every coordinator at once, round after round, so that one that cannot be reached takes no time from the others.
@@ -112,16 +145,11 @@ impl Channels {
     }
 
     /// The loop of [`Channels::call`] and of the beginnings of streams. `attempt` is given an address and its time.
-    pub(super) async fn attempts<R, F>(
-        &self,
-        timeout: Duration,
-        changes: bool,
-        attempt: impl Fn(String, Duration) -> F,
-    ) -> Result<R, ClusterError>
+    pub(super) async fn attempts<R, F>(&self, patience: Patience, attempt: impl Fn(String, Duration) -> F) -> Result<R, ClusterError>
     where
         F: Future<Output = Result<R, Status>>,
     {
-        let begun = Instant::now();
+        let (begun, Patience { timeout, changes, .. }) = (Instant::now(), patience);
         let mut route = Route::new(&self.addresses());
         let mut tally = Tally::default();
         loop {
@@ -139,8 +167,7 @@ impl Channels {
                 }
                 Next::Ask(_) | Next::Pause(_) => return Err(tally.end(changes, begun.elapsed())),
             };
-            // Whoever is asked leaves time for the others.
-            let wait = if route.has_more() { left / 2 } else { left }.min(TRY_TIMEOUT);
+            let wait = patience.next_try(left, route.has_more());
             let status = match tokio::time::timeout(wait, attempt(address.clone(), wait)).await {
                 Ok(Ok(reply)) => {
                     self.prefer(&address);
@@ -158,6 +185,8 @@ impl Channels {
                     self.learn(leader);
                     route.follow(&address, leader);
                 }
+                // It did answer.
+                None if matches!(failure.error, ClusterError::Unfinished { .. }) => {}
                 None => self.demote(&address),
             }
             tally.add(&address, failure);
@@ -173,6 +202,8 @@ fn no_answer(wait: Duration) -> Status {
 #[derive(Debug, Default)]
 struct Tally {
     may_have_happened: bool,
+    /// What a coordinator said it was waiting for: it says more than a try that was cut short afterwards.
+    unfinished: Option<String>,
     last: String,
     refusals: Vec<ClusterError>,
     others: usize,
@@ -185,6 +216,10 @@ impl Tally {
             refusal @ ClusterError::Forbidden { .. } => {
                 self.last = format!("{address}: {refusal}");
                 self.refusals.push(refusal);
+            }
+            ClusterError::Unfinished { reason, .. } => {
+                self.others += 1;
+                self.unfinished = Some(reason);
             }
             ClusterError::Unavailable { reason, .. } | ClusterError::Unknown { reason } => {
                 self.others += 1;
@@ -211,12 +246,16 @@ impl Tally {
         if let Some(refusal) = self.everyone_refuses() {
             return refusal;
         }
+        let waited_ms = waited.as_millis() as u64;
+        if let Some(reason) = self.unfinished.take() {
+            return ClusterError::Unfinished { waited_ms, reason };
+        }
         let reason =
             if self.last.is_empty() { "the time was over before anyone was asked".to_owned() } else { std::mem::take(&mut self.last) };
         if changes && self.may_have_happened {
             return ClusterError::Unknown { reason };
         }
-        ClusterError::Unavailable { waited_ms: waited.as_millis() as u64, reason }
+        ClusterError::Unavailable { waited_ms, reason }
     }
 }
 

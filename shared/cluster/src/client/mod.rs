@@ -33,6 +33,7 @@ use tokio::sync::mpsc;
 use crate::api::{ClusterApi, ClusterError, ClusterLoads, GroupStatus, Listing, PlannedService, Session, WatchItem};
 use crate::tls::{SharedCredentials, TlsError};
 
+use calls::Patience;
 use channels::Channels;
 
 pub use operator::{LogSource, MemberAction};
@@ -66,8 +67,10 @@ impl ClusterApi for RemoteCluster {
     fn execute(&self, request_id: String, command: Command, timeout: Duration) -> BoxFuture<'_, Result<Applied, ClusterError>> {
         async move {
             let request = ExecuteRequest { request_id, command_json: to_json(&command)? };
-            let reply =
-                self.channels.call(timeout, true, move |mut client, request| async move { client.execute(request).await }, request).await?;
+            let reply = self
+                .channels
+                .call(Patience::changing(timeout), move |mut client, request| async move { client.execute(request).await }, request)
+                .await?;
             from_json("applied", &reply.applied_json)
         }
         .boxed()
@@ -76,8 +79,10 @@ impl ClusterApi for RemoteCluster {
     fn read(&self, kind: Kind, name: Option<String>, timeout: Duration) -> BoxFuture<'_, Result<Listing, ClusterError>> {
         async move {
             let request = ReadRequest { kind: kind_name(kind)?, name: name.unwrap_or_default(), is_local: false };
-            let reply =
-                self.channels.call(timeout, false, |mut client, request| async move { client.read(request).await }, request).await?;
+            let reply = self
+                .channels
+                .call(Patience::reading(timeout), |mut client, request| async move { client.read(request).await }, request)
+                .await?;
             let objects = reply.objects_json.iter().map(|object| from_json::<Object>("object", object)).collect::<Result<Vec<_>, _>>()?;
             if let Some(other) = objects.iter().find(|object| object.kind() != kind) {
                 return Err(ClusterError::Protocol { reason: format!("asked for {kind:?}, got {:?}", other.kind()) });
@@ -94,8 +99,10 @@ impl ClusterApi for RemoteCluster {
     fn plan(&self, service: ModelService, timeout: Duration) -> BoxFuture<'_, Result<PlannedService, ClusterError>> {
         async move {
             let request = PlanRequest { service_json: to_json(&service)? };
-            let reply =
-                self.channels.call(timeout, false, |mut client, request| async move { client.plan(request).await }, request).await?;
+            let reply = self
+                .channels
+                .call(Patience::working(timeout), |mut client, request| async move { client.plan(request).await }, request)
+                .await?;
             from_json("plan", &reply.planned_json)
         }
         .boxed()

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tonic::{Request, Streaming};
 
 use super::RemoteCluster;
+use super::calls::Patience;
 use super::channels::EXPECTED;
 use super::streams::untimed;
 use crate::api::{ClusterError, STREAM_DEPTH};
@@ -59,7 +60,7 @@ impl RemoteCluster {
         let send = |mut client: forge_proto::cluster::cluster_client::ClusterClient<_>, request| async move {
             client.change_members(request).await
         };
-        self.channels.call(timeout, true, send, request).await?;
+        self.channels.call(Patience::changing(timeout), send, request).await?;
         Ok(())
     }
 
@@ -70,8 +71,10 @@ impl RemoteCluster {
     /// [`ClusterError`].
     pub async fn logs(&self, source: LogSource, timeout: Duration) -> Result<mpsc::Receiver<Result<LogLine, ClusterError>>, ClusterError> {
         let request = LogsRequest { target: source.target, is_node: source.is_node, follow: source.is_following, tail: source.tail_lines };
-        let opened =
-            self.channels.call(timeout, false, |mut client, request| async move { client.logs(untimed(request)).await }, request).await?;
+        let opened = self
+            .channels
+            .call(Patience::working(timeout), |mut client, request| async move { client.logs(untimed(request)).await }, request)
+            .await?;
         Ok(relay(opened, None))
     }
 
@@ -83,7 +86,7 @@ impl RemoteCluster {
     pub async fn backup(&self, timeout: Duration) -> Result<mpsc::Receiver<Result<Bytes, ClusterError>>, ClusterError> {
         let opened = self
             .channels
-            .call(timeout, false, |mut client, request| async move { client.backup(untimed(request)).await }, BackupRequest {})
+            .call(Patience::working(timeout), |mut client, request| async move { client.backup(untimed(request)).await }, BackupRequest {})
             .await?;
         let mut chunks = relay(opened, Some(BACKUP_PAUSE));
         let (pieces, received) = mpsc::channel(STREAM_DEPTH);
@@ -114,7 +117,7 @@ impl RemoteCluster {
             }
         };
         // Two certificates for one process do no harm: an answer that was lost needs no care.
-        let reply = self.channels.attempts(timeout, false, attempt).await?;
+        let reply = self.channels.attempts(Patience::reading(timeout), attempt).await?;
         let held = self.credentials().get();
         let renewed = Credentials::from_pem(&reply.certificate_pem, &key.pem(), held.ca_pem()).map_err(protocol)?;
         if renewed.identity() != held.identity() {

@@ -13,7 +13,7 @@ use futures::StreamExt;
 use tokio::sync::mpsc;
 use tonic::{Request, Status, Streaming};
 
-use super::calls::jittered;
+use super::calls::{Patience, jittered};
 use super::channels::Channels;
 use super::{from_json, kind_name, to_json};
 use crate::api::{ClusterError, ClusterLoads, STREAM_DEPTH, Session, WatchItem};
@@ -41,7 +41,7 @@ pub(super) fn watch(channels: Arc<Channels>, kinds: Vec<Kind>, after: Option<Rev
         while !items.is_closed() {
             let request = WatchRequest { after_revision: position.after, kinds: kinds.clone() };
             let opened = channels
-                .call(LOOK_TIMEOUT, false, |mut client, request| async move { client.watch(untimed(request)).await }, request)
+                .call(Patience::reading(LOOK_TIMEOUT), |mut client, request| async move { client.watch(untimed(request)).await }, request)
                 .await;
             let error = match opened {
                 Ok(batches) => {
@@ -119,7 +119,7 @@ pub(super) fn loads(channels: Arc<Channels>, interval: Duration) -> mpsc::Receiv
         while !items.is_closed() {
             let request = LoadsRequest { interval_ms };
             let opened = channels
-                .call(LOOK_TIMEOUT, false, |mut client, request| async move { client.loads(untimed(request)).await }, request)
+                .call(Patience::reading(LOOK_TIMEOUT), |mut client, request| async move { client.loads(untimed(request)).await }, request)
                 .await;
             let error = match opened {
                 Ok(replies) => {
@@ -170,7 +170,7 @@ pub(super) async fn session(channels: Arc<Channels>, hello: NodeSpec, timeout: D
         async move { begin_session(client?, hello).await.map(|begun| (address, begun)) }
     };
     // A session that began and was lost leaves nothing behind but a lease that runs out.
-    let (address, (first, down, up)) = channels.attempts(timeout, false, attempt).await?;
+    let (address, (first, down, up)) = channels.attempts(Patience::reading(timeout), attempt).await?;
     let (received, receiver) = mpsc::channel(STREAM_DEPTH);
     tokio::spawn(async move {
         relay_session(first, down, received).await;
