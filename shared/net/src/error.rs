@@ -9,12 +9,35 @@ use forge_shared::ids::Epoch;
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
     /// A group size whose ranks cannot walk the reduction tree.
-    #[error("a group of {size} ranks cannot be formed: the size must be a power of two; the nearest is {nearest}")]
+    #[error("{size} ranks cannot add: the size must be a power of two; the nearest is {nearest}")]
     GroupSize {
-        /// Ranks asked for.
+        /// Ranks of the group.
         size: usize,
         /// Nearest size that can be had.
         nearest: usize,
+    },
+    /// A group without ranks.
+    #[error("a group needs at least one rank")]
+    NoRanks,
+    /// A rank that is not in the group, or the caller itself where it must be another.
+    #[error("{operation}: rank {rank} named rank {named}; name another rank of the group of {size}")]
+    NotAPeer {
+        /// The operation called.
+        operation: &'static str,
+        /// The rank that called.
+        rank: usize,
+        /// The rank it named.
+        named: usize,
+        /// Ranks of the group.
+        size: usize,
+    },
+    /// An epoch that is over, or one that is not later than the one it should follow.
+    #[error("epoch {asked} is over: the group is at epoch {current}; ask for a later one")]
+    OldEpoch {
+        /// What was asked for.
+        asked: Epoch,
+        /// Where the group is.
+        current: Epoch,
     },
     /// A peer did not come in time; the group is aborted.
     #[error("{operation}: rank {rank} waited {waited:?} and {missing} of {size} ranks did not come; the group is aborted")]

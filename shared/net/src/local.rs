@@ -1,24 +1,31 @@
 //! Ranks of one process: they exchange rows through shared memory.
 //!
-//! Each operation is one rendezvous. A rank puts its rows into its slot, waits until all have come, and then
-//! reads every slot. There are two sets of slots, used in turn: a set is written again only after the next
-//! rendezvous, which nobody reaches before having read, so one wait per operation is enough.
+//! Each operation on the whole group is one rendezvous (`meeting`). A rank puts its rows into its slot, waits until all
+//! have come, and then reads the slots. There are two sets of slots, used in turn: a set is written again only after the
+//! next rendezvous, which nobody reaches before having read, so one wait per operation is enough. Rows sent from one rank
+//! to another lie in a queue of that pair (`letters`).
 //!
 //! Invariant: the sum is taken by every rank from the same slots in the same order, so all hold the same bits.
 
+mod letters;
+mod meeting;
+mod operations;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use forge_kernels::Backend;
 use forge_shared::ids::Epoch;
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Mutex, RwLock};
 
-use crate::{Collective, NetError, Result};
+use crate::{NetError, Result};
+use letters::Letters;
+use meeting::Meeting;
 
 /// How a group of one process is formed.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupOptions {
-    /// Ranks: a power of two.
+    /// Ranks, at least one; to add, they must be a power of two.
     pub size: usize,
     /// Epoch of the plan.
     pub epoch: Epoch,
@@ -36,20 +43,14 @@ impl GroupOptions {
 /// Forms a group and returns one handle per rank, in rank order.
 ///
 /// # Errors
-/// [`NetError::GroupSize`] where the size is no power of two.
+/// [`NetError::NoRanks`].
 pub fn group(options: GroupOptions) -> Result<Vec<LocalRank>> {
-    let size = options.size;
-    if !size.is_power_of_two() {
-        return Err(NetError::GroupSize { size, nearest: 1 << size.max(1).ilog2() });
+    if options.size == 0 {
+        return Err(NetError::NoRanks);
     }
-    let slots = || (0..size).map(|_| RwLock::new(Slot::default())).collect();
-    let shared = Arc::new(Shared {
-        options,
-        meeting: Mutex::new(Meeting { arrived: vec![false; size], generation: 0, aborted: None }),
-        woken: Condvar::new(),
-        slots: [slots(), slots()],
-    });
-    Ok((0..size).map(|rank| LocalRank { rank, shared: Arc::clone(&shared), turn: Mutex::new(0) }).collect())
+    let lineage = Arc::new(Lineage::default());
+    let shared = Arc::new(Shared::new(options));
+    Ok((0..options.size).map(|rank| LocalRank::new(rank, &shared, &lineage)).collect())
 }
 
 /// A rank's handle on its in-process group.
@@ -57,23 +58,22 @@ pub fn group(options: GroupOptions) -> Result<Vec<LocalRank>> {
 pub struct LocalRank {
     rank: usize,
     shared: Arc<Shared>,
+    lineage: Arc<Lineage>,
     /// Which set of slots the next operation uses; held for a whole operation, so one at a time per rank.
     turn: Mutex<usize>,
 }
 
+/// The group at later epochs: the first rank that asks for one makes it, the others find it.
+#[derive(Debug, Default)]
+struct Lineage(Mutex<BTreeMap<Epoch, Arc<Shared>>>);
+
+/// What the ranks of a group share.
 #[derive(Debug)]
 struct Shared {
     options: GroupOptions,
-    meeting: Mutex<Meeting>,
-    woken: Condvar,
+    meeting: Meeting,
+    letters: Letters,
     slots: [Vec<RwLock<Slot>>; 2],
-}
-
-#[derive(Debug)]
-struct Meeting {
-    arrived: Vec<bool>,
-    generation: u64,
-    aborted: Option<String>,
 }
 
 /// What a rank brought: the operation, for the check that all do the same, and its rows.
@@ -83,223 +83,58 @@ struct Slot {
     rows: usize,
     width: usize,
     values: Vec<f32>,
+    /// Rows for each rank, where each gets its own.
+    counts: Vec<usize>,
+}
+
+impl Shared {
+    fn new(options: GroupOptions) -> Self {
+        let slots = || (0..options.size).map(|_| RwLock::new(Slot::default())).collect();
+        Shared { options, meeting: Meeting::new(options), letters: Letters::new(options), slots: [slots(), slots()] }
+    }
+
+    fn abort(&self, reason: &str) {
+        self.meeting.abort(reason);
+        self.letters.abort(reason);
+    }
 }
 
 impl LocalRank {
-    fn aborted(&self, reason: &str) -> NetError {
-        NetError::Aborted { epoch: self.shared.options.epoch, reason: reason.to_owned() }
+    fn new(rank: usize, shared: &Arc<Shared>, lineage: &Arc<Lineage>) -> Self {
+        LocalRank { rank, shared: Arc::clone(shared), lineage: Arc::clone(lineage), turn: Mutex::new(0) }
     }
 
-    /// Waits until every rank has come to this rendezvous.
-    fn meet(&self, operation: &'static str) -> Result<()> {
-        let GroupOptions { size, deadline, .. } = self.shared.options;
-        let until = Instant::now() + deadline;
-        let mut meeting = self.shared.meeting.lock();
-        if let Some(reason) = &meeting.aborted {
-            return Err(self.aborted(reason));
+    /// This rank at a later epoch, once all have come.
+    fn at_epoch(&self, epoch: Epoch) -> Result<LocalRank> {
+        let options = self.shared.options;
+        if epoch <= options.epoch {
+            return Err(NetError::OldEpoch { asked: epoch, current: options.epoch });
         }
-        meeting.arrived[self.rank] = true;
-        if meeting.arrived.iter().all(|&arrived| arrived) {
-            meeting.arrived.fill(false);
-            meeting.generation += 1;
-            self.shared.woken.notify_all();
-            return Ok(());
-        }
-        let generation = meeting.generation;
-        while meeting.generation == generation {
-            if let Some(reason) = &meeting.aborted {
-                return Err(self.aborted(reason));
+        self.shared.abort(&format!("rank {} left for epoch {epoch}", self.rank));
+        let shared = {
+            let mut epochs = self.lineage.0.lock();
+            if let Some((&current, _)) = epochs.last_key_value().filter(|&(&current, _)| current > epoch) {
+                return Err(NetError::OldEpoch { asked: epoch, current });
             }
-            let timed_out = self.shared.woken.wait_until(&mut meeting, until).timed_out();
-            if timed_out && meeting.generation == generation && meeting.aborted.is_none() {
-                let missing = meeting.arrived.iter().filter(|&&arrived| !arrived).count();
-                meeting.aborted = Some(format!("{operation}: {missing} of {size} ranks did not come within {deadline:?}"));
-                self.shared.woken.notify_all();
-                return Err(NetError::Timeout { operation, rank: self.rank, missing, size, waited: deadline });
+            let fresh = || Arc::new(Shared::new(GroupOptions { epoch, ..options }));
+            let shared = Arc::clone(epochs.entry(epoch).or_insert_with(fresh));
+            // Whoever still waits at an epoch in between waits in vain.
+            let later = epochs.split_off(&epoch);
+            for (_, left) in std::mem::replace(&mut *epochs, later) {
+                left.abort(&format!("rank {} left for epoch {epoch}", self.rank));
             }
-        }
-        Ok(())
-    }
-
-    /// Puts rows into this rank's slot, meets the others, checks that all brought the same operation and rows
-    /// (and width, where `same_width`), and hands the slots to `take`.
-    fn exchange<B: Backend>(
-        &self,
-        backend: &B,
-        part: Option<&B::Buffer>,
-        call: Call,
-        take: impl FnOnce(&[RwLock<Slot>]) -> Result<()>,
-    ) -> Result<()> {
-        let mut turn = self.turn.lock();
-        let slots = &self.shared.slots[*turn];
-        *turn = 1 - *turn;
-        let done = self.put(backend, part, &call, slots).and_then(|()| {
-            self.meet(call.operation)?;
-            self.check(&call, slots)?;
-            take(slots)
-        });
-        if let Err(error) = &done {
-            // Peers must not wait for a rank that has given up.
-            abort(&self.shared, &format!("rank {}: {error}", self.rank));
-        }
-        done
-    }
-
-    fn put<B: Backend>(&self, backend: &B, part: Option<&B::Buffer>, call: &Call, slots: &[RwLock<Slot>]) -> Result<()> {
-        let mut slot = slots[self.rank].write();
-        let width = part.map_or(0, |part| backend.width(part));
-        slot.operation = call.operation;
-        slot.rows = call.rows;
-        slot.width = width;
-        slot.values.resize(call.rows * width, 0.0);
-        if let Some(part) = part {
-            backend.read_rows(part, 0..call.rows, &mut slot.values)?;
-        }
-        Ok(())
-    }
-
-    fn check(&self, call: &Call, slots: &[RwLock<Slot>]) -> Result<()> {
-        let own = slots[self.rank].read();
-        for slot in slots {
-            let slot = slot.read();
-            let width_differs = call.same_width && slot.width != own.width;
-            if slot.operation != own.operation || slot.rows != own.rows || width_differs {
-                let describe = |slot: &Slot| format!("{} of {} rows × {} columns", slot.operation, slot.rows, slot.width);
-                return Err(NetError::Mismatch {
-                    operation: call.operation,
-                    rank: self.rank,
-                    actual: describe(&own),
-                    expected: describe(&slot),
-                });
-            }
-        }
-        Ok(())
+            shared
+        };
+        let joined = LocalRank::new(self.rank, &shared, &self.lineage);
+        joined.meet("rejoin")?;
+        Ok(joined)
     }
 }
 
 impl Drop for LocalRank {
     /// A rank that is gone (also by a panic) must not keep its peers waiting for the deadline.
     fn drop(&mut self) {
-        abort(&self.shared, &format!("rank {} has left the group", self.rank));
-    }
-}
-
-struct Call {
-    operation: &'static str,
-    rows: usize,
-    same_width: bool,
-}
-
-fn abort(shared: &Shared, reason: &str) {
-    let mut meeting = shared.meeting.lock();
-    if meeting.aborted.is_none() {
-        meeting.aborted = Some(reason.to_owned());
-        shared.woken.notify_all();
-    }
-}
-
-/// Sum of one element over ranks, neighbours first: the tree of a power of two ranks, each holding a subtree.
-fn tree_sum(parts: &[f32]) -> f32 {
-    match parts {
-        [value] => *value,
-        _ => {
-            let (low, high) = parts.split_at(parts.len() / 2);
-            tree_sum(low) + tree_sum(high)
-        }
-    }
-}
-
-impl<B: Backend> Collective<B> for LocalRank {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.shared.options.size
-    }
-
-    fn epoch(&self) -> Epoch {
-        self.shared.options.epoch
-    }
-
-    fn all_reduce(&self, backend: &B, buffer: &mut B::Buffer, rows: usize) -> Result<()> {
-        let call = Call { operation: "all_reduce", rows, same_width: true };
-        let mut sum = Vec::new();
-        self.exchange(backend, Some(&*buffer), call, |slots| {
-            let slots: Vec<_> = slots.iter().map(|slot| slot.read()).collect();
-            let mut parts = vec![0.0; slots.len()];
-            sum.reserve_exact(slots[0].values.len());
-            for index in 0..slots[0].values.len() {
-                for (part, slot) in parts.iter_mut().zip(&slots) {
-                    *part = slot.values[index];
-                }
-                sum.push(tree_sum(&parts));
-            }
-            Ok(())
-        })?;
-        Ok(backend.write_rows(buffer, 0..rows, &sum)?)
-    }
-
-    fn all_gather(&self, backend: &B, part: Option<&B::Buffer>, out: &mut B::Buffer, rows: usize) -> Result<()> {
-        let width = backend.width(out);
-        let call = Call { operation: "all_gather", rows, same_width: false };
-        let mut joined = Vec::new();
-        self.exchange(backend, part, call, |slots| {
-            let slots: Vec<_> = slots.iter().map(|slot| slot.read()).collect();
-            let sum: usize = slots.iter().map(|slot| slot.width).sum();
-            if sum != width {
-                return Err(NetError::Mismatch {
-                    operation: "all_gather",
-                    rank: self.rank,
-                    actual: format!("an output of {width} columns"),
-                    expected: format!("{sum} columns in all"),
-                });
-            }
-            joined.reserve_exact(rows * width);
-            for row in 0..rows {
-                for slot in &slots {
-                    joined.extend_from_slice(&slot.values[row * slot.width..(row + 1) * slot.width]);
-                }
-            }
-            Ok(())
-        })?;
-        Ok(backend.write_rows(out, 0..rows, &joined)?)
-    }
-
-    fn broadcast(&self, backend: &B, buffer: &mut B::Buffer, rows: usize, root: usize) -> Result<()> {
-        let call = Call { operation: "broadcast", rows, same_width: true };
-        let mut values = Vec::new();
-        self.exchange(backend, Some(&*buffer), call, |slots| {
-            let slot = slots.get(root).ok_or_else(|| NetError::Mismatch {
-                operation: "broadcast",
-                rank: self.rank,
-                actual: format!("root {root}"),
-                expected: format!("a root inside the group of {}", self.shared.options.size),
-            })?;
-            values.extend_from_slice(&slot.read().values);
-            Ok(())
-        })?;
-        Ok(backend.write_rows(buffer, 0..rows, &values)?)
-    }
-
-    fn barrier(&self) -> Result<()> {
-        let call = Call { operation: "barrier", rows: 0, same_width: true };
-        let mut turn = self.turn.lock();
-        let slots = &self.shared.slots[*turn];
-        *turn = 1 - *turn;
-        {
-            let mut slot = slots[self.rank].write();
-            *slot = Slot { operation: call.operation, ..Slot::default() };
-        }
-        let done = self.meet(call.operation).and_then(|()| self.check(&call, slots));
-        if let Err(error) = &done {
-            abort(&self.shared, &format!("rank {}: {error}", self.rank));
-        }
-        done
-    }
-
-    fn abort(&self, reason: &str) {
-        abort(&self.shared, reason);
+        self.shared.abort(&format!("rank {} has left the group", self.rank));
     }
 }
 
