@@ -9,11 +9,15 @@
 
 mod collective;
 mod error;
+pub mod frame;
+pub mod group;
+pub mod hello;
 pub mod local;
 mod solo;
 mod sum;
 
 pub use collective::{Collective, row_share};
 pub use error::{NetError, Result};
+pub use hello::GroupId;
 pub use local::{GroupOptions, LocalRank};
 pub use solo::Solo;
