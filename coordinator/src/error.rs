@@ -34,6 +34,18 @@ pub enum CoordinatorError {
         /// Which, and what to do.
         reason: String,
     },
+    /// An operator took this coordinator out of the group.
+    #[error(
+        "coordinator {name} was removed from the group (`forgectl cluster members remove`): it takes no part any more. To come back it \
+         joins anew with a token of `forgectl cluster members add`; remove {} and its certificate first",
+        data_dir.display()
+    )]
+    Removed {
+        /// Its name.
+        name: String,
+        /// Folder of its data, which is of no use any more.
+        data_dir: PathBuf,
+    },
     /// A backup that cannot be restored from.
     #[error("backup: {reason}")]
     Backup {

@@ -3,7 +3,8 @@
 //! What it is not: it carries nothing; [`crate::raft::transport`] does.
 //!
 //! Invariants: a peer is dialled under the name and address that the log gives its number; it is believed as long as it
-//! belongs to the group, only with a coordinator's certificate of that name, and speaks for its own number alone.
+//! belongs to the group, only with a coordinator's certificate of that name, and speaks for its own number alone. One that
+//! was removed is told so, and ends.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use tonic::{Request, Status};
 use crate::coordinator::Coordinator;
 use crate::member_file::MemberFile;
 use crate::raft::PeerTransport;
-use crate::raft::transport::{Connector, GrpcTransport, RaftService, SenderCheck};
+use crate::raft::transport::{Connector, GrpcTransport, RaftService, SenderCheck, not_a_member};
 use crate::replicated::Replicated;
 
 /// Who belongs to the group, as far as this member knows.
@@ -55,13 +56,13 @@ impl Book {
     }
 
     /// Whether who has a coordinator's certificate of this name may speak as this member.
-    fn check(&self, name: &str, id: u64, is_removed: impl FnOnce(u64) -> bool) -> Result<(), String> {
+    fn check(&self, name: &str, id: u64, is_removed: impl FnOnce(u64) -> bool) -> Result<(), Status> {
         match self.get(id) {
             Some(member) if member.name == name => Ok(()),
-            Some(member) => Err(format!("member {id} is {}, and the certificate is that of {name}", member.name)),
-            None if is_removed(id) => {
-                Err(format!("member {id} was removed from the group: stop it, or let it join anew with an empty folder"))
+            Some(member) => {
+                Err(Status::permission_denied(format!("member {id} is {}, and the certificate is that of {name}", member.name)))
             }
+            None if is_removed(id) => Err(not_a_member(id)),
             // This member was away when it was let in, and learns of it from its messages.
             None => Ok(()),
         }
@@ -82,6 +83,36 @@ impl Peers {
         let connector = connector(book.clone(), credentials.clone());
         let transport = GrpcTransport::new(member.group_id.clone(), connector, tokio::runtime::Handle::current());
         Peers { group_id: member.group_id.clone(), book, transport }
+    }
+
+    /// Ends when this member learns that it was removed from the group: from the group's list, or from a peer that takes
+    /// its messages no more.
+    pub(crate) fn removal(&self, coordinator: &Coordinator) -> impl Future<Output = ()> + use<> {
+        let told = self.transport.removed().clone();
+        let mut status = coordinator.raft().status();
+        async move {
+            let mut belonged = false;
+            let left = async {
+                loop {
+                    let belongs = {
+                        let now = status.borrow_and_update();
+                        now.members.iter().any(|member| member.id == now.member_id)
+                    };
+                    // One that is being let in is not on the list yet.
+                    if belonged && !belongs {
+                        return;
+                    }
+                    belonged |= belongs;
+                    if status.changed().await.is_err() {
+                        std::future::pending::<()>().await;
+                    }
+                }
+            };
+            tokio::select! {
+                () = told.cancelled() => {}
+                () = left => {}
+            }
+        }
     }
 
     /// The sending end.
@@ -132,7 +163,7 @@ fn sender_check(book: Arc<RwLock<Book>>, replicated: Arc<Replicated>) -> SenderC
         let (book, replicated) = (book.clone(), replicated.clone());
         Ok(Box::new(move |id| {
             let is_removed = |id| replicated.read().is_removed_member(id);
-            book.read().check(&caller.name, id, is_removed).map_err(Status::permission_denied)
+            book.read().check(&caller.name, id, is_removed)
         }))
     })
 }
@@ -154,12 +185,12 @@ mod tests {
     fn a_member_that_came_under_a_name_used_before_is_believed_and_the_one_before_is_not() {
         let mut book = book(3, &[member(1, "c1"), member(2, "c2")]);
         let gone = |id| id == 2;
-        assert_eq!(book.check("c2", 2, |_| false), Ok(()));
+        assert!(book.check("c2", 2, |_| false).is_ok());
         let list = BTreeMap::from([member(1, "c1"), member(3, "c3"), member(57, "c2")]);
         assert_eq!(book.learn(&list), [2], "it is dialled no more");
-        assert_eq!(book.check("c2", 57, gone), Ok(()));
-        assert!(book.check("c2", 2, gone).expect_err("removed").contains("removed"));
-        assert!(book.check("c1", 57, gone).expect_err("another's number").contains("certificate"));
+        assert!(book.check("c2", 57, gone).is_ok());
+        assert!(book.check("c2", 2, gone).expect_err("removed").message().contains("removed"));
+        assert!(book.check("c1", 57, gone).expect_err("another's number").message().contains("certificate"));
         assert!(book.get(2).is_none() && book.get(57).is_some());
     }
 
@@ -172,7 +203,7 @@ mod tests {
         for (id, record) in [member(1, "c1"), member(2, "c2")] {
             list.insert(id, record);
             assert!(book.learn(&list).is_empty());
-            assert_eq!(book.check("c2", 57, |_| false), Ok(()));
+            assert!(book.check("c2", 57, |_| false).is_ok());
             assert_eq!(book.get(57), Some(&first[1].1));
         }
         let list = BTreeMap::from([member(1, "c1"), member(60, "c3")]);
@@ -183,7 +214,7 @@ mod tests {
     fn who_was_let_in_while_this_one_was_away_is_heard() {
         let mut book = book(1, &[]);
         book.learn(&BTreeMap::from([member(1, "c1"), member(2, "c2")]));
-        assert_eq!(book.check("c4", 90, |_| false), Ok(()));
+        assert!(book.check("c4", 90, |_| false).is_ok());
     }
 
     #[test]

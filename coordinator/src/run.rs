@@ -130,13 +130,14 @@ impl Prepared {
     /// Serves until `shutdown`, then hands leadership over and stops, within a bound.
     ///
     /// # Errors
-    /// Credentials that cannot be used.
+    /// Credentials that cannot be used; the group has removed this member.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), CoordinatorError> {
         let Prepared { options, coordinator, peers, credentials, ca, listener, probes } = self;
         let stop = CancellationToken::new();
         let (metrics, ready) = (coordinator.metrics().clone(), coordinator.clone());
         let told = Probes { metrics: Arc::new(move || metrics.encode()), readiness: Arc::new(move || ready.readiness()) };
         let probes = probes.map(|port| tokio::spawn(probes::serve(port, told, stop.clone().cancelled_owned())));
+        let removal = peers.removal(&coordinator);
         let renewal = keep_certificate(&options, &coordinator, &credentials);
         tracing::info!(address = options.address, name = options.name, "serving");
         let server = server::serve(server::Port { listener, credentials: credentials.clone(), ca, peers }, coordinator.clone());
@@ -144,6 +145,11 @@ impl Prepared {
         let served = tokio::select! {
             served = server.as_mut() => served,
             () = renewal => Ok(()),
+            () = removal => {
+                let error = CoordinatorError::Removed { name: options.name.clone(), data_dir: options.data_dir.clone() };
+                tracing::error!(%error, "stopping");
+                Err(error)
+            }
             () = shutdown => {
                 tracing::info!("stopping");
                 // The port stays open while leadership goes to another: calls in flight are told where.

@@ -18,12 +18,19 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use wire::raft_client::RaftClient;
 use wire::raft_server::{Raft, RaftServer};
 
 use super::{PeerTransport, RaftError, RaftHandle};
+
+/// The answer to messages of a member that was removed; it is the only one of this code between members.
+#[must_use]
+pub fn not_a_member(id: u64) -> Status {
+    Status::not_found(format!("member {id} was removed from the group: stop it, or let it join anew with an empty folder"))
+}
 
 /// Makes a channel to a member; called again after each failure. The error is for the log.
 pub type Connector = Arc<dyn Fn(u64) -> BoxFuture<'static, Result<Channel, String>> + Send + Sync>;
@@ -70,6 +77,7 @@ pub struct GrpcTransport {
     handle: OnceLock<RaftHandle>,
     peers: Mutex<BTreeMap<u64, mpsc::Sender<Vec<wire::Message>>>>,
     snapshots: Mutex<BTreeSet<u64>>,
+    removed: CancellationToken,
     me: std::sync::Weak<Self>,
 }
 
@@ -84,6 +92,7 @@ impl GrpcTransport {
             handle: OnceLock::new(),
             peers: Mutex::default(),
             snapshots: Mutex::default(),
+            removed: CancellationToken::new(),
             me: me.clone(),
         })
     }
@@ -92,6 +101,11 @@ impl GrpcTransport {
     pub fn attach(&self, handle: RaftHandle) {
         // A second one would be a second member on one transport; the first stays.
         drop(self.handle.set(handle));
+    }
+
+    /// Cancelled when a peer says that this member was removed from the group.
+    pub fn removed(&self) -> &CancellationToken {
+        &self.removed
     }
 
     /// Ends the connection to a member that is removed.
@@ -159,9 +173,13 @@ async fn carry(weak: std::sync::Weak<GrpcTransport>, to: u64, mut queue: mpsc::R
                 Some(why) => why,
                 None => return,
             },
-            Err(why) => why,
+            Err(why) => Broken { why, is_removed: false },
         };
+        let Broken { why, is_removed } = why;
         let Some(transport) = weak.upgrade() else { return };
+        if is_removed {
+            transport.removed.cancel();
+        }
         tracing::debug!(to, "no stream of raft messages: {why}");
         transport.unreachable(to);
         drop(transport);
@@ -172,6 +190,26 @@ async fn carry(weak: std::sync::Weak<GrpcTransport>, to: u64, mut queue: mpsc::R
     }
 }
 
+/// The end of a stream.
+struct Broken {
+    why: String,
+    /// The peer knows that this member was removed.
+    is_removed: bool,
+}
+
+impl Broken {
+    fn of(ended: Result<Response<wire::Received>, Status>) -> Self {
+        match ended {
+            Ok(_) => Broken::because("the peer closed the stream"),
+            Err(status) => Broken { is_removed: status.code() == Code::NotFound, why: status.to_string() },
+        }
+    }
+
+    fn because(why: impl Into<String>) -> Self {
+        Broken { why: why.into(), is_removed: false }
+    }
+}
+
 /// Sends until the stream breaks (why), or nobody sends any more (`None`).
 async fn stream(
     mut client: RaftClient<Channel>,
@@ -179,7 +217,7 @@ async fn stream(
     first: Vec<wire::Message>,
     queue: &mut mpsc::Receiver<Vec<wire::Message>>,
     backoff: &mut Duration,
-) -> Option<String> {
+) -> Option<Broken> {
     let (sender, batches) = mpsc::channel(16);
     let call = client.messages(ReceiverStream::new(batches));
     tokio::pin!(call);
@@ -187,16 +225,16 @@ async fn stream(
     loop {
         for batch in pack(cluster_id, waiting.drain(..).flatten()) {
             tokio::select! {
-                ended = &mut call => return Some(ended.map_or_else(|status| status.to_string(), |_| "the peer closed the stream".into())),
+                ended = &mut call => return Some(Broken::of(ended)),
                 sent = timeout(DEADLINE, sender.send(batch)) => match sent {
                     Ok(Ok(())) => {}
-                    Ok(Err(_)) => return Some("the stream is closed".into()),
-                    Err(_) => return Some(format!("the peer took nothing for {DEADLINE:?}")),
+                    Ok(Err(_)) => return Some(Broken::because("the stream is closed")),
+                    Err(_) => return Some(Broken::because(format!("the peer took nothing for {DEADLINE:?}"))),
                 },
             }
         }
         tokio::select! {
-            ended = &mut call => return Some(ended.map_or_else(|status| status.to_string(), |_| "the peer closed the stream".into())),
+            ended = &mut call => return Some(Broken::of(ended)),
             count = queue.recv_many(&mut waiting, 64) => {
                 if count == 0 {
                     return None;

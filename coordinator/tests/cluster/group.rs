@@ -6,7 +6,7 @@ use forge_cluster::api::{ClusterApi, WatchItem};
 use forge_cluster::client::{MemberAction, RemoteCluster};
 use forge_cluster::status::from_status;
 use forge_cluster::tls::{ChannelOptions, PeerName, SharedCredentials, channel};
-use forge_coordinator::RunOptions;
+use forge_coordinator::{CoordinatorError, RunOptions};
 use forge_proto::cluster::cluster_client::ClusterClient;
 use forge_proto::cluster::{ExecuteRequest, WatchRequest};
 use forge_shared::cluster::command::Command;
@@ -145,7 +145,7 @@ async fn a_coordinator_replaced_under_its_name_leads_and_the_one_before_is_not_h
         admin.change_members(MemberAction::TransferLeadership(first_id), SOON).await.expect("handed over");
     }
     admin.change_members(MemberAction::Remove(second), SOON).await.expect("removed");
-    // The one before goes on, and asks for votes.
+    // The one before goes on, and asks for votes, until it is told.
     let before = cluster.members.remove(1);
     let token = cluster.token(Role::Coordinator, 1).await;
     let options = cluster.options("c2").await;
@@ -171,7 +171,8 @@ async fn a_coordinator_replaced_under_its_name_leads_and_the_one_before_is_not_h
         assert!(begun.elapsed() < SOON, "it follows: {:?}", cluster.members[2].coordinator.group_status());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    before.kill().await;
+    let end = before.end().await;
+    assert!(matches!(&end, Err(CoordinatorError::Removed { name, .. }) if name == "c2"), "it is told, and says so: {end:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use forge_cluster::api::{ClusterApi, Session};
 use forge_cluster::client::RemoteCluster;
 use forge_cluster::tls::{ClusterCa, Credentials, Identity, JoinTokenText, NODE_LIFETIME, NodeKey, SharedCredentials};
-use forge_coordinator::{Coordinator, RunOptions, prepare};
+use forge_coordinator::{Coordinator, CoordinatorError, RunOptions, prepare};
 use forge_shared::cluster::command::{Applied, Command};
 use forge_shared::cluster::event::{Kind, Object};
 use forge_shared::cluster::node::{DeviceInfo, DeviceKind, NodeLoad, NodeSpec, Role};
@@ -35,10 +35,15 @@ pub struct Running {
     pub metrics: Option<SocketAddr>,
     pub coordinator: Coordinator,
     stop: Option<oneshot::Sender<()>>,
-    task: JoinHandle<()>,
+    task: JoinHandle<Result<(), CoordinatorError>>,
 }
 
 impl Running {
+    /// How it ends by itself.
+    pub async fn end(mut self) -> Result<(), CoordinatorError> {
+        tokio::time::timeout(SOON, &mut self.task).await.expect("it ends in time").expect("it ends well")
+    }
+
     /// As `kill -9` looks to the others: its port and its member are gone at once.
     pub async fn kill(mut self) {
         self.task.abort();
@@ -50,7 +55,7 @@ impl Running {
     /// As SIGTERM.
     pub async fn stop(mut self) {
         self.stop.take().expect("it runs").send(()).expect("it listens");
-        tokio::time::timeout(SOON, &mut self.task).await.expect("it stops in time").expect("it ends well");
+        tokio::time::timeout(SOON, &mut self.task).await.expect("it stops in time").expect("it ends well").expect("it serves");
     }
 
     pub fn is_leader(&self) -> bool {
@@ -88,7 +93,7 @@ pub async fn start(options: RunOptions) -> Running {
         let shutdown = async move {
             let _ = stopped.await;
         };
-        prepared.run(shutdown).await.expect("it serves");
+        prepared.run(shutdown).await
     });
     Running { address: options.address, metrics: options.metrics, coordinator, stop: Some(stop), task }
 }
