@@ -26,7 +26,7 @@ const ASK_PAUSE: Duration = Duration::from_millis(200);
 impl Coordinator {
     /// What would be placed where. Goes to the leader: it alone has sessions with workers.
     pub(crate) async fn plan(&self, service: ModelService, timeout: Duration) -> Result<PlannedService, CoordinatorError> {
-        service.check().map_err(|error| CoordinatorError::message("service", error))?;
+        service.check().map_err(|error| CoordinatorError::message(error.field, error.reason))?;
         self.leading()?;
         let until = Instant::now() + timeout;
         self.0.raft.read_index(timeout).await.map_err(|error| self.raft_error(error))?;

@@ -110,7 +110,7 @@ pub enum CoordinatorError {
         /// Which role it takes.
         reason: String,
     },
-    /// What came is no message of this version.
+    /// A field of a request that is no command is wrong.
     #[error("{field}: {reason}")]
     Message {
         /// Of the request.
@@ -139,7 +139,7 @@ impl From<CoordinatorError> for ClusterError {
             error @ (CoordinatorError::Forbidden { .. } | CoordinatorError::Unauthenticated { .. }) => {
                 ClusterError::Forbidden { reason: error.to_string() }
             }
-            error @ CoordinatorError::Message { .. } => ClusterError::Protocol { reason: error.to_string() },
+            CoordinatorError::Message { field, reason } => ClusterError::Command(CommandError::Invalid { field: field.into(), reason }),
             error => ClusterError::Unavailable { waited_ms: 0, reason: error.to_string() },
         }
     }

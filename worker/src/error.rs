@@ -1,6 +1,7 @@
 //! Errors of the worker: what keeps a replica from running, and whether trying again can help.
 
 use forge_shared::plan::Refusal;
+use forge_shared::spec::ByteSize;
 
 /// Why a replica does not run.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +31,7 @@ pub enum WorkerError {
         found: String,
     },
     /// The device has less memory than the plan takes.
-    #[error("device {device} has {free_bytes} bytes free, and the replica takes {needed_bytes}")]
+    #[error("device {device} has {} free, and the replica takes {}", ByteSize(*free_bytes), ByteSize(*needed_bytes))]
     Memory {
         /// Number within the node.
         device: u32,

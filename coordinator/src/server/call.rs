@@ -76,9 +76,10 @@ fn parse_timeout(text: &str) -> Option<Duration> {
     }
 }
 
-/// A field that must be JSON of a type.
+/// A field that must be JSON of a type. What cannot be read is another program's or version's, not a wrong setting.
 pub(super) fn json<T: serde::de::DeserializeOwned>(field: &'static str, bytes: &[u8]) -> Result<T, Status> {
-    serde_json::from_slice(bytes).map_err(|error| refuse(CoordinatorError::message(field, format!("it cannot be read: {error}"))))
+    let unreadable = |error| ClusterError::Protocol { reason: format!("{field}: it cannot be read: {error}") };
+    serde_json::from_slice(bytes).map_err(|error| to_status(&unreadable(error), None))
 }
 
 /// An answer as JSON.

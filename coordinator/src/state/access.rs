@@ -48,7 +48,7 @@ impl ClusterState {
             if known.token == *token {
                 return Ok(Effect::NONE);
             }
-            let reason = "choose another id, or remove it first".to_owned();
+            let reason = "it exists already: choose another id, or remove it first".to_owned();
             return Err(CommandError::Conflict { kind: "join token".into(), name: token.id.clone(), reason });
         }
         let open = self.tokens.values().filter(|kept| kept.token.uses_left > 0 && !kept.is_over(&self.clock)).count();
@@ -123,7 +123,7 @@ impl ClusterState {
         match self.keys.get(&key.name) {
             Some(known) if known == key => return Ok(Effect::NONE),
             Some(known) if (&known.id, &known.salt, &known.hash) != (&key.id, &key.salt, &key.hash) => {
-                let reason = "it has another secret; choose another name".to_owned();
+                let reason = "it exists already, with another secret; choose another name".to_owned();
                 return Err(CommandError::Conflict { kind: "key".into(), name: key.name.clone(), reason });
             }
             Some(known) if known.revoked_s.is_some() && key.revoked_s.is_none() => {

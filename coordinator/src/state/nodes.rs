@@ -7,6 +7,7 @@ use forge_shared::cluster::command::CommandError;
 use forge_shared::cluster::event::{Change, Kind, Object};
 use forge_shared::cluster::node::{NodePhase, NodeRecord, NodeSpec, Role};
 use forge_shared::ids::{Incarnation, NodeId, ServiceName};
+use forge_shared::spec::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use super::notices::Weight;
@@ -166,7 +167,7 @@ impl ClusterState {
         let mut corrected = Vec::new();
         for device in known.spec.devices.iter_mut().filter(|device| devices.contains(&device.index)) {
             if found_bytes < device.memory_bytes {
-                corrected.push(format!("device {} has {found_bytes} bytes, not {}", device.index, device.memory_bytes));
+                corrected.push(format!("device {} has {}, not {}", device.index, ByteSize(found_bytes), ByteSize(device.memory_bytes)));
                 device.memory_bytes = found_bytes;
             }
         }

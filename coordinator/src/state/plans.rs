@@ -12,7 +12,7 @@ use forge_shared::cluster::node::{NodePhase, Role};
 use forge_shared::cluster::service::{Facts, LeavingReplica, ReplicaPhase, ReplicaRecord, ReplicaStatus, ServiceRecord};
 use forge_shared::ids::{Epoch, NodeId, ReplicaId, ServiceName};
 use forge_shared::plan::{ModelFacts, Plan, Refusal};
-use forge_shared::spec::ModelServiceSpec;
+use forge_shared::spec::{ByteSize, ModelServiceSpec};
 use forge_shared::tree::share;
 
 use super::checks::{bounded, invalid};
@@ -185,7 +185,10 @@ impl ClusterState {
             let has_bytes = has.map_or(0, |info| info.memory_bytes);
             let given_bytes = given.get(&(node, *device)).copied().unwrap_or(0);
             if given_bytes > has_bytes {
-                return invalid("plans.memory", format!("device {node}/{device} has {has_bytes} bytes and would be given {given_bytes}"));
+                return invalid(
+                    "plans.memory",
+                    format!("device {node}/{device} has {} and would be given {}", ByteSize(has_bytes), ByteSize(given_bytes)),
+                );
             }
         }
         Ok(())

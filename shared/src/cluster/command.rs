@@ -205,14 +205,14 @@ pub enum CommandError {
         /// The known name most like it.
         nearest: Option<String>,
     },
-    /// It is there already and another.
-    #[error("{kind} {name:?} exists already: {reason}")]
+    /// What is there already does not allow it.
+    #[error("{kind} {name:?}: {reason}")]
     Conflict {
         /// What kind.
         kind: String,
         /// Its name.
         name: String,
-        /// How it differs and what to do.
+        /// What stands against it and what to do.
         reason: String,
     },
     /// The sender's view is older than the state: a fenced incarnation, epoch or basis.

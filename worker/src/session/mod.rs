@@ -228,6 +228,11 @@ impl Shell {
                 self.pending.clear();
                 SessionInput::Connected(true)
             }
+            // Nothing changes by itself: a certificate or an address is wrong.
+            Err(error @ ClusterError::Forbidden { .. }) => {
+                tracing::warn!(%error, "the coordinators do not take this worker");
+                SessionInput::Connected(false)
+            }
             Err(error) => {
                 tracing::info!(%error, "no session with a leader yet");
                 SessionInput::Connected(false)
