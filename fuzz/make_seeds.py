@@ -246,6 +246,13 @@ def process_config_seeds():
     yield "toml", b"# a comment\napiVersion = \"forge/v1\"\nkind = \"Coordinator\"\nleaseMs = 3000\n\n[membership]\ntokenFile = \"t\"\n"
 
 
+def context_file_seeds():
+    yield "one", b'{\n  "servers": [\n    "127.0.0.1:7000"\n  ]\n}\n'
+    yield "three", json.dumps({"servers": ["a.example:7000", "10.0.0.2:7000", "[fd00::3]:7000"]}).encode()
+    yield "escaped", b'{"servers":["\\u0061:1"]}'
+    yield "no_port", b'{"servers":["a.example"]}'
+
+
 def service_file_seeds():
     head = "apiVersion: forge/v1\nkind: ModelService\n"
     yield "yaml", (head + "metadata:\n  name: demo\nspec:\n  model: smollm2:135m\n  replicas: 2\n  gateway:\n    port: 8001\n").encode()
@@ -295,6 +302,7 @@ def main():
         "chat_request": encoded(chat_seeds()),
         "completion_request": encoded(completion_seeds()),
         "process_config": process_config_seeds(),
+        "context_file": context_file_seeds(),
         "service_file": service_file_seeds(),
         "portable_text": portable_text_seeds(),
     }

@@ -193,6 +193,11 @@ fn process_configurations() {
 }
 
 #[test]
+fn context_files() {
+    smoke("context_file", fuzzing::context_file);
+}
+
+#[test]
 fn service_files() {
     smoke("service_file", fuzzing::service_file);
 }
@@ -244,6 +249,10 @@ fn seeds_reach_behind_the_first_check() {
     }
     for (name, seed) in seeds("backup") {
         assert!(forge_coordinator::read_backup(&seed).is_ok(), "{name}");
+    }
+    for (name, seed) in seeds("context_file") {
+        let taken = forge_cluster::config::ContextFile::parse(&seed);
+        assert_eq!(taken.is_err(), name == "no_port", "{name}: {taken:?}");
     }
     for (name, seed) in seeds("portable_text") {
         let taken = forge_text::ModelText::from_portable(&seed);

@@ -334,7 +334,7 @@ impl ModelService {
             );
         }
         if spec.replicas == 0 {
-            return fail("spec.replicas", "must be at least 1".into());
+            return fail("spec.replicas", "must be at least 1; `forgectl delete NAME` ends the last one".into());
         }
         Ok(())
     }

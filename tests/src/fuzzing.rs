@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use forge_cluster::config::{CoordinatorConfig, GatewayFile, WorkerConfig};
+use forge_cluster::config::{ContextFile, CoordinatorConfig, GatewayFile, WorkerConfig};
 use forge_gateway::cluster::Directory;
 use forge_gateway::request::{parse_chat_request, parse_completion_request};
 use forge_gateway::{GatewayConfig, RequestLimits};
@@ -230,6 +230,14 @@ fn resolve<T: ProcessConfig + PartialEq + std::fmt::Debug>(text: &str, format: F
     written["kind"] = T::KIND.into();
     let again = layers(&written.to_string(), Format::Json).resolve::<T>();
     assert_eq!(again.as_ref().ok(), Some(&taken), "a configuration changed on its way");
+}
+
+/// The file of a cluster that `forgectl` knows: taken or refused, and what is taken is written and read the same.
+pub fn context_file(bytes: &[u8]) {
+    let Ok(taken) = ContextFile::parse(bytes) else { return };
+    assert!(!taken.servers.is_empty(), "a context without an address was taken");
+    let written = taken.to_text().expect("what was read can be written");
+    assert_eq!(ContextFile::parse(written.as_bytes()), Ok(taken), "a context changed on its way");
 }
 
 /// A `ModelService` document: taken or refused by key, and what is taken is written and read the same.

@@ -47,6 +47,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
+            if arguments.config.is_none() {
+                eprintln!("  {}", config::no_file_help::<WorkerConfig>());
+            }
             ExitCode::FAILURE
         }
     }

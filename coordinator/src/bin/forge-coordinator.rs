@@ -18,7 +18,7 @@ use forge_coordinator::{CoordinatorError, MemberFile, RunOptions, prepare, resto
 #[derive(Debug, Parser)]
 #[command(name = "forge-coordinator", version)]
 struct Arguments {
-    /// Configuration file (`kind: Coordinator`).
+    /// Configuration file (`kind: Coordinator`), as `forgectl cluster init` writes it; docs/cluster.md explains its keys.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// One key of the configuration, over the file.
@@ -57,7 +57,13 @@ fn main() -> ExitCode {
     };
     let code = match runtime.block_on(run(&config, arguments.bootstrap)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
+        Err(error) => {
+            let code = fail(&error);
+            if arguments.config.is_none() {
+                eprintln!("  {}", config::no_file_help::<CoordinatorConfig>());
+            }
+            code
+        }
     };
     runtime.shutdown_timeout(Duration::from_secs(2));
     code

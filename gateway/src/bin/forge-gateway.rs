@@ -16,7 +16,7 @@ use forge_gateway::{GatewayConfig, GatewayError, process};
 #[derive(Debug, Parser)]
 #[command(name = "forge-gateway", version)]
 struct Arguments {
-    /// Configuration file (`kind: Gateway`).
+    /// Configuration file (`kind: Gateway`); docs/cluster.md explains its keys.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// One key of the configuration, over the file.
@@ -45,6 +45,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
+            if arguments.config.is_none() {
+                eprintln!("  {}", config::no_file_help::<GatewayFile<GatewayConfig>>());
+            }
             ExitCode::FAILURE
         }
     };

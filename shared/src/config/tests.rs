@@ -123,6 +123,7 @@ fn documents_that_are_no_service_are_refused() {
         ("kind: ModelService", Format::Yaml, "apiVersion: is missing; write `apiVersion: forge/v1`"),
         ("{\"apiVersion\":\"forge/v2\",\"kind\":\"ModelService\"}", Format::Json, "found \"forge/v2\""),
         ("apiVersion: forge/v1\nkind: TrainJob", Format::Yaml, "found \"TrainJob\""),
+        ("apiVersion: forge/v1\nkind: Worker\nname: w1", Format::Yaml, "configuration of a worker, for `forge-worker --config a`"),
         ("apiVersion: forge/v1\nkind: ModelService\nmodel: x", Format::Yaml, "unknown key `model`"),
         ("apiVersion: forge/v1\nkind: ModelService\nmetadata: {name: 5}", Format::Yaml, "metadata.name: 5 is not a name"),
         ("apiVersion: forge/v1\nkind: ModelService\nmetadata: {label: x}", Format::Yaml, "`metadata.label`"),

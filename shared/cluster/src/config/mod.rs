@@ -5,6 +5,7 @@
 //!
 //! Invariant: every file under `cluster-configs/` is one of these, and is loaded by a test.
 
+mod context;
 mod coordinator;
 mod entry;
 mod gateway;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::tracing::{LogFormat, TelemetryOptions};
 
+pub use context::ContextFile;
 pub use coordinator::CoordinatorConfig;
 pub use entry::Entry;
 pub use gateway::GatewayFile;
@@ -125,13 +127,30 @@ fn read_bounded(path: &std::path::Path) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// `host:port` with a port; `key` is named where it is not.
-fn check_address(key: &'static str, address: &str) -> Result<(), (&'static str, String)> {
+/// That an address has the form `host:port`.
+///
+/// # Errors
+/// What to write instead.
+pub fn check_host_port(address: &str) -> Result<(), String> {
     let (host, port) = address.rsplit_once(':').unwrap_or_default();
     if host.is_empty() || port.parse::<u16>().is_err() || address.contains(['/', ' ']) {
-        return Err((key, format!("{address:?} is no address: write host:port")));
+        return Err(format!("{address:?} is no address: write host:port, such as 10.0.0.1:7000"));
     }
     Ok(())
+}
+
+/// As [`check_host_port`]; `key` is named where it is not.
+fn check_address(key: &'static str, address: &str) -> Result<(), (&'static str, String)> {
+    check_host_port(address).map_err(|reason| (key, reason))
+}
+
+/// What a process says that fails and was given no file: its defaults are seldom what is meant.
+pub fn no_file_help<T: ProcessConfig>() -> String {
+    format!(
+        "no --config FILE was given, so all settings are defaults, FORGE_{}_* variables and --set; `kind: {}` files are in docs/cluster.md",
+        T::KIND.to_ascii_uppercase(),
+        T::KIND
+    )
 }
 
 /// That the address where others reach a process is one that they can dial; absent, it is the address it listens at.
