@@ -9,6 +9,7 @@ use forge_shared::spec::KvCacheDtype;
 use forge_worker::prepare::PreparedModel;
 use indicatif::HumanBytes;
 
+use crate::cluster::LOCAL_CONTEXT;
 use crate::names::DEFAULT_NAME;
 use crate::output::short_count;
 
@@ -36,6 +37,8 @@ pub struct Shown {
     pub replicas: u32,
     /// What kind of model it is.
     pub facts: Facts,
+    /// The context by which other commands find its cluster.
+    pub context: String,
 }
 
 /// Facts of a model.
@@ -59,7 +62,7 @@ impl Facts {
 
 /// The text.
 pub fn banner(shown: &Shown, addresses: &Addresses) -> String {
-    let Shown { card, has_chat, plan, replicas, facts } = shown;
+    let Shown { card, has_chat, plan, replicas, facts, context } = shown;
     let kv_bytes = plan.ranks.iter().map(|rank| rank.memory.kv_bytes).sum::<u64>();
     let weights_bytes = plan.ranks.iter().map(|rank| rank.memory.weights_bytes).sum::<u64>();
     let dtype = match plan.kv_cache_dtype {
@@ -78,7 +81,7 @@ pub fn banner(shown: &Shown, addresses: &Addresses) -> String {
         ("API", format!("{}/v1", url(addresses.api))),
         ("metrics", format!("{}/metrics", url(addresses.metrics))),
         ("keys", if addresses.keys { "needed" } else { "none configured: any key is accepted" }.to_owned()),
-        ("cluster", "forgectl get, describe, apply, scale, logs, top from another terminal".to_owned()),
+        ("cluster", cluster(context)),
     ];
     let mut text = String::from("Ready.\n");
     for (name, value) in rows {
@@ -87,6 +90,15 @@ pub fn banner(shown: &Shown, addresses: &Addresses) -> String {
     // The default model has a name that is quick to type.
     let name = card.names.iter().find(|name| *name == DEFAULT_NAME).unwrap_or(&card.name);
     text + "\nTry it:\n" + &curl(addresses, name, *has_chat) + "\nCtrl-C stops it.\n"
+}
+
+/// How other commands reach the cluster.
+fn cluster(context: &str) -> String {
+    let commands = "forgectl get, describe, apply, scale, logs, top from another terminal";
+    if context == LOCAL_CONTEXT {
+        return commands.to_owned();
+    }
+    format!("{commands}, with --context {context}: {LOCAL_CONTEXT} is another forgectl serve")
 }
 
 /// A request to paste into a shell.

@@ -115,6 +115,9 @@ pub struct InitArgs {
     /// Address to listen on
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7000")]
     pub listen: String,
+    /// Context to remember it by; must be a new one [default: --cluster]
+    #[arg(long, value_name = "NAME")]
+    pub context: Option<String>,
     /// Address where other hosts reach it [default: --listen]
     #[arg(long, value_name = "HOST:PORT")]
     pub advertise: Option<String>,

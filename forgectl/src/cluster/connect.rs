@@ -1,7 +1,6 @@
 //! From flags, variables and contexts to a connection.
 
 use std::future::Future;
-use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use forge_cluster::api::ClusterApi;
@@ -9,7 +8,7 @@ use forge_cluster::client::RemoteCluster;
 use forge_cluster::tls::SharedCredentials;
 use uuid::Uuid;
 
-use super::contexts::ContextStore;
+use super::contexts::{ContextStore, LOCAL_CONTEXT, is_local};
 use crate::cli::cluster::ServerArgs;
 use crate::failure::{Exit, Failure, Result};
 use crate::runtime;
@@ -20,12 +19,6 @@ pub const TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest wait for what a command does not need itself.
 const LEARN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Longest wait for the answer of a port of this machine.
-const PORT_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// The context that `forgectl serve` writes for the cluster it has in itself.
-pub const LOCAL_CONTEXT: &str = "local";
-
 /// The cluster that is meant: `--context`, the current context, or the one of a `forgectl serve` on this machine;
 /// `--server` gives other addresses for the same certificate.
 ///
@@ -33,14 +26,10 @@ pub const LOCAL_CONTEXT: &str = "local";
 /// If no cluster is known, or its certificate cannot be used.
 pub fn connect(store: &ContextStore, args: &ServerArgs) -> Result<RemoteCluster> {
     let name = context(store, args)?;
-    let is_local = name == LOCAL_CONTEXT && args.server.is_empty();
-    if is_local && !store.has(&name) {
-        return Err(not_running());
+    if is_local(&name) && args.server.is_empty() && !store.living_local()?.contains(&name) {
+        return Err(not_running(&name));
     }
     let known = store.get(&name)?;
-    if is_local && known.servers.iter().all(|server| is_closed(server)) {
-        return Err(not_running());
-    }
     let servers = if args.server.is_empty() { &known.servers } else { &args.server };
     Ok(RemoteCluster::new(servers, &SharedCredentials::new(known.credentials))?)
 }
@@ -51,20 +40,19 @@ fn context(store: &ContextStore, args: &ServerArgs) -> Result<String> {
         Some(name) => name.clone(),
         None => match store.current()? {
             Some(name) => name,
-            None => LOCAL_CONTEXT.to_owned(),
+            // Of several, the one that began first.
+            None => store.living_local()?.into_iter().next().unwrap_or_else(|| LOCAL_CONTEXT.to_owned()),
         },
     })
 }
 
-/// Whether nobody listens at an address of this machine.
-fn is_closed(server: &str) -> bool {
-    let address: Option<SocketAddr> = server.parse().ok();
-    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
-    address.is_some_and(|address| TcpStream::connect_timeout(&address, PORT_TIMEOUT).is_err_and(refused))
-}
-
-fn not_running() -> Failure {
-    Failure::new("no cluster runs in a `forgectl serve` on this machine, and no other one is chosen").exit(Exit::LostContact).help(
+fn not_running(name: &str) -> Failure {
+    let what = if name == LOCAL_CONTEXT {
+        "no cluster runs in a `forgectl serve` on this machine, and no other one is chosen".to_owned()
+    } else {
+        format!("the `forgectl serve` with the context {name} does not run")
+    };
+    Failure::new(what).exit(Exit::LostContact).help(
         "start one with `forgectl serve`; `forgectl context use NAME` chooses another, `forgectl context add` remembers one, \
          `forgectl cluster init` makes one",
     )

@@ -1,13 +1,17 @@
 //! Contexts: the clusters this user knows, each with addresses and a certificate, under `FORGE_HOME/contexts`.
 //!
-//! Invariant: a context's folder is complete (`context.json`, `node.pem`, `ca.pem`) or is not there.
+//! Invariants: a context's folder is complete (`context.json`, `node.pem`, `ca.pem`) or is not there; no context takes the
+//! place of another cluster's, whose certificate may be the only one; the names of `forgectl serve` belong to the processes
+//! that hold their locks.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use forge_cluster::config::ContextFile;
 use forge_cluster::tls::{Credentials, check_name, write_private, write_public};
 use forge_store::ForgeHome;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::cli::cluster::{ContextArgs, ContextCommand};
 use crate::failure::{Failure, Result};
@@ -15,13 +19,13 @@ use crate::output::{column, print_list, print_text, wide};
 
 const FILE: &str = "context.json";
 const CURRENT: &str = "current";
+/// More than any context has.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// What is stored of a context, beside its credentials.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Stored {
-    servers: Vec<String>,
-}
+/// The context of the `forgectl serve` of this machine that began first; others are `local-2` and so on.
+pub const LOCAL_CONTEXT: &str = "local";
+/// Most contexts of `forgectl serve` at once.
+const MAX_LOCAL: u32 = 64;
 
 /// A known cluster.
 #[derive(Debug)]
@@ -51,11 +55,35 @@ impl ContextStore {
         ContextStore { folder: home.join("contexts") }
     }
 
-    /// Remembers a cluster; replaces one of the same name. The first one becomes the current one.
+    /// That a cluster that is made now can be remembered under this name.
     ///
     /// # Errors
-    /// A name that is none, or files that cannot be written.
+    /// A name that is none, or is taken.
+    pub fn check_new(&self, name: &str) -> Result<()> {
+        check_name("context", name)?;
+        check_not_local(name)?;
+        if !self.has(name) {
+            return Ok(());
+        }
+        let what = match self.get(name) {
+            Ok(known) => format!("of cluster {:?} at {}", known.credentials.identity().cluster_id, known.servers.join(",")),
+            Err(_) => "damaged".to_owned(),
+        };
+        Err(Failure::usage(format!("there is a context {name:?} already, {what}, with the certificate for it")).help(format!(
+            "name the new cluster's context with --context OTHER, or forget the old one with `forgectl context remove {name}`"
+        )))
+    }
+
+    /// Remembers a cluster; replaces one of the same name that is of the same CA. The first one becomes the current one.
+    ///
+    /// # Errors
+    /// A name that is none, or is another cluster's; files that cannot be written.
     pub fn add(&self, name: &str, servers: &[String], credentials: &Credentials) -> Result<()> {
+        check_name("context", name)?;
+        check_not_local(name)?;
+        if self.get(name).is_ok_and(|known| known.credentials.ca_digest() != credentials.ca_digest()) {
+            self.check_new(name)?;
+        }
         self.put(name, servers, credentials)?;
         if self.current()?.is_none() {
             self.set_current(name)?;
@@ -63,12 +91,7 @@ impl ContextStore {
         Ok(())
     }
 
-    /// Remembers a cluster; replaces one of the same name. Which one is current stays.
-    ///
-    /// # Errors
-    /// As [`ContextStore::add`].
-    pub fn put(&self, name: &str, servers: &[String], credentials: &Credentials) -> Result<()> {
-        check_name("context", name)?;
+    fn put(&self, name: &str, servers: &[String], credentials: &Credentials) -> Result<()> {
         credentials.save(&self.folder.join(name))?;
         self.write(name, servers)
     }
@@ -78,13 +101,55 @@ impl ContextStore {
         self.folder.join(name).join(FILE).is_file()
     }
 
-    /// Forgets a cluster if this is still its address.
+    /// Remembers the cluster of this process, under the first of the names for such that no living process has.
     ///
     /// # Errors
-    /// Files that cannot be removed.
-    pub fn remove_if_at(&self, name: &str, server: &str) -> Result<()> {
-        let is_there = self.has(name) && self.get(name)?.servers == [server];
-        if is_there { self.remove(name) } else { Ok(()) }
+    /// Files that cannot be written, a file system without locks.
+    pub fn hold_local(&self, servers: &[String], credentials: &Credentials) -> Result<HeldContext> {
+        let failed =
+            |error: std::io::Error| Failure::of(&error).while_doing(&format!("cannot lock a context in {}", self.folder.display()));
+        fs::create_dir_all(&self.folder).map_err(failed)?;
+        for name in local_names() {
+            let lock = File::create(self.lock(&name)).map_err(failed)?;
+            match lock.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => continue,
+                Err(TryLockError::Error(error)) => return Err(failed(error)),
+            }
+            self.put(&name, servers, credentials)?;
+            return Ok(HeldContext { store: ContextStore { folder: self.folder.clone() }, name, _lock: lock });
+        }
+        Err(Failure::new(format!("{MAX_LOCAL} `forgectl serve` run with this FORGE_HOME already")).help("give this one another FORGE_HOME"))
+    }
+
+    /// The contexts of `forgectl serve` whose processes live, the first that began first.
+    ///
+    /// # Errors
+    /// Locks that cannot be looked at.
+    pub fn living_local(&self) -> Result<Vec<String>> {
+        let mut living = Vec::new();
+        for name in local_names().filter(|name| self.has(name)) {
+            let is_held = match File::open(self.lock(&name)) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+                Err(error) => return Err(Failure::of(&error).while_doing(&format!("cannot read context {name:?}"))),
+                Ok(lock) => match lock.try_lock_shared() {
+                    Ok(()) => false,
+                    Err(TryLockError::WouldBlock) => true,
+                    Err(TryLockError::Error(error)) => {
+                        return Err(Failure::of(&error).while_doing(&format!("cannot read context {name:?}")));
+                    }
+                },
+            };
+            if is_held {
+                living.push(name);
+            }
+        }
+        Ok(living)
+    }
+
+    /// Beside the folder, so that it outlives it. No context is called so.
+    fn lock(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.lock"))
     }
 
     /// Keeps other addresses for a cluster; its certificate stays. Without any, what was there stays too.
@@ -100,8 +165,8 @@ impl ContextStore {
     }
 
     fn write(&self, name: &str, servers: &[String]) -> Result<()> {
-        let stored = serde_json::to_string_pretty(&Stored { servers: servers.to_vec() }).map_err(|error| Failure::of(&error))?;
-        Ok(write_private(&self.folder.join(name).join(FILE), &(stored + "\n"))?)
+        let stored = ContextFile { servers: servers.to_vec() }.to_text().map_err(|error| Failure::of(&error))?;
+        Ok(write_private(&self.folder.join(name).join(FILE), &stored)?)
     }
 
     /// The name of the current one.
@@ -132,7 +197,7 @@ impl ContextStore {
     pub fn get(&self, name: &str) -> Result<KnownCluster> {
         check_name("context", name)?;
         let folder = self.folder.join(name);
-        let text = fs::read_to_string(folder.join(FILE)).map_err(|error| match error.kind() {
+        let text = read_bounded(&folder.join(FILE)).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => {
                 let known = self.names().unwrap_or_default().join(", ");
                 let known = if known.is_empty() { "none yet".into() } else { known };
@@ -140,8 +205,10 @@ impl ContextStore {
             }
             _ => Failure::of(&error).while_doing(&format!("cannot read context {name:?}")),
         })?;
-        let stored: Stored = serde_json::from_str(&text).map_err(|error| {
-            Failure::of(&error).while_doing(&format!("context {name:?} is damaged")).help("`forgectl context add` writes it anew")
+        let stored = ContextFile::parse(&text).map_err(|reason| {
+            Failure::new(format!("context {name:?} is damaged"))
+                .cause(reason)
+                .help(format!("`forgectl context remove {name}` forgets it, `forgectl context add` writes it anew"))
         })?;
         Ok(KnownCluster { servers: stored.servers, credentials: Credentials::load(&folder)? })
     }
@@ -166,7 +233,10 @@ impl ContextStore {
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        self.get(name)?;
+        // A damaged one can be removed too.
+        if !self.has(name) {
+            self.get(name)?;
+        }
         let failed = |error: std::io::Error| Failure::of(&error).while_doing(&format!("cannot remove context {name:?}"));
         // The file that makes it a context goes first: what an interruption leaves is no context.
         fs::remove_file(self.folder.join(name).join(FILE)).map_err(failed)?;
@@ -176,6 +246,52 @@ impl ContextStore {
         }
         Ok(())
     }
+}
+
+/// The context of this process's cluster; forgotten with this value, and known to be left when the process is gone.
+pub struct HeldContext {
+    store: ContextStore,
+    name: String,
+    _lock: File,
+}
+
+impl HeldContext {
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for HeldContext {
+    fn drop(&mut self) {
+        // One that is left is held by nobody, which commands tell.
+        if let Err(failure) = self.store.remove(&self.name) {
+            tracing::debug!(%failure, "the context of this process is not removed");
+        }
+    }
+}
+
+/// The names for contexts of `forgectl serve`.
+fn local_names() -> impl Iterator<Item = String> {
+    (1..=MAX_LOCAL).map(|number| if number == 1 { LOCAL_CONTEXT.to_owned() } else { format!("{LOCAL_CONTEXT}-{number}") })
+}
+
+/// Whether a name is one of those for contexts of `forgectl serve`.
+pub fn is_local(name: &str) -> bool {
+    local_names().any(|local| local == name)
+}
+
+fn check_not_local(name: &str) -> Result<()> {
+    if is_local(name) {
+        return Err(Failure::usage(format!("context {name:?}: this name is for clusters of `forgectl serve`")).help("choose another name"));
+    }
+    Ok(())
+}
+
+fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_FILE_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[derive(Debug, Serialize)]

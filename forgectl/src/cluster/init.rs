@@ -9,7 +9,7 @@ use forge_shared::config::ProcessConfig;
 
 use super::contexts::ContextStore;
 use crate::cli::cluster::{AdminArgs, InitArgs};
-use crate::failure::{Failure, Result};
+use crate::failure::{Exit, Failure, Result};
 use crate::output::print_text;
 use crate::time::Utc;
 
@@ -19,21 +19,25 @@ pub(super) const CONFIG_FILE: &str = "coordinator.yaml";
 /// `forgectl cluster init`.
 ///
 /// # Errors
-/// A folder that is in use, names and addresses that are none.
+/// A folder or a context that is in use, names and addresses that are none.
 pub fn init(args: &InitArgs) -> Result<()> {
     init_with(args, &ContextStore::open()?)
 }
 
 pub(super) fn init_with(args: &InitArgs, contexts: &ContextStore) -> Result<()> {
-    let file = args.dir.join(CONFIG_FILE);
+    // Whole paths, so that the coordinator starts from any folder.
+    let dir = std::path::absolute(&args.dir).map_err(|error| Failure::of(&error).while_doing("--dir").exit(Exit::Usage))?;
+    let file = dir.join(CONFIG_FILE);
     if file.exists() {
         return Err(Failure::usage(format!("{} is there already", file.display()))
             .help("a cluster is made once; name another folder with --dir, or remove this one if its cluster is no longer wanted"));
     }
-    let tls = args.dir.join("tls");
+    let context = args.context.as_deref().unwrap_or(&args.cluster);
+    contexts.check_new(context)?;
+    let tls = dir.join("tls");
     let config = CoordinatorConfig {
         name: args.name.clone(),
-        data_dir: args.dir.join("data"),
+        data_dir: dir.join("data"),
         listen: args.listen.clone(),
         advertise: args.advertise.clone(),
         membership: Membership { directory: tls.clone(), ..Membership::default() },
@@ -45,16 +49,16 @@ pub(super) fn init_with(args: &InitArgs, contexts: &ContextStore) -> Result<()> 
     ca.save(&tls)?;
     issue(&ca, Role::Coordinator, &args.name, NODE_LIFETIME)?.save(&tls)?;
     let admin = issue(&ca, Role::Admin, "admin", NODE_LIFETIME)?;
-    contexts.add(&args.cluster, &[config.address().to_owned()], &admin)?;
-    contexts.set_current(&args.cluster)?;
+    contexts.add(context, &[config.address().to_owned()], &admin)?;
+    contexts.set_current(context)?;
     write_public(&file, &document(&config)?)?;
     print_text(&format!(
-        "made cluster {cluster} in {dir}\n\
+        "made cluster {cluster} in {dir}; context {context} is the current one\n\
          start its first coordinator:  forge-coordinator --config {file} --bootstrap\n\
          then let others in:           forgectl cluster join-token --role worker\n\
          {dir}/tls/ca.key can make certificates of any role: keep it on coordinators only, and keep a copy offline\n",
         cluster = args.cluster,
-        dir = args.dir.display(),
+        dir = dir.display(),
         file = file.display(),
     ))
 }

@@ -19,8 +19,7 @@ mod top;
 mod verbs;
 
 pub use apply::apply;
-pub use connect::LOCAL_CONTEXT;
-pub use contexts::{ContextStore, context};
+pub use contexts::{ContextStore, HeldContext, LOCAL_CONTEXT, context};
 pub use get::{describe, get};
 pub use init::{admin, init, issue};
 pub use keys::keys;

@@ -20,7 +20,14 @@ use super::verbs::deletion;
 use crate::cli::cluster::{InitArgs, Listed, ServerArgs};
 
 fn init_args(dir: &Path) -> InitArgs {
-    InitArgs { dir: dir.to_owned(), cluster: "test".into(), name: "c1".into(), listen: "127.0.0.1:7000".into(), advertise: None }
+    InitArgs {
+        dir: dir.to_owned(),
+        cluster: "test".into(),
+        name: "c1".into(),
+        listen: "127.0.0.1:7000".into(),
+        advertise: None,
+        context: None,
+    }
 }
 
 fn spec(name: &str) -> NodeSpec {
@@ -66,6 +73,57 @@ fn init_makes_what_a_coordinator_and_its_operator_need() {
 
     let error = init_with(&init_args(&dir), &contexts).unwrap_err().to_string();
     assert!(error.contains("is there already") && error.contains("help:"), "{error}");
+}
+
+#[test]
+fn a_second_cluster_takes_no_context_from_the_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, contexts) = (|name: &str| folder.path().join(name), ContextStore::at(&folder.path().join("home")));
+    init_with(&init_args(&dir("c1")), &contexts).unwrap();
+    let first = contexts.get("test").unwrap().credentials;
+
+    let failure = init_with(&init_args(&dir("c2")), &contexts).unwrap_err();
+    assert_eq!(format!("{:?}", failure.code()), format!("{:?}", std::process::ExitCode::from(2)));
+    let text = failure.to_string();
+    assert!(text.contains("context \"test\"") && text.contains("--context OTHER") && text.contains("context remove test"), "{text}");
+    assert!(!dir("c2").exists(), "nothing is written");
+    assert_eq!(contexts.get("test").unwrap().credentials.ca_digest(), first.ca_digest());
+
+    init_with(&InitArgs { context: Some("other".into()), ..init_args(&dir("c2")) }, &contexts).unwrap();
+    assert_eq!((contexts.names().unwrap(), contexts.current().unwrap().as_deref()), (vec!["other".into(), "test".into()], Some("other")));
+    // The same cluster may be added again, another one not; nor a name of `forgectl serve`.
+    contexts.add("test", &["h:1".into()], &first).unwrap();
+    let second = contexts.get("other").unwrap().credentials;
+    assert!(contexts.add("test", &["h:1".into()], &second).unwrap_err().to_string().contains("already"));
+    for name in ["local", "local-2"] {
+        assert!(contexts.add(name, &["h:1".into()], &second).unwrap_err().to_string().contains("forgectl serve"), "{name}");
+    }
+}
+
+#[test]
+fn a_configuration_made_by_a_relative_path_works_from_anywhere() {
+    let folder = tempfile::tempdir_in(".").unwrap();
+    let relative = Path::new(folder.path().file_name().unwrap()).join("c1");
+    init_with(&init_args(&relative), &ContextStore::at(&folder.path().join("home"))).unwrap();
+    let config: CoordinatorConfig = load(Some(&relative.join("coordinator.yaml")), &[]).unwrap();
+    assert!(config.data_dir.is_absolute() && config.membership.directory.is_absolute(), "{config:?}");
+}
+
+#[test]
+fn processes_hold_contexts_of_their_own_and_free_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let contexts = ContextStore::at(folder.path());
+    let ca = ClusterCa::create("local", crate::time::Utc::now().0).unwrap();
+    let admin = super::issue(&ca, Role::Admin, "admin", forge_cluster::tls::NODE_LIFETIME).unwrap();
+    let hold = |address: &str| contexts.hold_local(&[address.to_owned()], &admin).unwrap();
+    let (first, second) = (hold("h:1"), hold("h:2"));
+    assert_eq!((first.name(), second.name()), ("local", "local-2"));
+    assert_eq!(contexts.get("local").unwrap().servers, ["h:1"]);
+    assert_eq!(contexts.living_local().unwrap(), ["local", "local-2"]);
+    drop(first);
+    assert_eq!(contexts.living_local().unwrap(), ["local-2"]);
+    assert!(!contexts.has("local"));
+    assert_eq!(hold("h:3").name(), "local");
 }
 
 #[tokio::test]

@@ -37,7 +37,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::cluster::{ContextStore, LOCAL_CONTEXT, issue};
+use crate::cluster::{ContextStore, HeldContext, issue};
 use crate::failure::{Failure, Result};
 use crate::logging;
 use crate::replica::failed;
@@ -96,22 +96,7 @@ pub struct Embedded {
     node: JoinedNode,
     close_engine_service: oneshot::Sender<()>,
     engine_service: JoinHandle<()>,
-    context: LocalContext,
-}
-
-/// The context by which other commands find this cluster. The process that began last has it; it goes with that process.
-struct LocalContext {
-    contexts: ContextStore,
-    address: String,
-}
-
-impl Drop for LocalContext {
-    fn drop(&mut self) {
-        // One that is left leads to a closed port, which commands tell.
-        if let Err(failure) = self.contexts.remove_if_at(LOCAL_CONTEXT, &self.address) {
-            tracing::debug!(%failure, "the local context is not removed");
-        }
-    }
+    context: HeldContext,
 }
 
 impl EmbeddedCoordinator {
@@ -185,8 +170,7 @@ impl EmbeddedCoordinator {
                 tracing::error!(%error, "the worker's port is closed: `forgectl logs` has no lines");
             }
         });
-        let context = LocalContext { contexts, address: self.address.clone() };
-        context.contexts.put(LOCAL_CONTEXT, std::slice::from_ref(&self.address), &self.admin)?;
+        let context = contexts.hold_local(std::slice::from_ref(&self.address), &self.admin)?;
         Ok(Embedded { base: self, node, close_engine_service, engine_service, context })
     }
 
@@ -205,6 +189,11 @@ impl Embedded {
     /// The cluster, as everything in it sees it.
     pub fn api(&self) -> Arc<dyn ClusterApi> {
         Arc::new(self.base.coordinator.clone())
+    }
+
+    /// The context by which other commands find it.
+    pub fn context(&self) -> &str {
+        self.context.name()
     }
 
     /// The worker's replicas.

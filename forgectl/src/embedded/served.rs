@@ -112,6 +112,7 @@ impl ServedService {
             plan: plan.clone(),
             replicas: record.service.spec.replicas,
             facts: Facts::of(prepared),
+            context: cluster.context().to_owned(),
         })
     }
 

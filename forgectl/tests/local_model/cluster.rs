@@ -126,17 +126,26 @@ fn what_a_killed_server_left_misleads_nobody() {
 }
 
 #[test]
-fn two_servers_of_one_home_do_not_meet_and_the_last_one_is_meant() {
+fn two_servers_of_one_home_do_not_meet_and_each_has_a_context() {
     let home = Home::new();
     let first = home.serve(&["--model-name", "one"], &[]);
     let second = home.serve(&["--model-name", "two"], &[]);
     assert_eq!((completion(&first, "one").0, completion(&first, "two").0), (200, 404));
     assert_eq!((completion(&second, "two").0, completion(&second, "one").0), (200, 404));
-    let address = second.address("API");
-    assert!(home.told(&["get", "nodes", "-o", "json"]).contains(&address));
+    let (one, two) = (first.address("API"), second.address("API"));
+    assert!(!first.banner.contains("--context") && second.banner.contains("--context local-2"), "{}", second.banner);
+    let nodes = |arguments: &[&str]| home.told(&[&["get", "nodes", "-o", "json"], arguments].concat());
+    assert!(nodes(&[]).contains(&one), "the one that began first is meant");
+    assert!(nodes(&["--context", "local"]).contains(&one) && nodes(&["--context", "local-2"]).contains(&two));
     first.signal("TERM");
     assert_eq!(first.end().0, 0);
-    assert!(home.told(&["get", "nodes", "-o", "json"]).contains(&address), "it took only its own away");
+    assert!(nodes(&[]).contains(&two), "it took only its own away");
+    assert_eq!(home.run(&["get", "nodes", "--context", "local"]).status.code(), Some(4));
+    let third = home.serve(&["--model-name", "three"], &[]);
+    assert!(nodes(&["--context", "local"]).contains(&third.address("API")), "the name is free again");
+    assert!(nodes(&["--context", "local-2"]).contains(&two));
+    third.signal("TERM");
+    assert_eq!(third.end().0, 0);
     second.signal("TERM");
     assert_eq!(second.end().0, 0);
 }
@@ -160,6 +169,7 @@ fn keys_of_this_machine_and_of_the_cluster_both_open() {
     soon("the revocation", || ask(&own) == 401);
     assert_eq!(ask(&told), 200);
     server.signal("TERM");
+    assert_eq!(home.run(&["get", "nodes"]).status.code(), Some(4));
     assert_eq!(server.end().0, 0);
 }
 
@@ -170,7 +180,7 @@ fn a_backup_begins_a_coordinator_that_does_not_run() {
     home.told(&["cluster", "backup", "saved", "--context", "local"]);
     server.signal("TERM");
     assert_eq!(server.end().0, 0);
-    home.told(&["cluster", "init", "--dir", "c1", "--cluster", "local"]);
+    home.told(&["cluster", "init", "--dir", "c1", "--cluster", "local", "--context", "restored"]);
     let refused = |arguments: &[&str], expected: &str| {
         let output = home.run(arguments);
         assert!(!output.status.success() && text(&output.stderr).contains(expected), "{}", text(&output.stderr));
