@@ -31,6 +31,8 @@ mod time;
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
 use cli::{Cli, Command};
@@ -42,7 +44,10 @@ use tracing::Span;
 pub fn main() -> ExitCode {
     let program = program_name();
     let parsed = Cli::command().name(program).bin_name(program).try_get_matches();
-    let parsed = parsed.and_then(|matches| Ok((typed(&matches), Cli::from_arg_matches(&matches)?)));
+    let parsed = parsed.and_then(|matches| {
+        check_keys(&matches)?;
+        Ok((typed(&matches), Cli::from_arg_matches(&matches)?))
+    });
     let outcome = match parsed {
         Ok((typed, cli)) => dispatch(&cli, program, &typed),
         // Help and wrong usage: clap words both, to standard output and error, with 0 and 2.
@@ -55,6 +60,17 @@ pub fn main() -> ExitCode {
             failure.code()
         }
     }
+}
+
+/// `keys --server` without `--cluster` would make a key of this machine for somebody who meant a cluster's.
+fn check_keys(matches: &ArgMatches) -> Result<(), clap::Error> {
+    let Some(("keys", keys)) = matches.subcommand() else { return Ok(()) };
+    let is_given = |id: &str| keys.value_source(id) == Some(ValueSource::CommandLine);
+    if !keys.get_flag("cluster") && (is_given("server") || is_given("context")) {
+        let reason = "--server and --context are for keys of a cluster: add --cluster";
+        return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, reason));
+    }
+    Ok(())
 }
 
 /// The name it was called by, so that help and completions say the same.

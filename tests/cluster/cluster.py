@@ -211,19 +211,14 @@ class Cluster:
 
     def placed_on(self):
         """Nodes of all replicas, those that leave included."""
-        on = set()
-        for service in self.objects("get", "placements"):
-            for replica in service["replicas"] + [leaving["replica"] for leaving in service.get("leaving", [])]:
-                on |= {rank["node"] for rank in replica["plan"]["ranks"]}
-        return on
+        return {rank["node"] for rank in self.objects("get", "placements")}
 
     def serving_on(self):
         """Nodes of replicas that answer and stay."""
         return {
-            replica["plan"]["ranks"][0]["node"]
-            for service in self.objects("get", "placements")
-            for replica in service["replicas"]
-            if replica["status"]["phase"] == "ready"
+            rank["node"]
+            for rank in self.objects("get", "placements")
+            if rank["rank"] == 0 and rank["state"] == "ready" and not rank["isLeaving"]
         }
 
     def busiest(self):

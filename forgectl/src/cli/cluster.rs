@@ -12,11 +12,17 @@ use crate::output::OutputFormat;
 #[command(next_help_heading = "Cluster")]
 pub struct ServerArgs {
     /// Coordinators to ask instead of the context's, as host:port[,host:port]
-    #[arg(long, value_name = "ADDRESSES", env = "FORGE_SERVER", hide_env_values = true, value_delimiter = ',')]
+    #[arg(long, global = true, value_name = "ADDRESSES", env = "FORGE_SERVER", hide_env_values = true)]
+    #[arg(value_delimiter = ',', value_parser = address)]
     pub server: Vec<String>,
     /// Context to use instead of the current one
-    #[arg(long, value_name = "NAME", env = "FORGE_CONTEXT", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "NAME", env = "FORGE_CONTEXT", hide_env_values = true)]
     pub context: Option<String>,
+}
+
+/// A coordinator's address on the command line.
+fn address(text: &str) -> Result<String, String> {
+    forge_cluster::config::check_host_port(text.trim()).map(|()| text.trim().to_owned())
 }
 
 /// `cluster`.
@@ -109,15 +115,15 @@ pub struct InitArgs {
     /// Name of the cluster
     #[arg(long, value_name = "NAME", default_value = "forge")]
     pub cluster: String,
+    /// Context to remember it by; must be a new one [default: --cluster]
+    #[arg(long, value_name = "NAME")]
+    pub context: Option<String>,
     /// Name of the coordinator
     #[arg(long, value_name = "NAME", default_value = "c1")]
     pub name: String,
     /// Address to listen on
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7000")]
     pub listen: String,
-    /// Context to remember it by; must be a new one [default: --cluster]
-    #[arg(long, value_name = "NAME")]
-    pub context: Option<String>,
     /// Address where other hosts reach it [default: --listen]
     #[arg(long, value_name = "HOST:PORT")]
     pub advertise: Option<String>,
@@ -171,7 +177,7 @@ pub enum ContextCommand {
         /// What to call it
         name: String,
         /// Coordinators, as host:port[,host:port]
-        #[arg(long, value_name = "ADDRESSES", required = true, value_delimiter = ',')]
+        #[arg(long, value_name = "ADDRESSES", required = true, value_delimiter = ',', value_parser = address)]
         server: Vec<String>,
         /// Folder with node.pem and ca.pem, as `cluster admin` makes it
         #[arg(long, value_name = "DIR")]
@@ -232,7 +238,7 @@ pub enum Listed {
     /// Model services
     #[value(aliases = ["model", "services", "service"])]
     Models,
-    /// Replicas, rank by rank
+    /// Replicas of model services, rank by rank
     #[value(alias = "placement")]
     Placements,
     /// What happened
@@ -243,13 +249,45 @@ pub enum Listed {
     Keys,
 }
 
+/// One thing of a kind: as [`Listed`], in the singular.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Described {
+    /// A worker or gateway
+    #[value(alias = "nodes")]
+    Node,
+    /// A model service
+    #[value(aliases = ["models", "service", "services"])]
+    Model,
+    /// The replicas of a model service, rank by rank
+    #[value(alias = "placements")]
+    Placement,
+    /// Something that happened, by its number
+    #[value(alias = "events")]
+    Event,
+    /// An API key
+    #[value(alias = "keys")]
+    Key,
+}
+
+impl From<Described> for Listed {
+    fn from(described: Described) -> Self {
+        match described {
+            Described::Node => Listed::Nodes,
+            Described::Model => Listed::Models,
+            Described::Placement => Listed::Placements,
+            Described::Event => Listed::Events,
+            Described::Key => Listed::Keys,
+        }
+    }
+}
+
 /// `get`.
 #[derive(Debug, Args)]
 pub struct GetArgs {
     /// What to list
     #[arg(value_enum)]
     pub kind: Listed,
-    /// Only this one
+    /// Only this one; of placements, those of this model
     pub name: Option<String>,
     /// Form of the output
     #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
@@ -266,7 +304,7 @@ pub struct GetArgs {
 pub struct DescribeArgs {
     /// What it is
     #[arg(value_enum)]
-    pub kind: Listed,
+    pub kind: Described,
     /// Which
     pub name: String,
     /// Form of the output
@@ -308,7 +346,7 @@ pub struct NodeArgs {
 pub struct ScaleArgs {
     /// Which model service
     pub name: String,
-    /// How many copies
+    /// How many copies, at least 1; `forgectl delete` ends the last one
     #[arg(long, value_name = "N")]
     pub replicas: u32,
     #[command(flatten)]

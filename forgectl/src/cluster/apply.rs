@@ -11,9 +11,10 @@ use forge_shared::cluster::event::{Change, Kind, Object};
 use forge_shared::cluster::service::ServiceRecord;
 use forge_shared::config::{Layers, Setting};
 use forge_shared::spec::ModelService;
+use serde_json::json;
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
-use super::rows;
+use super::{data, rows};
 use crate::cli::cluster::{ApplyArgs, WaitFor};
 use crate::context::read_document;
 use crate::failure::{Exit, Failure, Result};
@@ -34,11 +35,17 @@ pub fn apply(args: &ApplyArgs) -> Result<()> {
         }
         let name = service.metadata.name.clone();
         let applied = cluster.execute(request_id(), Command::ApplyService { service: Box::new(service) }, TIMEOUT).await?;
-        print_text(&format!("{name} {}\n", if applied.changed { "applied" } else { "unchanged" }))?;
-        match args.wait {
-            WaitFor::Submitted => Ok(()),
-            WaitFor::Running => wait_until_running(&cluster, &name, applied.revision, Duration::from_secs(args.timeout)).await,
+        let is_data = matches!(args.output, OutputFormat::Json | OutputFormat::Yaml);
+        if !is_data {
+            print_text(&format!("{name} {}\n", if applied.changed { "applied" } else { "unchanged" }))?;
         }
+        if args.wait == WaitFor::Running {
+            wait_until_running(&cluster, &name, applied.revision, Duration::from_secs(args.timeout)).await?;
+        }
+        // One document, once all that was asked for is done.
+        let reached = if args.wait == WaitFor::Running { "running" } else { "submitted" };
+        let done = json!({ "name": name, "changed": applied.changed, "revision": applied.revision, "reached": reached });
+        if is_data { print_facts(args.output, &done, &[]) } else { Ok(()) }
     })
 }
 
@@ -77,7 +84,7 @@ async fn plan(cluster: &RemoteCluster, service: ModelService, timeout: Duration)
 
 fn show_plan(planned: &PlannedService, output: OutputFormat) -> Result<()> {
     if matches!(output, OutputFormat::Json | OutputFormat::Yaml) {
-        return print_facts(output, planned, &[]);
+        return print_facts(output, &data::planned(planned)?, &[]);
     }
     let name = &planned.service.metadata.name;
     print_text(&format!("{name} {}\n\n", if planned.changes { "would change" } else { "would not change" }))?;
@@ -88,7 +95,7 @@ fn show_plan(planned: &PlannedService, output: OutputFormat) -> Result<()> {
         let columns = ["DEVICE", "WHY"].map(crate::output::column);
         print_list(output, &planned.refused_devices, &columns, |(device, why)| vec![device.clone(), why.clone()])?;
     }
-    Ok(())
+    planned.notes.iter().try_for_each(|note| print_text(&format!("\nNote: {note}\n")))
 }
 
 /// Watches the service until all replicas of its newest generation answer.

@@ -1,14 +1,16 @@
 //! `forgectl get` and `describe`: objects of the cluster, once or with their changes.
 //!
-//! Invariant: as data, an object is printed as the cluster has it; tables leave out, data does not.
+//! Invariant: as data, a thing is printed whole ([`super::data`]); tables leave out, data does not.
 
 use forge_cluster::api::{ClusterApi, WatchItem};
 use forge_cluster::client::RemoteCluster;
 use forge_shared::cluster::event::{Change, Kind, Object};
 
 use super::connect::{TIMEOUT, with_cluster};
-use super::rows;
-use crate::cli::cluster::{DescribeArgs, GetArgs, Listed};
+use super::errors::with_names;
+use super::watching::View;
+use super::{data, rows};
+use crate::cli::cluster::{DescribeArgs, Described, GetArgs, Listed};
 use crate::failure::{Failure, Result};
 use crate::output::{Column, OutputFormat, column, print_facts, print_list, print_text};
 use crate::time::{Utc, ago};
@@ -22,15 +24,30 @@ fn kind_of(listed: Listed) -> Kind {
     }
 }
 
-/// Rows of objects: one each, but one per rank for placements.
-pub(super) fn table(listed: Listed, objects: &[Object]) -> (&'static [Column], Vec<Vec<String>>) {
-    let columns: &[Column] = match listed {
+/// One of a kind, in words.
+fn noun(listed: Listed) -> &'static str {
+    match listed {
+        Listed::Nodes => "node",
+        Listed::Models => "model",
+        Listed::Placements => "model with placements",
+        Listed::Events => "event",
+        Listed::Keys => "key",
+    }
+}
+
+/// Columns of a kind.
+pub(super) fn columns(listed: Listed) -> &'static [Column] {
+    match listed {
         Listed::Nodes => &rows::NODES,
         Listed::Models => &rows::MODELS,
         Listed::Placements => &rows::PLACEMENTS,
         Listed::Events => &rows::EVENTS,
         Listed::Keys => &rows::KEYS,
-    };
+    }
+}
+
+/// Rows of objects: one each, but one per rank for placements.
+pub(super) fn table(listed: Listed, objects: &[Object]) -> (&'static [Column], Vec<Vec<String>>) {
     let rows = objects.iter().flat_map(|object| match (listed, object) {
         (Listed::Nodes, Object::Node(node)) => vec![rows::node(node)],
         (Listed::Models, Object::Service(service)) => vec![rows::model(service)],
@@ -39,33 +56,14 @@ pub(super) fn table(listed: Listed, objects: &[Object]) -> (&'static [Column], V
         (Listed::Keys, Object::Key(key)) => vec![rows::key(key)],
         _ => Vec::new(),
     });
-    (columns, rows.collect())
-}
-
-/// An object without the secrets' hashes, as data.
-fn data(object: &Object) -> Result<serde_json::Value> {
-    let mut value = match object {
-        Object::Node(node) => serde_json::to_value(node),
-        Object::Service(service) => serde_json::to_value(service),
-        Object::Key(key) => serde_json::to_value(key),
-        Object::Member(member) => serde_json::to_value(member),
-        Object::Token(token) => serde_json::to_value(token),
-        Object::Notice(notice) => serde_json::to_value(notice),
-    }
-    .map_err(|error| Failure::of(&error))?;
-    if let Some(fields) = value.as_object_mut() {
-        for secret in ["salt", "hash", "secretSha256"] {
-            fields.remove(secret);
-        }
-    }
-    Ok(value)
+    (columns(listed), rows.collect())
 }
 
 fn print_objects(listed: Listed, objects: &[Object], output: OutputFormat) -> Result<()> {
     match output {
         OutputFormat::Json | OutputFormat::Yaml => {
-            let values = objects.iter().map(data).collect::<Result<Vec<_>>>()?;
-            print_list(output, &values, &[], |_| Vec::new())
+            let values = objects.iter().map(|object| data::objects(listed, object)).collect::<Result<Vec<_>>>()?;
+            print_list(output, &values.concat(), &[], |_| Vec::new())
         }
         OutputFormat::Table | OutputFormat::Wide => {
             let (columns, rows) = table(listed, objects);
@@ -101,19 +99,21 @@ async fn read(cluster: &RemoteCluster, listed: Listed, name: Option<&str>) -> Re
     let objects = cluster.read(kind_of(listed), name.map(str::to_owned), TIMEOUT).await?.objects;
     match name {
         Some(name) if objects.is_empty() => {
-            Err(Failure::new(format!("there is no {name:?}")).help("the same command without a name lists what there is"))
+            let failure = Failure::new(format!("there is no {} {name:?}", noun(listed)));
+            Err(with_names(cluster, failure, kind_of(listed), name).await)
         }
         _ => Ok(objects),
     }
 }
 
-/// Everything there is, then a block of rows for each change. As data: one JSON line per change.
+/// Everything there is, and then what changes.
 async fn watch(cluster: &RemoteCluster, args: &GetArgs) -> Result<()> {
     let wanted = |name: &str| args.name.as_deref().is_none_or(|wanted| wanted == name);
     // A watch from the beginning may give an older listing and what happened since: right for programs, history for people.
     let first = cluster.read(kind_of(args.kind), None, TIMEOUT).await?;
     let objects: Vec<Object> = first.objects.into_iter().filter(|object| wanted(&object.name())).collect();
-    print_objects(args.kind, &objects, args.output)?;
+    let (mut view, text) = View::begin(args, &objects)?;
+    print_text(&text)?;
     let mut items = cluster.watch(vec![kind_of(args.kind)], Some(first.revision));
     let mut listing = None;
     while let Some(item) = items.recv().await {
@@ -121,37 +121,18 @@ async fn watch(cluster: &RemoteCluster, args: &GetArgs) -> Result<()> {
             WatchItem::Reset => listing = Some(Vec::new()),
             WatchItem::Event(event) => match (event.change, &mut listing) {
                 (Change::Put { object }, Some(objects)) if wanted(&object.name()) => objects.push(object),
-                (Change::Put { object }, None) if wanted(&object.name()) => show_change(args, &object)?,
-                (Change::Deleted { name, .. }, None) if wanted(&name) => print_text(&format!("{name} is gone\n"))?,
+                (Change::Put { object }, None) if wanted(&object.name()) => print_text(&view.put(&object)?)?,
+                (Change::Deleted { name, .. }, None) if wanted(&name) => print_text(&view.gone(&name)?)?,
                 _ => {}
             },
             WatchItem::Current(_) => {
                 if let Some(objects) = listing.take() {
-                    print_objects(args.kind, &objects, args.output)?;
+                    print_text(&view.replace(&objects)?)?;
                 }
             }
         }
     }
     Ok(())
-}
-
-fn show_change(args: &GetArgs, object: &Object) -> Result<()> {
-    match args.output {
-        OutputFormat::Json => print_text(&format!("{}\n", data(object)?)),
-        OutputFormat::Yaml => {
-            let text = serde_yaml_ng::to_string(&data(object)?).map_err(|error| Failure::of(&error))?;
-            print_text(&format!("---\n{text}"))
-        }
-        OutputFormat::Table | OutputFormat::Wide => {
-            let (columns, rows) = table(args.kind, std::slice::from_ref(object));
-            let is_shown = |column: &Column| args.output == OutputFormat::Wide || !column.wide;
-            for row in rows {
-                let cells = row.into_iter().zip(columns).filter(|(_, column)| is_shown(column)).map(|(cell, _)| cell);
-                print_text(&format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end()))?;
-            }
-            Ok(())
-        }
-    }
 }
 
 /// `forgectl describe`.
@@ -160,10 +141,15 @@ fn show_change(args: &GetArgs, object: &Object) -> Result<()> {
 /// No coordinator answers, or there is no such object.
 pub fn describe(args: &DescribeArgs) -> Result<()> {
     with_cluster(&args.server, |cluster| async move {
-        let objects = read(&cluster, args.kind, Some(&args.name)).await?;
+        let kind = Listed::from(args.kind);
+        let objects = read(&cluster, kind, Some(&args.name)).await?;
         let Some(object) = objects.first() else { return Ok(()) };
         if matches!(args.output, OutputFormat::Json | OutputFormat::Yaml) {
-            return print_facts(args.output, &data(object)?, &[]);
+            return match (kind, data::objects(kind, object)?.as_slice()) {
+                (Listed::Placements, ranks) => print_facts(args.output, &ranks, &[]),
+                (_, [one]) => print_facts(args.output, one, &[]),
+                (_, many) => print_facts(args.output, &many, &[]),
+            };
         }
         match object {
             Object::Node(node) => {
@@ -198,7 +184,7 @@ pub fn describe(args: &DescribeArgs) -> Result<()> {
                 print_list(OutputFormat::Wide, &rows, columns, Clone::clone)?;
             }
             Object::Key(_) | Object::Notice(_) | Object::Member(_) | Object::Token(_) => {
-                let (columns, rows) = table(args.kind, std::slice::from_ref(object));
+                let (columns, rows) = table(kind, std::slice::from_ref(object));
                 let facts: Vec<(&str, String)> = columns.iter().map(|column| column.name).zip(rows.into_iter().flatten()).collect();
                 print_facts(args.output, &(), &facts)?;
             }
@@ -228,9 +214,9 @@ fn node_facts(node: &forge_shared::cluster::node::NodeRecord) -> Vec<(&'static s
 /// What happened to it, newest last.
 async fn describe_events(cluster: &RemoteCluster, args: &DescribeArgs) -> Result<()> {
     let about: &[&str] = match args.kind {
-        Listed::Nodes => &["node"],
-        Listed::Models | Listed::Placements => &["service", "replica"],
-        Listed::Events | Listed::Keys => return Ok(()),
+        Described::Node => &["node"],
+        Described::Model | Described::Placement => &["service", "replica"],
+        Described::Event | Described::Key => return Ok(()),
     };
     let mut events = cluster.read(Kind::Notice, None, TIMEOUT).await?.objects;
     events.retain(|object| match object {

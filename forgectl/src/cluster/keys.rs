@@ -6,8 +6,10 @@ use forge_gateway::keys::KeyRecord;
 use forge_shared::cluster::command::Command;
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
+use super::errors::explained;
 use crate::cli::cluster::{GetArgs, Listed, ServerArgs};
 use crate::cli::{KeysCommand, ListArgs};
+use crate::commands::keys::ShownKey;
 use crate::failure::{Failure, Result};
 use crate::output::{OutputFormat, print_facts, print_text};
 use crate::time::Utc;
@@ -27,7 +29,7 @@ pub fn keys(command: &KeysCommand, server: &ServerArgs) -> Result<()> {
                     eprintln!("Key {name:?} of the cluster. It is shown this once and stored only as a hash:");
                     print_text(&format!("{}\n", created.plaintext))
                 }
-                output => print_facts(output, &serde_json::json!({ "name": name, "id": created.record.id, "key": created.plaintext }), &[]),
+                output => print_facts(output, &ShownKey::created(&created), &[]),
             }
         }
         KeysCommand::List(ListArgs { output }) => {
@@ -35,7 +37,12 @@ pub fn keys(command: &KeysCommand, server: &ServerArgs) -> Result<()> {
         }
         KeysCommand::Revoke { name } => {
             let command = Command::RevokeKey { name: name.clone() };
-            let applied = with_cluster(server, |cluster| async move { Ok(cluster.execute(request_id(), command, TIMEOUT).await?) })?;
+            let applied = with_cluster(server, |cluster| async move {
+                match cluster.execute(request_id(), command, TIMEOUT).await {
+                    Ok(applied) => Ok(applied),
+                    Err(error) => Err(explained(&cluster, error).await),
+                }
+            })?;
             if !applied.changed {
                 return Err(Failure::new(format!("key {name:?} was revoked before")));
             }

@@ -7,6 +7,7 @@
 mod apply;
 mod connect;
 mod contexts;
+mod data;
 mod errors;
 mod get;
 mod init;
@@ -17,6 +18,7 @@ mod rows;
 mod tests;
 mod top;
 mod verbs;
+mod watching;
 
 pub use apply::apply;
 pub use contexts::{ContextStore, HeldContext, LOCAL_CONTEXT, context};

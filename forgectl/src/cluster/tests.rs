@@ -168,6 +168,13 @@ fn nodes_are_rows() {
 }
 
 #[test]
+fn what_was_not_heard_of_yet_is_not_nothing() {
+    let row = |load: &NodeLoad| super::top::node(&spec("w1"), load, 7);
+    assert_eq!(row(&NodeLoad::default()), ["w1", "worker", "7 ms ago", "…", "…"]);
+    assert_eq!(row(&NodeLoad { resident_bytes: 3 << 20, ..NodeLoad::default() })[3..], ["3 MiB", "0"]);
+}
+
+#[test]
 fn rates_come_of_two_pictures_and_not_of_a_restart() {
     let picture = |generated_tokens| {
         let replica =

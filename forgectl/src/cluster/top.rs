@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use forge_cluster::api::{ClusterApi, ClusterLoads};
-use forge_shared::cluster::node::Role;
+use forge_shared::cluster::node::{NodeLoad, NodeSpec, Role};
 
 use super::connect::with_cluster;
 use super::rows::bytes;
@@ -79,15 +79,26 @@ impl Rates {
     }
 }
 
+/// A node's row. Before its first heartbeat nothing is known of it, which is not nothing: a process has memory.
+pub(super) fn node(spec: &NodeSpec, load: &NodeLoad, silent_ms: u64) -> Vec<String> {
+    let requests = match spec.role {
+        Role::Gateway => load.requests_in_progress,
+        _ => load.replicas.iter().map(|replica| replica.running + replica.waiting).sum(),
+    };
+    let is_known = load.resident_bytes > 0;
+    let known = |text: String| if is_known { text } else { "…".to_owned() };
+    vec![
+        spec.id.0.clone(),
+        spec.role.to_string(),
+        format!("{silent_ms} ms ago"),
+        known(bytes(load.resident_bytes)),
+        known(requests.to_string()),
+    ]
+}
+
 fn draw(loads: &ClusterLoads, rates: &HashMap<(String, String), f64>) -> Result<()> {
     let columns = ["NODE", "ROLE", "HEARD", "MEMORY", "REQUESTS"].map(column);
-    print_list(OutputFormat::Table, &loads.nodes, &columns, |(spec, load, silent_ms)| {
-        let requests = match spec.role {
-            Role::Gateway => load.requests_in_progress,
-            _ => load.replicas.iter().map(|replica| replica.running + replica.waiting).sum(),
-        };
-        vec![spec.id.0.clone(), spec.role.to_string(), format!("{silent_ms} ms ago"), bytes(load.resident_bytes), requests.to_string()]
-    })?;
+    print_list(OutputFormat::Table, &loads.nodes, &columns, |(spec, load, silent_ms)| node(spec, load, *silent_ms))?;
     print_text("\n")?;
     let replicas: Vec<_> =
         loads.nodes.iter().flat_map(|(spec, load, _)| load.replicas.iter().map(move |replica| (spec.id.0.clone(), replica))).collect();

@@ -6,6 +6,7 @@ use forge_shared::cluster::command::Command;
 use forge_shared::ids::{NodeId, ServiceName};
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
+use super::errors::explained;
 use crate::cli::cluster::{DeleteArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs};
 use crate::failure::{Failure, Result};
 use crate::output::print_text;
@@ -13,7 +14,10 @@ use crate::time::Utc;
 
 fn change(server: &ServerArgs, command: Command, done: &str, already: &str) -> Result<()> {
     with_cluster(server, |cluster| async move {
-        let applied = cluster.execute(request_id(), command, TIMEOUT).await?;
+        let applied = match cluster.execute(request_id(), command, TIMEOUT).await {
+            Ok(applied) => applied,
+            Err(error) => return Err(explained(&cluster, error).await),
+        };
         print_text(&format!("{}\n", if applied.changed { done } else { already }))
     })
 }
@@ -29,7 +33,10 @@ pub fn cordon(args: &NodeArgs, is_cordoned: bool) -> Result<()> {
         return change(&args.server, command, &format!("node {name} takes no new replicas"), &format!("node {name} was cordoned already"));
     }
     with_cluster(&args.server, |cluster| async move {
-        let undrained = cluster.execute(request_id(), Command::DrainNode { node: node.clone(), draining: false }, TIMEOUT).await?;
+        let undrained = match cluster.execute(request_id(), Command::DrainNode { node: node.clone(), draining: false }, TIMEOUT).await {
+            Ok(undrained) => undrained,
+            Err(error) => return Err(explained(&cluster, error).await),
+        };
         let uncordoned = cluster.execute(request_id(), Command::CordonNode { node, cordoned: false }, TIMEOUT).await?;
         let changed = undrained.changed || uncordoned.changed;
         print_text(&format!("node {name} {}\n", if changed { "takes replicas again" } else { "was not cordoned" }))
@@ -97,7 +104,10 @@ pub(super) fn deletion(target: &[String]) -> Result<Command> {
 pub fn logs(args: &LogsArgs) -> Result<()> {
     let source = LogSource { target: args.target.clone(), is_node: args.node, is_following: args.follow, tail_lines: args.tail };
     with_cluster(&args.server, |cluster| async move {
-        let mut lines = cluster.logs(source, TIMEOUT).await?;
+        let mut lines = match cluster.logs(source, TIMEOUT).await {
+            Ok(lines) => lines,
+            Err(error) => return Err(explained(&cluster, error).await),
+        };
         while let Some(line) = lines.recv().await {
             let line = line?;
             print_text(&format!("{} {} {} {}\n", Utc(line.at_ms / 1000), line.source, line.level, line.text.trim_end()))?;

@@ -1,7 +1,7 @@
 //! `forgectl keys`.
 
 use forge_gateway::KeyLimits;
-use forge_gateway::keys::KeyRecord;
+use forge_gateway::keys::{CreatedKey, KeyRecord};
 use serde::Serialize;
 
 use crate::cli::{KeysArgs, KeysCommand, ListArgs};
@@ -10,10 +10,10 @@ use crate::failure::{Failure, Result};
 use crate::output::{OutputFormat, column, print_list, print_text};
 use crate::time::{Utc, ago};
 
-/// A key as listed: neither its secret nor its hash.
+/// A key as listed, of this machine or of a cluster: neither its secret nor its hash.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Listed {
+pub struct ShownKey {
     name: String,
     id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -28,9 +28,16 @@ struct Listed {
     key: Option<String>,
 }
 
-impl From<&KeyRecord> for Listed {
+impl ShownKey {
+    /// Right after it was made, with the key itself.
+    pub fn created(created: &CreatedKey) -> Self {
+        ShownKey { key: Some(created.plaintext.clone()), ..ShownKey::from(&created.record) }
+    }
+}
+
+impl From<&KeyRecord> for ShownKey {
     fn from(record: &KeyRecord) -> Self {
-        Listed {
+        ShownKey {
             name: record.name.clone(),
             id: record.id.clone(),
             requests_per_minute: record.limits.rpm,
@@ -51,10 +58,10 @@ pub fn keys(args: &KeysArgs) -> Result<()> {
     match &args.command {
         KeysCommand::Create { name, rpm, tpm, list } => {
             let created = store.create(name, KeyLimits { rpm: *rpm, tpm: *tpm }, Utc::now().0)?;
-            print_created(Listed { key: Some(created.plaintext), ..Listed::from(&created.record) }, list.output)
+            print_created(ShownKey::created(&created), list.output)
         }
         KeysCommand::List(ListArgs { output }) => {
-            let records: Vec<Listed> = store.list()?.iter().map(Listed::from).collect();
+            let records: Vec<ShownKey> = store.list()?.iter().map(ShownKey::from).collect();
             print_keys(&records, *output)
         }
         KeysCommand::Revoke { name } => {
@@ -64,7 +71,7 @@ pub fn keys(args: &KeysArgs) -> Result<()> {
     }
 }
 
-fn print_created(created: Listed, output: OutputFormat) -> Result<()> {
+fn print_created(created: ShownKey, output: OutputFormat) -> Result<()> {
     let key = created.key.clone().unwrap_or_default();
     match output {
         OutputFormat::Table | OutputFormat::Wide => {
@@ -79,7 +86,7 @@ fn print_created(created: Listed, output: OutputFormat) -> Result<()> {
     }
 }
 
-fn print_keys(records: &[Listed], output: OutputFormat) -> Result<()> {
+fn print_keys(records: &[ShownKey], output: OutputFormat) -> Result<()> {
     if records.is_empty() && matches!(output, OutputFormat::Table | OutputFormat::Wide) {
         return print_text("No keys: any key is accepted, on loopback only. `forgectl keys create NAME` makes one.\n");
     }

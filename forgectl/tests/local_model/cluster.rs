@@ -32,12 +32,6 @@ impl Home {
         listed.as_array().expect("a list").clone()
     }
 
-    /// Replicas of all services.
-    fn replicas(&self) -> Vec<Value> {
-        let services = self.listed("placements");
-        services.iter().flat_map(|service| service["replicas"].as_array().expect("a list").clone()).collect()
-    }
-
     fn write(&self, name: &str, text: &str) {
         std::fs::write(self.0.path().join(name), text).expect("writable");
     }
@@ -78,21 +72,48 @@ fn other_commands_see_change_and_add_to_what_is_served() {
     assert!(home.told(&["get", "models"]).contains("1/1       running"));
     let nodes = home.told(&["get", "nodes"]);
     assert!(nodes.contains("local") && nodes.contains("worker") && nodes.contains("gateway"), "{nodes}");
-    let replicas = home.replicas();
-    assert_eq!(replicas.len(), 1, "{replicas:?}");
-    assert_eq!(replicas[0]["plan"]["ranks"][0]["node"], "local", "{replicas:?}");
-    assert!(home.told(&["describe", "models", "first"]).contains("first"));
+    let placed = home.listed("placements");
+    assert_eq!(placed.len(), 1, "{placed:?}");
+    let first = &placed[0];
+    assert_eq!((&first["replica"], &first["node"], &first["state"]), (&json!("first/0"), &json!("local"), &json!("ready")), "{first}");
+    assert!(
+        first["memory"]["totalBytes"].as_u64().is_some_and(|bytes| bytes > first["memory"]["kvBytes"].as_u64().unwrap_or(0)),
+        "{first}"
+    );
+    assert!(home.told(&["describe", "model", "first"]).contains("first"));
+    for kind in ["nodes", "models", "placements", "events"] {
+        let text = home.told(&["get", kind, "-o", "json"]);
+        let snake = text.lines().find(|line| line.split(':').next().is_some_and(|key| key.contains('"') && key.contains('_')));
+        assert_eq!(snake, None, "one casing in {kind}");
+    }
+    // What there is not is named with what there is.
+    for (arguments, names) in
+        [(["describe", "node", "locla"], "there are: local, gateway"), (["get", "models", "frist"], "there are: first")]
+    {
+        let output = home.run(&arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(text(&output.stderr).contains(names), "{}", text(&output.stderr));
+    }
+    let output = home.run(&["delete", "node", "local"]);
+    assert!(text(&output.stderr).contains("it lives") && !text(&output.stderr).contains("exists"), "{}", text(&output.stderr));
     assert!(home.told(&["logs", "first"]).contains("model loaded"));
     // With the next heartbeat.
     soon("its load", || home.told(&["top", "-n", "1"]).contains("first/0"));
 
     home.told(&["scale", "first", "--replicas", "2"]);
     soon("two replicas", || home.told(&["get", "models"]).contains("2/2"));
-    assert_eq!(home.replicas().len(), 2);
+    assert_eq!(home.listed("placements").len(), 2);
     home.told(&["apply", "-f", "second.yaml", "--wait", "running"]);
     soon("the second model", || completion(&server, "second").0 == 200);
     assert_eq!(completion(&server, "first").0, 200);
     assert!(home.told(&["apply", "-f", "second.yaml"]).contains("unchanged"));
+    let applied: Value = serde_json::from_str(&home.told(&["apply", "-f", "second.yaml", "-o", "json"])).expect("JSON");
+    assert_eq!((&applied["name"], &applied["changed"], &applied["reached"]), (&json!("second"), &json!(false), &json!("submitted")));
+    let planned: Value = serde_json::from_str(&home.told(&["apply", "-f", "second.yaml", "--dry-run", "-o", "json"])).expect("JSON");
+    assert_eq!((&planned["changes"], &planned["placements"][0]["state"]), (&json!(false), &json!("planned")), "{planned}");
+    let refused = home.run(&["apply", "-f", "second.yaml", "--dry-run", "--set", "model=./nowhere"]);
+    let said = text(&refused.stderr);
+    assert!(refused.status.code() == Some(2) && said.contains("spec.model") && !said.contains("protocol"), "{said}");
 
     home.told(&["delete", "first"]);
     soon("the end of the first model", || completion(&server, "first").0 == 404);
@@ -148,6 +169,7 @@ fn two_servers_of_one_home_do_not_meet_and_each_has_a_context() {
     assert_eq!(third.end().0, 0);
     second.signal("TERM");
     assert_eq!(second.end().0, 0);
+    assert_eq!(home.run(&["get", "nodes"]).status.code(), Some(4));
 }
 
 #[test]
@@ -162,14 +184,16 @@ fn keys_of_this_machine_and_of_the_cluster_both_open() {
         server.request_with("API", "POST /v1/completions", &header, body).0
     };
     assert_eq!((ask(""), ask(&own)), (401, 200));
-    let told = key(&["keys", "create", "--cluster", "told"]);
+    let told = key(&["keys", "create", "--cluster", "told", "--context", "local"]);
+    let forgotten = home.run(&["keys", "create", "oops", "--context", "local"]);
+    assert!(forgotten.status.code() == Some(2) && text(&forgotten.stderr).contains("--cluster"), "{}", text(&forgotten.stderr));
+    assert!(home.told(&["keys", "--cluster", "list", "--context", "local"]).contains("told"));
     soon("the cluster's key", || ask(&told) == 200);
     assert_eq!(ask(&own), 200, "the cluster's keys take none of the machine's away");
     home.told(&["keys", "revoke", "own"]);
     soon("the revocation", || ask(&own) == 401);
     assert_eq!(ask(&told), 200);
     server.signal("TERM");
-    assert_eq!(home.run(&["get", "nodes"]).status.code(), Some(4));
     assert_eq!(server.end().0, 0);
 }
 
