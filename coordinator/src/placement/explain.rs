@@ -14,6 +14,7 @@ use super::{Wish, place};
 
 /// A whole model may be divided at most so often in a nearest plan.
 const MAX_NEAREST_RANKS: usize = 64;
+const MIB: u64 = 1 << 20;
 
 /// What of a wish holds on no device whatever: the constraint, in words.
 pub(super) fn forbidden(wish: &Wish<'_>) -> Option<String> {
@@ -178,10 +179,15 @@ fn other_kv(cluster: &mut Cluster, wish: &Wish<'_>) -> Option<Vec<(String, Strin
     let one = Wish { indices: &wish.indices[..1.min(wish.indices.len())], ..*wish };
     let (_, plan) = fits(cluster, &one, &free)?;
     let kv_bytes: u64 = plan.ranks.iter().map(|rank| rank.memory.kv_bytes).sum();
-    let spec = ModelServiceSpec { kv_memory: Some(ByteSize(kv_bytes)), max_model_len: Some(plan.max_model_len), ..wish.spec.clone() };
-    let (placed, _) = fits(cluster, wish, &spec)?;
-    let changes = vec![("kvMemory".into(), kv_bytes.to_string()), ("maxModelLen".into(), plan.max_model_len.to_string())];
-    Some(with_replicas(changes, placed, wish))
+    // Whole mebibytes are what a person would write; to the byte, only where nothing else fits.
+    let exact = (kv_bytes, kv_bytes.to_string());
+    let whole = [kv_bytes / MIB, kv_bytes.div_ceil(MIB)].map(|mib| (mib * MIB, format!("{mib}MiB")));
+    whole.into_iter().filter(|(bytes, _)| *bytes > 0).chain([exact]).find_map(|(bytes, text)| {
+        let spec = ModelServiceSpec { kv_memory: Some(ByteSize(bytes)), max_model_len: Some(plan.max_model_len), ..wish.spec.clone() };
+        let (placed, _) = fits(cluster, wish, &spec)?;
+        let changes = vec![("kvMemory".into(), text), ("maxModelLen".into(), plan.max_model_len.to_string())];
+        Some(with_replicas(changes, placed, wish))
+    })
 }
 
 /// The layout that differs only in what this model cannot have, then those with the fewest ranks, stages and expert ranks.

@@ -72,6 +72,15 @@ fn short_memory_shortens_an_unstated_context_only() {
 }
 
 #[test]
+fn the_nearest_kv_memory_is_one_that_a_person_would_write() {
+    let spec = ModelServiceSpec { kv_memory: Some(ByteSize(900 << 30)), ..Default::default() };
+    let refusal = alone(&[16_000], &spec, &facts(94)).expect_err("too much");
+    let (key, value) = &refusal.nearest[0];
+    assert!(key == "kvMemory" && value.ends_with("MiB") && value.len() < 10, "{refusal}");
+    alone(&[16_000], &changed(&spec, &refusal.nearest), &facts(94)).expect("it fits");
+}
+
+#[test]
 fn a_context_beyond_the_model_is_refused() {
     let spec = ModelServiceSpec { max_model_len: Some(9000), ..Default::default() };
     let refusal = alone(&[16_000], &spec, &facts(94)).expect_err("beyond");
