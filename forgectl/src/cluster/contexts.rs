@@ -283,7 +283,8 @@ pub fn is_local(name: &str) -> bool {
 
 fn check_not_local(name: &str) -> Result<()> {
     if is_local(name) {
-        return Err(Failure::usage(format!("context {name:?}: this name is for clusters of `forgectl serve`")).help("choose another name"));
+        return Err(Failure::usage(format!("context {name:?}: this name is for clusters of `forgectl serve`"))
+            .help("choose another name: `cluster init` takes --context OTHER"));
     }
     Ok(())
 }
