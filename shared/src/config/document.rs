@@ -98,15 +98,12 @@ fn check_head(top: &Map<String, Value>, origin: &str) -> Result<(), ConfigError>
     // `status` is what was found of a service, beside the wish for it: `show` writes it, and nobody reads it back.
     const HEAD: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
     // Another kind has other keys: naming one of them as unknown would mislead.
-    match top.get("kind").and_then(Value::as_str) {
-        Some(kind @ ("Coordinator" | "Worker" | "Gateway")) => {
-            let program = kind.to_ascii_lowercase();
-            let reason = format!(
-                "this is the configuration of a {program}, for `forge-{program} --config {origin}`; a ModelService is read here (`kind: ModelService`)"
-            );
-            return Err(wrong(origin, "kind", reason));
-        }
-        _ => {}
+    if let Some(kind @ ("Coordinator" | "Worker" | "Gateway")) = top.get("kind").and_then(Value::as_str) {
+        let program = kind.to_ascii_lowercase();
+        let reason = format!(
+            "this is the configuration of a {program}, for `forge-{program} --config {origin}`; a ModelService is read here (`kind: ModelService`)"
+        );
+        return Err(wrong(origin, "kind", reason));
     }
     for name in top.keys() {
         if HEAD.contains(&name.as_str()) {
