@@ -7,6 +7,7 @@ pub mod company;
 mod f32_copy;
 pub mod fuzzing;
 mod golden;
+pub mod relay;
 mod rows;
 
 pub use f32_copy::f32_copy;
