@@ -1,7 +1,8 @@
 //! A circuit breaker as a core without a clock: a replica that fails again and again is left alone for a while.
 //!
-//! Only failures of the way to it count (no connection, a stream that broke off); a refusal is an answer. Invariant: an
-//! open breaker lets one attempt through at the end of each pause, and one success closes it.
+//! Only failures of the way to it count (no connection, a stream that broke off); a refusal is an answer. Invariants: an
+//! open breaker lets one attempt through at the end of each pause, and one success closes it; what fails during a pause was
+//! begun before it and does not make it longer, so that a hundred streams that one cut breaks count as one failure.
 
 use std::time::Duration;
 
@@ -49,6 +50,9 @@ impl Breaker {
 
     /// The replica could not be reached or broke off.
     pub fn failed(&mut self, now: Duration) {
+        if self.failures >= FAILURES_TO_OPEN && now < self.closed_from {
+            return;
+        }
         self.failures = self.failures.saturating_add(1);
         self.probing = false;
         if self.failures >= FAILURES_TO_OPEN {
@@ -98,6 +102,15 @@ mod tests {
         assert!(breaker.begin());
         breaker.succeeded();
         assert_eq!(breaker, Breaker::default());
+    }
+
+    #[test]
+    fn streams_that_break_together_are_one_failure() {
+        let mut breaker = Breaker::default();
+        for at_ms in 0..100 {
+            breaker.failed(ms(at_ms));
+        }
+        assert!(!breaker.allows(ms(501)) && breaker.allows(ms(502)), "half a second after the third");
     }
 
     #[test]
