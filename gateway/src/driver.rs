@@ -24,6 +24,9 @@ const READY_POLL: Duration = Duration::from_millis(50);
 const OTHER_NUMERICS: &str = "the replicas that are ready compute with other numerics than the one that first accepted this Idempotency-Key, \
      and would answer with other tokens; send it again later, or without the key";
 
+/// Why none of the replicas that are ready is tried.
+const HELD_BACK: &str = "its replicas could not be reached of late and are tried again in a moment";
+
 /// One request at an engine.
 pub(crate) struct Driver {
     gateway: Arc<GatewayState>,
@@ -113,7 +116,9 @@ impl Driver {
             tried.push(replica);
         }
         if tried.is_empty() {
-            let reason = driver.model.unready_reason().or_else(|| numerics_id.map(|_| OTHER_NUMERICS.to_owned()));
+            let is_held_back = driver.model.is_held_back(&driver.wanted(&request, &tried, numerics_id.as_deref()));
+            let other_numerics = || numerics_id.map(|_| OTHER_NUMERICS.to_owned());
+            let reason = driver.model.unready_reason().or_else(|| is_held_back.then(|| HELD_BACK.to_owned())).or_else(other_numerics);
             refusal = reason.map_or(refusal, |reason| AdmitError::Unavailable { reason });
         }
         Err(refusal.into())

@@ -187,6 +187,11 @@ impl Model {
         self.replicas().iter().any(|replica| wanted.fits(replica) && replica.breaker().is_probing())
     }
 
+    /// Whether a replica that a request could go to is left alone because it could not be reached of late.
+    pub(crate) fn is_held_back(&self, wanted: &Wanted<'_>) -> bool {
+        self.replicas().iter().any(|replica| wanted.fits(replica) && replica.breaker().is_open(wanted.now))
+    }
+
     /// Why no replica can answer, if none can.
     pub(crate) fn unready_reason(&self) -> Option<String> {
         let mut reason = String::from("no replica is placed");

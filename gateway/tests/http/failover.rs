@@ -233,3 +233,20 @@ async fn a_replica_that_was_away_is_tried_again_whatever_becomes_of_the_first_tr
     eventually("the request is gone", || server.gateway.in_flight() == 0).await;
     assert_eq!(server.post_json(CHAT, &body(false)).await.status, 200);
 }
+
+#[tokio::test]
+async fn a_replica_that_is_held_back_is_not_one_of_other_numerics() {
+    let server = Server::start().await;
+    let send = async |key: &str| {
+        let mut request = post(CHAT, body(false).to_string());
+        request.headers_mut().insert("idempotency-key", key.parse().unwrap());
+        Answer::read(server.send(request).await).await
+    };
+    assert_eq!(send("order").await.status, 200);
+    server.engine().script.lock().refusal = Some(AdmitError::Unavailable { reason: "scripted".into() });
+    for _ in 0..3 {
+        send("order").await.error(503);
+    }
+    let error = send("order").await.error(503);
+    assert!(error["message"].as_str().unwrap().contains("tried again in a moment"), "{error}");
+}
