@@ -14,7 +14,7 @@ use tracing::{Instrument, Span};
 
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
-use crate::journal::{Next, Recorded, RequestJournal};
+use crate::journal::{Loss, Next, Recorded, RequestJournal};
 use crate::models::{Model, Replica, ReplicaGuard, Wanted};
 
 /// How often readiness is looked at while no replica can answer.
@@ -191,17 +191,17 @@ impl Driver {
 
     async fn advance(&mut self) -> Result<EngineEvent, ApiError> {
         loop {
-            let reason = match self.receive().await? {
-                Some(EngineEvent::Failed { reason, retryable: true }) => reason,
+            let (reason, has_died) = match self.receive().await? {
+                Some(EngineEvent::Failed { reason, retryable: true }) => (reason, false),
                 Some(EngineEvent::Failed { reason, .. }) => return Err(ApiError::EngineFailed { reason }),
-                None => "its stream ended".to_owned(),
+                None => ("its stream ended".to_owned(), true),
                 Some(mut event) => match self.journal.record(&mut event) {
                     Ok(Recorded::Forward) => return Ok(event),
                     Ok(Recorded::Repeated) => continue,
-                    Err(violation) => violation.to_string(),
+                    Err(violation) => (violation.to_string(), true),
                 },
             };
-            if let Some(done) = self.replace_engine(&reason).await? {
+            if let Some(done) = self.replace_engine(&reason, has_died).await? {
                 return Ok(done);
             }
         }
@@ -214,14 +214,15 @@ impl Driver {
         }
     }
 
-    /// After an engine's death: submits the rest of the request to the next one that can take it.
-    async fn replace_engine(&mut self, reason: &str) -> Result<Option<EngineEvent>, ApiError> {
+    /// After an engine died or went away: submits the rest of the request to the next one that can take it.
+    async fn replace_engine(&mut self, reason: &str, has_died: bool) -> Result<Option<EngineEvent>, ApiError> {
         let mut replica = String::new();
         if let Some(lost) = self.engine.take() {
             lost.replica.breaker().failed(self.gateway.now());
             replica = lost.replica.key().to_owned();
         }
-        let (request, wait) = match self.journal.engine_lost(&replica, self.gateway.now()) {
+        let loss = if has_died { Loss::Died(&replica) } else { Loss::Away };
+        let (request, wait) = match self.journal.engine_lost(loss, self.gateway.now()) {
             Next::Resubmit { request, wait } => (request, wait),
             Next::Complete(usage) => return Ok(Some(EngineEvent::Done(usage))),
             Next::DeadlineOver => return Err(ApiError::Deadline { seconds: self.gateway.config.timeouts.request_s }),

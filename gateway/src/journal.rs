@@ -19,6 +19,20 @@ pub const MAX_FRUITLESS_DEATHS: u32 = 2;
 /// The same over all replicas: two workers may die one after the other for reasons of their own, before a first token.
 pub const MAX_FRUITLESS_DEATHS_IN_ALL: u32 = 3;
 
+/// Engines in a row that went away, without a token between, at which a request is given up although none is known to have
+/// died of it. A cluster in trouble takes several away, one after the other; a request that takes whole processes with it,
+/// which looks the same from here, must not take all there are.
+pub const MAX_FRUITLESS_LOSSES: u32 = 6;
+
+/// How a request lost its engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss<'a> {
+    /// The engine of this replica died, or broke the contract.
+    Died(&'a str),
+    /// It was stopped, or the way to it broke: nothing says that the request has to do with it.
+    Away,
+}
+
 /// How far an answer is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Answer {
@@ -92,6 +106,8 @@ pub struct RequestJournal {
     submissions: u32,
     /// Replicas that died in a row without a token between.
     fruitless: Vec<String>,
+    /// Engines that went away in a row without a token between, those that died included.
+    losses: u32,
     /// Tokens of answers that ended under an engine that died, which the next engine does not count.
     carried_tokens: u32,
 }
@@ -107,6 +123,7 @@ impl RequestJournal {
             deadline,
             submissions: 1,
             fruitless: Vec::new(),
+            losses: 0,
             carried_tokens: 0,
         }
     }
@@ -157,13 +174,14 @@ impl RequestJournal {
             None => {
                 answer.emitted.push(token);
                 self.fruitless.clear();
+                self.losses = 0;
                 Ok(Recorded::Forward)
             }
         }
     }
 
-    /// What follows the death of a replica's engine at `now`.
-    pub fn engine_lost(&mut self, replica: &str, now: Duration) -> Next {
+    /// What follows the loss of an engine at `now`.
+    pub fn engine_lost(&mut self, loss: Loss<'_>, now: Duration) -> Next {
         if self.answers.values().all(|answer| answer.finished) {
             return Next::Complete(Usage {
                 prompt_tokens: self.request.prompt_tokens.len() as u32,
@@ -175,13 +193,19 @@ impl RequestJournal {
         if now >= self.deadline {
             return Next::DeadlineOver;
         }
-        self.fruitless.push(replica.to_owned());
-        let of_this = self.fruitless.iter().filter(|other| *other == replica).count();
-        let in_all = self.fruitless.len();
-        if of_this >= MAX_FRUITLESS_DEATHS as usize || in_all >= MAX_FRUITLESS_DEATHS_IN_ALL as usize {
+        self.losses += 1;
+        if let Loss::Died(replica) = loss {
+            self.fruitless.push(replica.to_owned());
+            let of_this = self.fruitless.iter().filter(|other| *other == replica).count();
+            let in_all = self.fruitless.len();
+            if of_this >= MAX_FRUITLESS_DEATHS as usize || in_all >= MAX_FRUITLESS_DEATHS_IN_ALL as usize {
+                return Next::GiveUp;
+            }
+        }
+        if self.losses >= MAX_FRUITLESS_LOSSES {
             return Next::GiveUp;
         }
-        let wait = Duration::from_millis(10 << (2 * (in_all - 1)).min(6));
+        let wait = Duration::from_millis(10 << (2 * (self.losses - 1)).min(6));
         Next::Resubmit { request: Box::new(self.resubmit()), wait }
     }
 

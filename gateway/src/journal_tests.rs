@@ -74,7 +74,7 @@ proptest! {
                     _ => {}
                 }
             }
-            match journal.engine_lost("a", Duration::ZERO) {
+            match journal.engine_lost(Loss::Died("a"), Duration::ZERO) {
                 Next::Resubmit { request, wait } => {
                     prop_assert!(wait <= Duration::from_secs(1));
                     prop_assert_eq!((request.seed, &request.params, &request.prompt_tokens),
@@ -136,29 +136,42 @@ fn repeated_is_dropped_and_changed_is_a_violation() {
 fn a_request_that_kills_every_engine_is_given_up_and_a_late_one_meets_its_deadline() {
     let mut journal = RequestJournal::admit(request(1), FAR);
     let mut deaths = 1;
-    while let Next::Resubmit { .. } = journal.engine_lost("a", Duration::ZERO) {
+    while let Next::Resubmit { .. } = journal.engine_lost(Loss::Died("a"), Duration::ZERO) {
         deaths += 1;
     }
     assert_eq!((deaths, journal.submissions()), (2, 2), "a third death would bring the replica close to being given up");
-    assert_eq!(journal.engine_lost("a", Duration::ZERO), Next::GiveUp);
+    assert_eq!(journal.engine_lost(Loss::Died("a"), Duration::ZERO), Next::GiveUp);
 
     let mut journal = RequestJournal::admit(request(1), FAR);
-    assert_eq!(journal.engine_lost("a", FAR), Next::DeadlineOver);
+    assert_eq!(journal.engine_lost(Loss::Died("a"), FAR), Next::DeadlineOver);
 }
 
 #[test]
 fn two_workers_that_die_one_after_the_other_do_not_end_a_request() {
     let mut journal = RequestJournal::admit(request(1), FAR);
-    assert!(matches!(journal.engine_lost("s/0@1", Duration::ZERO), Next::Resubmit { .. }));
-    assert!(matches!(journal.engine_lost("s/1@2", Duration::ZERO), Next::Resubmit { .. }));
-    assert_eq!(journal.engine_lost("s/0@3", Duration::ZERO), Next::GiveUp, "three are no accident");
+    assert!(matches!(journal.engine_lost(Loss::Died("s/0@1"), Duration::ZERO), Next::Resubmit { .. }));
+    assert!(matches!(journal.engine_lost(Loss::Died("s/1@2"), Duration::ZERO), Next::Resubmit { .. }));
+    assert_eq!(journal.engine_lost(Loss::Died("s/0@3"), Duration::ZERO), Next::GiveUp, "three are no accident");
+}
+
+/// A gateway whose link is cut twice, and whose worker is stopped meanwhile.
+#[test]
+fn engines_that_went_away_are_not_held_against_a_request() {
+    let mut journal = RequestJournal::admit(request(1), FAR);
+    for _ in 1..MAX_FRUITLESS_LOSSES {
+        assert!(matches!(journal.engine_lost(Loss::Away, Duration::ZERO), Next::Resubmit { .. }));
+    }
+    let mut twin = journal.clone();
+    assert_eq!(twin.record(&mut token(0, 0, 1)), Ok(Recorded::Forward));
+    assert!(matches!(twin.engine_lost(Loss::Away, Duration::ZERO), Next::Resubmit { .. }), "a token tells that it can be done");
+    assert_eq!(journal.engine_lost(Loss::Away, Duration::ZERO), Next::GiveUp, "it may be what takes processes down");
 }
 
 #[test]
 fn progress_resets_the_count_of_fruitless_tries() {
     let mut journal = RequestJournal::admit(request(1), FAR);
     for position in 0..50 {
-        assert!(matches!(journal.engine_lost("a", Duration::ZERO), Next::Resubmit { .. }));
+        assert!(matches!(journal.engine_lost(Loss::Died("a"), Duration::ZERO), Next::Resubmit { .. }));
         assert_eq!(journal.record(&mut token(0, position, 1)), Ok(Recorded::Forward));
     }
 }

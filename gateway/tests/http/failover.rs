@@ -250,3 +250,15 @@ async fn a_replica_that_is_held_back_is_not_one_of_other_numerics() {
     let error = send("order").await.error(503);
     assert!(error["message"].as_str().unwrap().contains("tried again in a moment"), "{error}");
 }
+
+#[tokio::test]
+async fn engines_that_were_stopped_or_cut_off_do_not_end_a_request() {
+    let server = Server::start().await;
+    let undisturbed = server.post_json(CHAT, &body(false)).await.json();
+    server.engine().fates(vec![Fate::FailsRetryably(0); 5]);
+    let answer = server.post_json(CHAT, &body(false)).await.json();
+    assert_eq!(answer["choices"], undisturbed["choices"]);
+    server.engine().fates(vec![Fate::FailsRetryably(0); 20]);
+    let error = server.post_json(CHAT, &body(false)).await.error(500);
+    assert_eq!(error["code"], "engine_failed");
+}

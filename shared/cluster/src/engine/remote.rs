@@ -1,7 +1,8 @@
 //! A replica behind a wire: [`ReplicaClient`] over gRPC.
 //!
-//! Invariants: an admitted request's stream ends with `Done` or `Failed`, or the engine is lost (its worker died, froze
-//! for 2 s, or broke the protocol); dropping the stream cancels the request at the worker; every wait is bounded.
+//! Invariants: an admitted request's stream ends with `Done` or `Failed`, or without either, if the engine died in a worker
+//! that lives or broke the protocol; where the way to the worker broke (it died, froze for 2 s, was cut off) the last is a
+//! `Failed` that may be tried again; dropping the stream cancels the request at the worker; every wait is bounded.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -297,7 +298,17 @@ async fn relay(answer: Answer, first: Vec<EngineReply>, mut replies: Streaming<w
         };
         next = match message {
             Some(Ok(message)) => read_all(message),
-            Some(Err(status)) => return ::tracing::debug!(node = answer.node, %status, "a request's stream broke off"),
+            Some(Err(status)) => {
+                ::tracing::debug!(node = answer.node, %status, "a request's stream broke off");
+                // A status with a source was made here, of what became of the connection; one without came from the worker.
+                if std::error::Error::source(&status).is_none() {
+                    return;
+                }
+                let failed = EngineEvent::Failed { reason: format!("the connection to {} broke", answer.node), retryable: true };
+                // A reader that is gone needs no reason.
+                let _ = answer.events.send(failed).await;
+                return;
+            }
             None => return ::tracing::debug!(node = answer.node, "a request's stream ended early"),
         };
     }

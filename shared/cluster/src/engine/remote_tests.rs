@@ -273,6 +273,11 @@ async fn dropping_the_stream_cancels_at_the_worker() {
     worker.until_idle().await;
 }
 
+/// What says that the way to the worker broke, and nothing of its engine.
+fn broken() -> EngineEvent {
+    EngineEvent::Failed { reason: "the connection to w1 broke".into(), retryable: true }
+}
+
 #[tokio::test]
 async fn a_killed_worker_ends_its_streams() {
     let mut worker = Worker::start().await;
@@ -281,7 +286,8 @@ async fn a_killed_worker_ends_its_streams() {
     let mut events = client.submit(request(2)).await.unwrap();
     assert!(events.recv().await.is_some());
     worker.kill();
-    assert_eq!(tokio::time::timeout(TIMEOUT, events.recv()).await.unwrap(), None);
+    assert_eq!(tokio::time::timeout(TIMEOUT, events.recv()).await.unwrap(), Some(broken()));
+    assert_eq!(events.recv().await, None);
     until(|| !client.status().ready).await;
     assert!(matches!(client.submit(request(0)).await.unwrap_err(), AdmitError::Unavailable { .. }));
 }
@@ -295,7 +301,7 @@ async fn a_frozen_worker_is_noticed() {
     assert!(events.recv().await.is_some());
     worker.freeze();
     let began = Instant::now();
-    assert_eq!(tokio::time::timeout(TIMEOUT, events.recv()).await.unwrap(), None);
+    assert_eq!(tokio::time::timeout(TIMEOUT, events.recv()).await.unwrap(), Some(broken()));
     let noticed = began.elapsed();
     // 500 ms to the next ping, 1.5 s for its answer, and a loaded machine's share.
     assert!(noticed < Duration::from_millis(3500), "{noticed:?}");
