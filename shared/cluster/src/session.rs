@@ -3,8 +3,9 @@
 //!
 //! Invariants (property-tested below): the lease is counted from when an acknowledged heartbeat was *sent*, so it ends
 //! here no later than at the leader; a node is expired only after its lease ran out and a group that has a leader
-//! answered twice, with a try to connect between (a leader that is new gives it time for that); a node that nobody answers
-//! goes on, and one that serves on in any case is never expired; it never gives up connecting, but when it is refused.
+//! answered twice, with a try to connect between that began and failed (a leader that is new gives it time for that); a node
+//! that nobody answers goes on, and one that serves on in any case is never expired; a connection that took long to come
+//! has time for its welcome and the first answer; it never gives up connecting, but when it is refused.
 
 use std::collections::VecDeque;
 
@@ -88,6 +89,14 @@ enum Link {
     Ended,
 }
 
+/// The try to connect to a group that lives, after which a node expires.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LastTry {
+    Due,
+    Begun,
+    Failed,
+}
+
 /// See the module documentation.
 #[derive(Debug)]
 pub struct SessionCore {
@@ -102,12 +111,16 @@ pub struct SessionCore {
     sent: VecDeque<(u64, u64)>,
     /// End of the lease, if there was one since the last expiry.
     lease_until_ms: Option<u64>,
+    /// When a connection over which nothing is heard counts as none.
+    silent_ms: u64,
     /// Whether a node that was replaced must stop.
     may_expire: bool,
     asking: bool,
     next_ask_ms: u64,
     /// The group's last answer, since the lease ran out, was that it lives.
     group_lives: bool,
+    /// How far the try to connect is that follows such an answer.
+    last_try: LastTry,
     /// Spreads nodes that begin together, below 1000.
     jitter: u64,
 }
@@ -133,9 +146,11 @@ impl SessionCore {
             number: 0,
             sent: VecDeque::new(),
             lease_until_ms: None,
+            silent_ms: 0,
             asking: false,
             next_ask_ms: 0,
             group_lives: false,
+            last_try: LastTry::Due,
             jitter: jitter % 1000,
         }
     }
@@ -154,9 +169,9 @@ impl SessionCore {
     pub fn next_tick_ms(&self) -> u64 {
         let link = match self.link {
             Link::Waiting { at_ms } => at_ms,
-            Link::Welcome => self.next_heartbeat_ms.min(self.lease_until_ms.unwrap_or(u64::MAX)),
+            Link::Welcome => self.next_heartbeat_ms.min(self.silent_ms),
             Link::Connecting | Link::Ended => u64::MAX,
-            Link::Greeting => self.hello_ms.saturating_add(self.lease_ms),
+            Link::Greeting => self.silent_ms,
         };
         match self.lease_until_ms {
             Some(until) if self.link != Link::Welcome && self.may_expire && !self.asking => link.min(until.max(self.next_ask_ms)),
@@ -171,16 +186,22 @@ impl SessionCore {
         }
         let mut actions = Vec::new();
         match input {
-            SessionInput::Connected(true) if self.link == Link::Connecting => self.link = Link::Greeting,
+            SessionInput::Connected(true) if self.link == Link::Connecting => {
+                self.link = Link::Greeting;
+                self.silent_ms = now_ms.saturating_add(self.lease_ms);
+            }
             SessionInput::Connected(false) if self.link == Link::Connecting => self.wait(now_ms),
             SessionInput::Connected(_) => {}
             SessionInput::Welcome { lease_ms, heartbeat_ms } if self.link == Link::Greeting => {
                 self.link = Link::Welcome;
                 self.group_lives = false;
+                self.last_try = LastTry::Due;
                 self.attempts = 0;
                 self.lease_ms = lease_ms.clamp(*LEASE_MS.start(), *LEASE_MS.end());
                 self.heartbeat_ms = heartbeat_ms.clamp(*HEARTBEAT_MS.start(), *HEARTBEAT_MS.end());
                 self.extend(self.hello_ms, self.lease_ms);
+                // The hello may be old, if no leader was there when the try began: there is time for one answer at least.
+                self.silent_ms = self.silent_from_lease().max(now_ms.saturating_add(self.lease_ms / 2));
                 self.next_heartbeat_ms = now_ms;
             }
             SessionInput::Ack { number, lease_ms } if self.link == Link::Welcome => {
@@ -188,6 +209,7 @@ impl SessionCore {
                     let (_, sent_ms) = self.sent[position];
                     self.sent.drain(..=position);
                     self.extend(sent_ms, lease_ms.clamp(*LEASE_MS.start(), *LEASE_MS.end()));
+                    self.silent_ms = self.silent_from_lease();
                 }
             }
             SessionInput::Welcome { .. } | SessionInput::Ack { .. } => {}
@@ -204,14 +226,20 @@ impl SessionCore {
                 self.asking = false;
                 let lost = self.link != Link::Welcome && self.lease_until_ms.is_some_and(|until| until <= now_ms);
                 let lives = is_alive && lost && self.may_expire;
-                if lives && self.group_lives {
+                if lives && self.group_lives && self.last_try == LastTry::Failed {
                     self.lease_until_ms = None;
+                    self.group_lives = false;
                     actions.push(SessionAction::Expire);
-                } else if lives && matches!(self.link, Link::Waiting { .. }) {
-                    // Its leader may be a new one that waits for this node.
-                    self.link = Link::Waiting { at_ms: now_ms };
+                } else {
+                    if !(lives && self.group_lives) {
+                        self.last_try = LastTry::Due;
+                    }
+                    self.group_lives = lives;
+                    if lives && self.last_try == LastTry::Due && matches!(self.link, Link::Waiting { .. }) {
+                        // Its leader may be a new one that waits for this node.
+                        self.link = Link::Waiting { at_ms: now_ms };
+                    }
                 }
-                self.group_lives = lives && !self.group_lives;
             }
             SessionInput::Tick => {}
         }
@@ -222,8 +250,7 @@ impl SessionCore {
     fn advance(&mut self, now_ms: u64, actions: &mut Vec<SessionAction>) {
         let silent = match self.link {
             // A connection over which nothing is heard for a lease's time is none.
-            Link::Welcome => self.lease_until_ms.is_none_or(|until| until <= now_ms),
-            Link::Greeting => self.hello_ms.saturating_add(self.lease_ms) <= now_ms,
+            Link::Welcome | Link::Greeting => self.silent_ms <= now_ms,
             _ => false,
         };
         if silent {
@@ -243,6 +270,9 @@ impl SessionCore {
             self.link = Link::Connecting;
             self.hello_ms = now_ms;
             self.sent.clear();
+            if self.group_lives && self.last_try == LastTry::Due {
+                self.last_try = LastTry::Begun;
+            }
             actions.push(SessionAction::Connect);
         }
         let lost = self.link != Link::Welcome && self.lease_until_ms.is_some_and(|until| until <= now_ms);
@@ -256,8 +286,20 @@ impl SessionCore {
     fn wait(&mut self, now_ms: u64) {
         let pause_ms = (BACKOFF_MS << self.attempts.min(8)).min(BACKOFF_MAX_MS);
         self.attempts = self.attempts.saturating_add(1);
+        if self.group_lives && self.last_try == LastTry::Due {
+            // The try that ended began before the group was known to live: the one that counts begins at once.
+            self.link = Link::Waiting { at_ms: now_ms };
+            return;
+        }
+        if self.last_try == LastTry::Begun {
+            self.last_try = LastTry::Failed;
+        }
         // Up to a quarter less, so that nodes that lost one leader do not come to the next at once.
         self.link = Link::Waiting { at_ms: now_ms.saturating_add(pause_ms - pause_ms * self.jitter / 4000) };
+    }
+
+    fn silent_from_lease(&self) -> u64 {
+        self.lease_until_ms.unwrap_or(0)
     }
 
     fn extend(&mut self, from_ms: u64, lease_ms: u64) {
@@ -323,13 +365,35 @@ mod tests {
         assert_eq!(core.handle(3_500, SessionInput::Tick), [AskGroup]);
         // A group that lives may have a new leader: it is looked for before the node gives up.
         assert_eq!(core.handle(3_600, SessionInput::Group { is_alive: true }), []);
-        assert_eq!(core.handle(3_610, SessionInput::Connected(false)), []);
-        assert_eq!(core.handle(4_000, SessionInput::Tick), [Connect, AskGroup]);
-        assert_eq!(core.handle(4_010, SessionInput::Group { is_alive: true }), [Expire]);
-        assert_eq!(core.handle(4_600, SessionInput::Tick), []);
+        // The try under way began before that was known, and does not count.
+        assert_eq!(core.handle(3_610, SessionInput::Connected(false)), [Connect]);
+        assert_eq!(core.handle(4_000, SessionInput::Tick), [AskGroup]);
+        assert_eq!(core.handle(4_005, SessionInput::Group { is_alive: true }), []);
+        assert_eq!(core.handle(4_010, SessionInput::Connected(false)), []);
+        assert_eq!(core.handle(4_500, SessionInput::Tick), [Connect, AskGroup]);
+        assert_eq!(core.handle(4_510, SessionInput::Group { is_alive: true }), [Expire]);
+        assert_eq!(core.handle(5_000, SessionInput::Tick), []);
         // Taken in again, it has a lease again.
-        assert_eq!(core.handle(4_700, SessionInput::Connected(true)), []);
-        assert_eq!(core.handle(4_750, WELCOME), [Heartbeat(7)]);
+        assert_eq!(core.handle(5_100, SessionInput::Connected(true)), []);
+        assert_eq!(core.handle(5_150, WELCOME), [Heartbeat(7)]);
+    }
+
+    /// All coordinators were away for longer than a lease; the try to connect began before the new leader was there.
+    #[test]
+    fn a_connection_that_took_longer_than_a_lease_is_kept() {
+        let mut core = welcome();
+        core.handle(20, SessionInput::Closed);
+        assert_eq!(core.handle(120, SessionInput::Tick), [Connect]);
+        assert_eq!(core.handle(3_000, SessionInput::Tick), [AskGroup]);
+        assert_eq!(core.handle(3_700, SessionInput::Group { is_alive: true }), [AskGroup]);
+        assert_eq!(core.handle(3_720, SessionInput::Group { is_alive: true }), [], "the try under way is waited for");
+        assert_eq!(core.handle(3_730, SessionInput::Connected(true)), []);
+        assert_eq!(core.handle(3_740, SessionInput::Group { is_alive: true }), []);
+        assert_eq!(core.handle(3_800, WELCOME), [Heartbeat(2)]);
+        assert_eq!(core.lease_left_ms(3_800), Some(0), "of a hello that old, no lease is left");
+        core.handle(3_850, SessionInput::Ack { number: 2, lease_ms: 3_000 });
+        assert_eq!(core.lease_left_ms(3_850), Some(2_950));
+        assert_eq!(core.handle(4_300, SessionInput::Tick), [Heartbeat(3)]);
     }
 
     #[test]
@@ -405,6 +469,8 @@ mod tests {
         ], 1..80), jitter in 0u64..1000) {
             let mut core = SessionCore::new(jitter);
             let (mut now_ms, mut last, mut hello_ms) = (0, None, 0);
+            // The node was told that the group lives, and then a try to connect began and failed.
+            let (mut told, mut tried, mut failed) = (false, false, false);
             // What the leader would grant at most.
             let mut granted_until = 0;
             for step in moves {
@@ -427,15 +493,22 @@ mod tests {
                     Move::Close => (SessionInput::Closed, false),
                     Move::Group(is_alive) => (SessionInput::Group { is_alive }, is_alive),
                 };
-                let was_welcome = core.is_welcome();
+                let (was_welcome, was_connecting) = (core.is_welcome(), core.link == Link::Connecting);
+                let was_told = told;
+                told |= alive;
+                failed |= tried && (input == SessionInput::Connected(false) && was_connecting || input == SessionInput::Closed);
                 for action in core.handle(now_ms, input) {
                     match action {
                         Heartbeat(number) => last = Some((number, now_ms)),
-                        Connect => { hello_ms = now_ms; last = None; }
-                        Expire => prop_assert!(alive && !was_welcome && granted_until <= now_ms),
+                        Connect => { hello_ms = now_ms; last = None; tried |= told; }
+                        Expire => {
+                            prop_assert!(alive && !was_welcome && granted_until <= now_ms);
+                            prop_assert!(was_told && tried && failed, "it had no time to connect");
+                            (told, tried, failed) = (false, false, false);
+                        }
                         AskGroup => prop_assert!(granted_until <= now_ms),
                         End { .. } => prop_assert!(false, "nobody refused it"),
-                        Disconnect => {}
+                        Disconnect => failed |= tried,
                     }
                 }
                 prop_assert!(core.lease_until_ms.is_none_or(|until| until <= granted_until));
