@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Every check of the repository, from a clean checkout: formatting, lints, build, unit, property, parity and layering
-# tests, a cluster of real processes, documentation, examples, and conformance with the real clients against a real server.
+# tests, a cluster of real processes, the same under faults, documentation, examples, and conformance with the real
+# clients against a real server.
 #
-# Needs cargo, python3 with venv, and curl (and uses root and iproute2 where they are); everything else it installs below the target directory. Stages can be
+# Needs cargo, python3 (3.11) with venv, and curl (and uses root, iproute2 and nftables where they are); everything else it installs below the target directory. Stages can be
 # named to run only them: tests/all.sh lint test. docs/testing.md says what each one checks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -42,6 +43,12 @@ stage_cluster() {
     python3 tests/cluster/run.py --programs "$target/debug" --model "$FORGE_TEST_SMOLLM2" --network "${FORGE_TEST_NETWORK:-any}"
 }
 
+# A chaos minute. Where there are no namespaces it says so and only kills and freezes.
+stage_chaos() {
+    cargo build --workspace --bins --locked
+    python3 tests/cluster/chaos.py --programs "$target/debug" --network "${FORGE_TEST_NETWORK:-any}" --slack "${FORGE_TEST_SLACK:-3}"
+}
+
 stage_docs() {
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 }
@@ -66,10 +73,10 @@ stage_conformance() {
 }
 
 stages=("$@")
-[ "${#stages[@]}" -gt 0 ] || stages=(lint build test cluster docs examples conformance)
+[ "${#stages[@]}" -gt 0 ] || stages=(lint build test cluster chaos docs examples conformance)
 began=$SECONDS
 for stage in "${stages[@]}"; do
-    declare -F "stage_$stage" >/dev/null || { echo "no stage $stage: lint build test cluster docs examples conformance" >&2; exit 2; }
+    declare -F "stage_$stage" >/dev/null || { echo "no stage $stage: lint build test cluster chaos docs examples conformance" >&2; exit 2; }
     echo "== $stage"
     start=$SECONDS
     "stage_$stage"

@@ -88,7 +88,8 @@ class Cluster:
     def start(self, host, program, *arguments):
         home = self.folder / host
         command = self.network.within(host, self.programs / program, "--config", home / "config.yaml", *arguments)
-        command += ["--set", f"telemetry.otlpEndpoint={self.otlp_endpoint()}"]
+        if self.receiver:
+            command += ["--set", f"telemetry.otlpEndpoint={self.otlp_endpoint()}"]
         environment = {**self.environment, "FORGE_HOME": str(home / "home")}
         with open(home / "log", "ab") as log:
             self.processes[host] = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=home, start_new_session=True)
@@ -145,6 +146,13 @@ class Cluster:
     def start_coordinator(self, host, *arguments):
         self.start(host, "forge-coordinator", "--set", f"metricsListen={self.metrics_address(host)}", *arguments)
 
+    def restart(self, host):
+        """Starts a process that was there before."""
+        if host in COORDINATORS:
+            self.start_coordinator(host)
+        else:
+            self.start(host, "forge-worker" if host in WORKERS else "forge-gateway")
+
     def coordinators(self):
         return "[" + ", ".join(self.address(host, 7000) for host in COORDINATORS) + "]"
 
@@ -158,7 +166,7 @@ class Cluster:
                 "membership:\n  directory: tls\n  tokenFile: join-token\ndevices:\n- cores: 1\n  memory: 1GiB\n",
                 token,
             )
-            self.start(host, "forge-worker")
+            self.restart(host)
         self.until("three workers are ready", 90, lambda: len(self.ready("worker")) == 3)
 
     def add_gateways(self):
@@ -168,18 +176,18 @@ class Cluster:
             self.write(
                 host,
                 f"apiVersion: forge/v1\nkind: Gateway\nname: {host}\ncoordinators: {self.coordinators()}\n"
-                f"gateway:\n  host: {address}\n  port: 8000\n  metrics_host: {address}\n  metrics_port: 9000\n  insecure: true\n"
+                f"gateway:\n  host: {address}\n  port: 8000\n  metrics_host: {address}\n  metrics_port: 9000\n  insecure: true\n  timeouts:\n    keep_alive_s: 1\n"
                 "membership:\n  directory: tls\n  tokenFile: join-token\n",
                 token,
             )
-            self.start(host, "forge-gateway")
+            self.restart(host)
         self.until("two gateways are ready", 90, lambda: len(self.ready("gateway")) == 2)
 
-    def apply(self):
+    def apply(self, batch=8):
         document = self.folder / "model.yaml"
         document.write_text(
             "apiVersion: forge/v1\nkind: ModelService\nmetadata:\n  name: story\nspec:\n"
-            f"  model: {self.model}\n  modelName: story\n  replicas: 2\n  maxModelLen: 512\n  threads: 1\n  maxBatchSize: 8\n"
+            f"  model: {self.model}\n  modelName: story\n  replicas: 2\n  maxModelLen: 512\n  threads: 1\n  maxBatchSize: {batch}\n"
         )
         plan = self.forgectl("apply", "-f", document, "--dry-run")
         print(plan)

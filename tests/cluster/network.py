@@ -53,19 +53,16 @@ class Namespaces:
         return f"{self.prefix}-{host}"
 
     def __enter__(self):
-        switch = self.name("sw")
         try:
-            run("ip", "netns", "add", switch)
+            run("ip", "netns", "add", self.name("sw"))
         except (Failed, OSError) as error:
             raise Failed(f"network namespaces are not allowed here (they need root and iproute2; else --network loopback): {error}") from error
         try:
-            run("ip", "-n", switch, "link", "add", "name", "switch", "type", "bridge")
-            run("ip", "-n", switch, "link", "set", "switch", "up")
+            for host in HOSTS:
+                run("ip", "netns", "add", self.name(host))
+            self.connect()
             for host, address in self.addresses.items():
                 name = self.name(host)
-                run("ip", "netns", "add", name)
-                run("ip", "-n", switch, "link", "add", "name", f"v{host}", "type", "veth", "peer", "name", "eth0", "netns", name)
-                run("ip", "-n", switch, "link", "set", f"v{host}", "master", "switch", "up")
                 run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
                 run("ip", "-n", name, "link", "set", "eth0", "up")
                 run("ip", "-n", name, "link", "set", "lo", "up")
@@ -73,6 +70,15 @@ class Namespaces:
             self.__exit__()
             raise
         return self
+
+    def connect(self):
+        """Gives every host its `eth0`."""
+        switch = self.name("sw")
+        run("ip", "-n", switch, "link", "add", "name", "switch", "type", "bridge")
+        run("ip", "-n", switch, "link", "set", "switch", "up")
+        for host in HOSTS:
+            run("ip", "-n", switch, "link", "add", "name", f"v{host}", "type", "veth", "peer", "name", "eth0", "netns", self.name(host))
+            run("ip", "-n", switch, "link", "set", f"v{host}", "master", "switch", "up")
 
     def __exit__(self, *_):
         for host in [*HOSTS, "sw"]:
@@ -82,12 +88,12 @@ class Namespaces:
         """The command on a host. `ip netns exec` becomes the program, so the process is the program itself."""
         return ["ip", "netns", "exec", self.name(host), *map(str, command)]
 
-    def call(self, work):
-        """Runs `work` on the operator's host: in a thread of its own that is moved there."""
+    def call(self, work, host="op"):
+        """Runs `work` on a host: in a thread of its own that is moved there."""
         result = {}
 
         def target():
-            handle = os.open(f"/var/run/netns/{self.name('op')}", os.O_RDONLY)
+            handle = os.open(f"/var/run/netns/{self.name(host)}", os.O_RDONLY)
             try:
                 if ctypes.CDLL(None, use_errno=True).setns(handle, 0) != 0:
                     raise OSError(ctypes.get_errno(), "setns")
@@ -124,7 +130,7 @@ class Loopback:
         return [str(part) for part in command]
 
     @staticmethod
-    def call(work):
+    def call(work, _host="op"):
         return work()
 
 
