@@ -127,10 +127,31 @@ async fn lead(coordinator: &Coordinator, term: u64) {
     *coordinator.0.leading.write() = Some(leading.clone());
     tracing::info!(term, "leading");
 
+    tokio::select! {
+        () = passes(coordinator, &leading) => {}
+        () = pulses(coordinator, &leading) => {}
+    }
+}
+
+/// Says all the time that this process runs, also while a pass waits for the group.
+async fn pulses(coordinator: &Coordinator, leading: &Leading) {
+    loop {
+        pulse(leading, coordinator.now_ms());
+        tokio::time::sleep(TICK).await;
+    }
+}
+
+fn pulse(leading: &Leading, now_ms: u64) {
+    if let Some(still_ms) = leading.leases.lock().pulse(now_ms) {
+        tracing::warn!(still_ms, "this process stood still: nodes have a lease's time to be heard again");
+    }
+}
+
+async fn passes(coordinator: &Coordinator, leading: &Arc<Leading>) {
     let mut changes = coordinator.0.replicated.changes();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut pass = Pass { coordinator, leading: &leading, assigned: None, promoted: Instant::now(), was_stalled: false };
+    let mut pass = Pass { coordinator, leading, assigned: None, promoted: Instant::now(), was_stalled: false };
     loop {
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
@@ -218,6 +239,8 @@ impl Pass<'_> {
         let history = &self.coordinator.0.options.raft.cluster_id;
         sessions.assign((history, state.revision()), |node| assignments(&state, node));
         let now_ms = self.coordinator.now_ms();
+        // Before anybody is given up: the clock may have gone on while this process did not.
+        pulse(self.leading, now_ms);
         let mut leases = self.leading.leases.lock();
         leases.follow(now_ms, &state);
         self.leading.controller.lock().decide(now_ms, &state, &leases)

@@ -4,8 +4,8 @@
 //! change of leaders loses nobody: a node may need the whole of one to notice that its leader is gone, and has to find the
 //! new one then.
 //!
-//! Invariant: a lease belongs to one incarnation; a heartbeat of an older one renews nothing. Times are the leader's own
-//! monotonic clock and compared with no other.
+//! Invariants: a lease belongs to one incarnation; a heartbeat of an older one renews nothing; no lease runs out because the
+//! leader itself stood still and took no heartbeats. Times are the leader's own monotonic clock and compared with no other.
 
 use std::collections::BTreeMap;
 
@@ -13,6 +13,9 @@ use forge_shared::cluster::node::NodePhase;
 use forge_shared::ids::{Incarnation, NodeId};
 
 use crate::state::ClusterState;
+
+/// A leader that was not heard of by itself for so long was frozen, or had no share of its machine.
+const STILL_MS: u64 = 1_000;
 
 #[derive(Debug, Clone, Copy)]
 struct Lease {
@@ -27,12 +30,14 @@ pub struct LeaseTable {
     leases: BTreeMap<NodeId, Lease>,
     /// Nothing was taken over yet.
     is_new: bool,
+    /// The last [`LeaseTable::pulse`].
+    pulse_ms: Option<u64>,
 }
 
 impl LeaseTable {
     /// An empty table, as a new leader begins with.
     pub fn new(lease_ms: u64) -> Self {
-        LeaseTable { lease_ms, leases: BTreeMap::new(), is_new: true }
+        LeaseTable { lease_ms, leases: BTreeMap::new(), is_new: true, pulse_ms: None }
     }
 
     /// Length of a lease, milliseconds.
@@ -66,6 +71,17 @@ impl LeaseTable {
             }
             _ => false,
         }
+    }
+
+    /// The leader runs. To be called all the time, and before [`LeaseTable::expired`]: where it was not for a while, heartbeats
+    /// lie unread, and every node has a full lease to send another. Says for how long it was not, if so.
+    pub fn pulse(&mut self, now_ms: u64) -> Option<u64> {
+        let still_ms = now_ms.saturating_sub(self.pulse_ms.replace(now_ms).unwrap_or(now_ms));
+        if still_ms <= STILL_MS {
+            return None;
+        }
+        self.begin_anew(now_ms);
+        Some(still_ms)
     }
 
     /// Heartbeats could not be taken for a while: every node has a full lease to send another.
@@ -122,5 +138,23 @@ mod tests {
         assert!(leases.expired(9_999).is_empty(), "one lease from then on");
         leases.end(&NodeId::from("b"), Incarnation(2));
         assert_eq!(leases.expired(7_000), [(NodeId::from("b"), Incarnation(2))]);
+    }
+
+    #[test]
+    fn a_leader_that_was_frozen_gives_nobody_up() {
+        let mut world = World::new();
+        world.join("a", 1, &[10]).expect("joins");
+        let mut leases = LeaseTable::new(3_000);
+        leases.follow(0, &world.state);
+        assert!(leases.renew(&NodeId::from("a"), Incarnation(1), 0));
+        for now_ms in (0..=2_000).step_by(100) {
+            assert_eq!(leases.pulse(now_ms), None);
+        }
+        assert_eq!(leases.pulse(7_000), Some(5_000));
+        assert!(leases.expired(9_999).is_empty(), "it has a lease's time to be heard again");
+        for now_ms in (7_100..=10_000).step_by(100) {
+            assert_eq!(leases.pulse(now_ms), None);
+        }
+        assert_eq!(leases.expired(10_000).len(), 1);
     }
 }
