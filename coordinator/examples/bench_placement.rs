@@ -42,7 +42,7 @@ fn node(number: usize) -> NodeRecord {
         metrics_address: String::new(),
         devices: (0..DEVICES).map(device).collect(),
     };
-    NodeRecord { spec, phase: NodePhase::Ready, cordoned: false, draining: false, reason: String::new(), since_ms: 0 }
+    NodeRecord { spec, phase: NodePhase::Ready, cordoned: false, draining: false, is_forced: false, reason: String::new(), since_ms: 0 }
 }
 
 fn facts(gib: u64) -> ModelFacts {

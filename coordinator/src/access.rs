@@ -14,6 +14,7 @@ use crate::watch::KindSet;
 pub(crate) fn internal(command: &Command) -> Option<String> {
     let is_internal = match command {
         Command::RecordFacts { .. }
+        | Command::RecordWait { .. }
         | Command::CommitPlans { .. }
         | Command::ReportReplica { .. }
         | Command::JoinNode { .. }

@@ -53,7 +53,7 @@ impl Coordinator {
                 same.spec.replicas = service.spec.replicas;
                 (same == *service).then(|| (**facts).clone())
             }
-            Facts::Unknown | Facts::Failed { .. } => None,
+            Facts::Unknown { .. } | Facts::Failed { .. } => None,
         })
     }
 

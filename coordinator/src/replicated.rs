@@ -134,6 +134,7 @@ pub(crate) fn name_of(command: &forge_shared::cluster::command::Command) -> &'st
         C::ScaleService { .. } => "scaleService",
         C::DeleteService { .. } => "deleteService",
         C::RecordFacts { .. } => "recordFacts",
+        C::RecordWait { .. } => "recordWait",
         C::CommitPlans { .. } => "commitPlans",
         C::ReportReplica { .. } => "reportReplica",
         C::JoinNode { .. } => "joinNode",

@@ -189,12 +189,13 @@ fn entries() -> Vec<(&'static str, Vec<Envelope>)> {
         Command::ScaleService { name: "demo".into(), replicas: 3 },
         Command::RecordFacts { name: "other".into(), generation: 1, facts: Ok(Box::new(facts())) },
         Command::RecordFacts { name: "demo".into(), generation: 1, facts: Err("no such model".into()) },
+        Command::RecordWait { name: "other".into(), generation: 1, waits_for: "worker w1 is reading it".into() },
         Command::DeleteService { name: "other".into() },
     ];
     let nodes = vec![
         Command::JoinNode { spec: Box::new(worker("w3", 7)) },
         Command::CordonNode { node: node(), cordoned: true },
-        Command::DrainNode { node: node(), draining: true },
+        Command::DrainNode { node: node(), draining: true, is_forced: true },
         Command::JoinNode { spec: Box::new(worker("w1", 2)) },
         Command::PutMember { member: MemberRecord { id: 3, name: "c1".into(), address: "c1:7000".into() } },
         Command::RemoveMember { id: 3 },

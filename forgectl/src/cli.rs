@@ -11,7 +11,7 @@ use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 
 use self::cluster::{
-    ApplyArgs, ClusterArgs, ContextArgs, DeleteArgs, DescribeArgs, GetArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs, TopArgs,
+    ApplyArgs, ClusterArgs, ContextArgs, DeleteArgs, DescribeArgs, DrainArgs, GetArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs, TopArgs,
 };
 use self::measure::{BenchArgs, EvalArgs};
 use crate::logging::LogFormat;
@@ -91,7 +91,7 @@ pub enum Command {
     /// Print log lines of a model, replica or node
     Logs(LogsArgs),
     /// Move a node's replicas away
-    Drain(NodeArgs),
+    Drain(DrainArgs),
     /// Place no new replicas on a node
     Cordon(NodeArgs),
     /// Take a node for replicas again

@@ -81,8 +81,9 @@ impl Controller {
         self.failures.follow(now_ms, state);
         self.watch_draining(now_ms, state);
         let is_waited_for = |(basis, again_ms): (Revision, u64)| basis == state.placement_revision() && now_ms < again_ms;
-        // A placement beside the loss of a node would be stale when it is applied.
-        if intents.iter().all(|intent| matches!(intent, Intent::Inspect { .. }))
+        // A placement beside the loss of a node would be stale when it is applied; what a service waits for moves nothing.
+        let moves_nothing = |intent: &Intent| matches!(intent, Intent::Inspect { .. } | Intent::Propose(Command::RecordWait { .. }));
+        if intents.iter().all(moves_nothing)
             && !self.proposed_plans.is_some_and(is_waited_for)
             && let Some(commit) = self.place(now_ms, state)
         {
@@ -183,8 +184,8 @@ impl Controller {
         commit: &mut Commit,
     ) -> Option<Refusal> {
         let Facts::Known { facts } = &service.facts else {
-            // Nothing can be planned, and only a drained node makes a ready replica go without a successor.
-            remove(commit, work.ready.iter().map(|replaced| replaced.id(name)));
+            // Nothing can be planned, and only a node drained by force makes a ready replica go without a successor.
+            remove(commit, work.ready.iter().take(1).map(|replaced| replaced.id(name)));
             return None;
         };
         let mut placing = Placing { cluster, name, service, facts, epoch: service.last_epoch, plans: Vec::new() };
@@ -212,17 +213,18 @@ impl Controller {
             }
             placed += placing.give(placed, commit);
         }
-        if let Some(replaced) = &work.ready {
+        for replaced in &work.ready {
             let elsewhere: Vec<NodeId> = often.iter().chain(&replaced.nodes).cloned().collect();
-            if let Err(refused) = placing.one(replaced.index, &elsewhere) {
-                if replaced.is_on_draining {
-                    remove(commit, [replaced.id(name)]);
-                    refusal = refusal.or(Some(refused));
-                } else if placing.fits_instead(replaced, &often) {
-                    remove(commit, [replaced.id(name)]);
-                } else {
-                    refusal = refusal.or(Some(refused));
-                }
+            let Err(refused) = placing.one(replaced.index, &elsewhere) else { break };
+            if replaced.is_forced_off || !replaced.is_on_draining && placing.fits_instead(replaced, &often) {
+                remove(commit, [replaced.id(name)]);
+                refusal = refusal.or(Some(refused).filter(|_| replaced.is_forced_off));
+                break;
+            }
+            refusal = refusal.or(Some(refused));
+            // One that serves on where it is, until there is room elsewhere, holds up nobody else's change.
+            if !replaced.is_on_draining {
+                break;
             }
         }
         placing.give(placed, commit);

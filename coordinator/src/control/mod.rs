@@ -65,7 +65,7 @@ fn wish_of(service: &ServiceRecord, generation: u64) -> Option<(&ModelService, S
     if generation == service.generation {
         let digest = match &service.facts {
             Facts::Known { facts } => facts.weights_digest.clone(),
-            Facts::Unknown | Facts::Failed { .. } => String::new(),
+            Facts::Unknown { .. } | Facts::Failed { .. } => String::new(),
         };
         return Some((&service.service, digest));
     }
@@ -128,6 +128,11 @@ pub fn plan_service(state: &ClusterState, service: &ModelService, facts: &ModelF
 /// Whether a rank of a plan is on a node that is being emptied.
 fn is_on_draining(state: &ClusterState, plan: &Plan) -> bool {
     plan.ranks.iter().any(|rank| state.nodes().get(&rank.node).is_some_and(|node| node.draining))
+}
+
+/// Whether a plan has a rank on a node that is drained by force.
+fn is_forced_off(state: &ClusterState, plan: &Plan) -> bool {
+    plan.ranks.iter().any(|rank| state.nodes().get(&rank.node).is_some_and(|node| node.draining && node.is_forced))
 }
 
 /// The highest epoch and the plans that stand of a service's present generation.

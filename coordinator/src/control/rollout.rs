@@ -1,7 +1,8 @@
 //! What is to be done for one service's replicas: which are missing, which must go, which are to be replaced.
 //!
 //! A ready replica is replaced by making its successor ready elsewhere first. Where there is no room for both, one whose
-//! wish was changed makes room for its successor, and one on a drained node goes without.
+//! wish was changed makes room for its successor, and one on a drained node serves on until there is room; if the node is
+//! drained by force, it goes without a successor.
 //!
 //! Invariant: of a service at most one ready replica at a time is being replaced, and only while no other is coming.
 
@@ -9,7 +10,7 @@ use forge_shared::cluster::service::{Facts, ReplicaPhase, ReplicaRecord, Service
 use forge_shared::ids::{Epoch, NodeId, ReplicaId, ServiceName};
 
 use super::failures::Failures;
-use super::is_on_draining;
+use super::{is_forced_off, is_on_draining};
 use crate::state::{ClusterState, runs};
 
 /// A service's work.
@@ -19,8 +20,8 @@ pub(super) struct Work {
     pub missing: Vec<u32>,
     /// Replicas that are replaced although they run: not ready yet, under an older wish or on a drained node.
     pub unready: Vec<Replaced>,
-    /// A ready replica that is to be replaced.
-    pub ready: Option<Replaced>,
+    /// Ready replicas of which one is to be replaced: the first that can be. Those on drained nodes are before the others.
+    pub ready: Vec<Replaced>,
     /// Replicas that go one step further towards their end.
     pub removed: Vec<(ReplicaId, Epoch)>,
     /// Something waits for its time, or for a draining replica's memory: what was refused before is said on.
@@ -34,6 +35,8 @@ pub(super) struct Replaced {
     pub epoch: Epoch,
     pub nodes: Vec<NodeId>,
     pub is_on_draining: bool,
+    /// It goes, with a successor or without.
+    pub is_forced_off: bool,
 }
 
 impl Work {
@@ -64,7 +67,8 @@ impl Work {
                 continue;
             }
             let nodes = replica.plan.ranks.iter().map(|rank| rank.node.clone()).collect();
-            let replaced = Replaced { index, epoch: replica.plan.epoch, nodes, is_on_draining };
+            let is_forced_off = is_forced_off(state, &replica.plan);
+            let replaced = Replaced { index, epoch: replica.plan.epoch, nodes, is_on_draining, is_forced_off };
             if is_ready {
                 replaceable.push(replaced);
             } else if can_place && replica.status.phase != ReplicaPhase::Draining {
@@ -90,10 +94,11 @@ impl Work {
         // unless the model is unusable and the node must be emptied.
         replaceable.sort_by_key(|replaced| (!replaced.is_on_draining, replaced.index));
         let is_hopeless = matches!(service.facts, Facts::Failed { .. });
-        work.ready = replaceable.into_iter().find(|replaced| match replaced.is_on_draining {
-            true => is_hopeless || can_place && is_quiet,
+        replaceable.retain(|replaced| match replaced.is_on_draining {
+            true => is_hopeless && replaced.is_forced_off || can_place && is_quiet,
             false => can_place && is_settled,
         });
+        work.ready = replaceable;
         work.waits |= service.leaving.iter().any(|leaving| leaving.is_draining);
         work
     }
@@ -105,7 +110,7 @@ impl Work {
 
     /// Whether anything is to be placed.
     pub fn places(&self) -> bool {
-        !self.missing.is_empty() || !self.unready.is_empty() || self.ready.is_some()
+        !self.missing.is_empty() || !self.unready.is_empty() || !self.ready.is_empty()
     }
 }
 

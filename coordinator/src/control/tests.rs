@@ -185,7 +185,7 @@ fn a_drained_node_s_replica_leaves_after_its_successor_is_ready() {
     let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
     leader.apply("demo", spec(1));
     leader.settle(20_000);
-    leader.world.run(Command::DrainNode { node: NodeId::from("a"), draining: true }).expect("drains");
+    leader.world.run(Command::DrainNode { node: NodeId::from("a"), draining: true, is_forced: false }).expect("drains");
     leader.decide();
     assert_eq!((leader.service("demo").leaving.len(), leader.service("demo").leaving[0].is_draining), (1, false));
     leader.decide();
@@ -193,11 +193,50 @@ fn a_drained_node_s_replica_leaves_after_its_successor_is_ready() {
     leader.settle(20_000);
     assert_eq!(leader.places("demo"), ["b"]);
     assert!(leader.service("demo").leaving.is_empty() && leader.drained.len() == 1);
-    // Where there is no other place it goes all the same, and the refusal says what is missing.
-    leader.world.run(Command::DrainNode { node: NodeId::from("b"), draining: true }).expect("drains");
+    // Where there is no other place it serves on, and the refusal says what is missing.
+    let drain = |is_forced| Command::DrainNode { node: NodeId::from("b"), draining: true, is_forced };
+    leader.world.run(drain(false)).expect("drains");
     leader.settle(60_000);
-    assert!(leader.places("demo").is_empty());
+    assert_eq!(leader.places("demo"), ["b"]);
     assert!(leader.service("demo").refusal.as_ref().is_some_and(|refusal| refusal.to_string().contains("drained")));
+    leader.world.join("c", 1, &[1_000]).expect("joins");
+    leader.alive.push(("c".into(), 1));
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["c"], "it moves when there is room");
+    assert!(leader.service("demo").refusal.is_none());
+}
+
+#[test]
+fn a_node_drained_by_force_is_emptied_and_one_that_is_not_holds_up_no_change() {
+    let mut leader = Leader::of(&[("a", 500), ("b", 500)]);
+    leader.apply("demo", spec(2));
+    leader.settle(20_000);
+    assert_eq!(leader.places("demo"), ["a", "b"]);
+    let drain = |is_forced| Command::DrainNode { node: NodeId::from("a"), draining: true, is_forced };
+    leader.world.run(drain(false)).expect("drains");
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["a", "b"]);
+    // The change goes through where it can; what is on the drained node carries out the old wish.
+    leader.apply("demo", ModelServiceSpec { max_batch_size: 8, ..spec(2) });
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["a", "b"]);
+    let generations: Vec<u64> = leader.service("demo").replicas.iter().map(|replica| replica.generation).collect();
+    assert_eq!(generations, [1, 2]);
+    // Fewer replicas: the one elsewhere is over, and the one on the drained node takes its room.
+    leader.world.run(Command::ScaleService { name: ServiceName::from("demo"), replicas: 1 }).expect("scales");
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["b"]);
+    leader.world.run(Command::ScaleService { name: ServiceName::from("demo"), replicas: 2 }).expect("scales");
+    leader.world.run(Command::DrainNode { node: NodeId::from("a"), draining: false, is_forced: false }).expect("serves");
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo").len(), 2);
+    leader.world.run(drain(false)).expect("drains");
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo").len(), 2);
+    leader.world.run(drain(true)).expect("drains by force");
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["b"], "its requests were finished, and it is gone");
+    assert!(leader.service("demo").refusal.is_some());
 }
 
 #[test]
@@ -332,7 +371,10 @@ fn a_question_without_an_answer_is_asked_of_the_next() {
     let ask = |leader: &mut Leader, now_ms: u64| {
         leader.leases.follow(now_ms, &leader.world.state);
         ["a", "b"].iter().for_each(|id| assert!(leader.leases.renew(&NodeId::from(*id), Incarnation(1), now_ms)));
-        leader.controller.decide(now_ms, &leader.world.state, &leader.leases)
+        let mut intents = leader.controller.decide(now_ms, &leader.world.state, &leader.leases);
+        // What is said meanwhile is not looked at here.
+        intents.retain(|intent| !matches!(intent, Intent::Propose(Command::RecordWait { .. })));
+        intents
     };
     assert!(matches!(ask(&mut leader, 0).as_slice(), [Intent::Inspect { node, .. }] if node.0 == "a"));
     assert!(ask(&mut leader, 100_000).is_empty());
@@ -381,12 +423,49 @@ fn a_busy_worker_has_judged_no_model_and_is_asked_about_few_at_a_time() {
         open = ask(&mut leader, second * 1_000);
         for (name, record) in leader.world.state.services() {
             let is_known = matches!(record.facts, Facts::Known { .. });
-            assert!(is_known || record.facts == Facts::Unknown, "{second} {name}: {:?}", record.facts);
+            assert!(is_known || matches!(record.facts, Facts::Unknown { .. }), "{second} {name}: {:?}", record.facts);
             assert!(is_known || second < 190 || *name == missing, "{second}: {name} waits for the other");
         }
     }
     assert!(refusals > 0);
     assert!(matches!(leader.service(&missing.0).facts, Facts::Known { .. }), "found by the one that has the files");
+}
+
+#[test]
+fn whoever_waits_for_a_look_at_its_model_says_for_what() {
+    let mut leader = Leader::of(&[]);
+    (0..4).for_each(|number| leader.apply(&format!("m{number}"), spec(1)));
+    let pass = |leader: &mut Leader, now_ms: u64| {
+        leader.leases.follow(now_ms, &leader.world.state);
+        leader.world.state.nodes().keys().for_each(|id| assert!(leader.leases.renew(id, Incarnation(1), now_ms)));
+        for intent in leader.controller.decide(now_ms, &leader.world.state, &leader.leases) {
+            if let Intent::Propose(command) = intent {
+                leader.world.run(command).expect("said");
+            }
+        }
+    };
+    let said = |leader: &Leader, name: &str| match &leader.service(name).facts {
+        Facts::Unknown { waits_for } => waits_for.clone(),
+        other => panic!("{other:?}"),
+    };
+    pass(&mut leader, 0);
+    assert_eq!(said(&leader, "m0"), "", "not for what is over in a moment");
+    pass(&mut leader, 2_000);
+    assert!(said(&leader, "m0").contains("no worker is there"));
+    let before = leader.world.state.placement_revision();
+    leader.world.join("a", 1, &[1_000]).expect("joins");
+    // The worker never answers: two models are with it, the others wait.
+    (4..10).for_each(|second| pass(&mut leader, second * 1_000));
+    assert!(said(&leader, "m0").starts_with("worker a is reading the model"), "{}", said(&leader, "m0"));
+    assert!(said(&leader, "m3").contains("waits for its turn"), "{}", said(&leader, "m3"));
+    let (node, name) = (NodeId::from("a"), ServiceName::from("m0"));
+    assert_eq!(leader.controller.inspected(10_000, &leader.world.state, (&node, &name), None), None);
+    pass(&mut leader, 10_500);
+    assert!(said(&leader, "m0").contains("busy, or did not answer"), "{}", said(&leader, "m0"));
+    let revision = leader.world.state.revision();
+    pass(&mut leader, 10_600);
+    assert_eq!(leader.world.state.revision(), revision, "once is enough");
+    assert!(leader.world.state.placement_revision() > before, "a node joined, and nothing else moved anything");
 }
 
 #[test]
@@ -553,7 +632,9 @@ impl Leader {
             Event::Scale { service, replicas } => self.world.run(Command::ScaleService { name: name(service), replicas }),
             Event::Delete { service } => self.world.run(Command::DeleteService { name: name(service) }),
             Event::Cordon { node, on } => self.world.run(Command::CordonNode { node: NodeId(node_name(node)), cordoned: on }),
-            Event::Drain { node, on } => self.world.run(Command::DrainNode { node: NodeId(node_name(node)), draining: on }),
+            Event::Drain { node, on } => {
+                self.world.run(Command::DrainNode { node: NodeId(node_name(node)), draining: on, is_forced: node % 2 == 1 })
+            }
             Event::Restart { node } => {
                 incarnations[node] += 1;
                 self.alive.retain(|(id, _)| *id != node_name(node));

@@ -13,6 +13,7 @@ fn record(id: &str, devices_mib: &[u64]) -> NodeRecord {
         phase: NodePhase::Ready,
         cordoned: false,
         draining: false,
+        is_forced: false,
         reason: String::new(),
         since_ms: 0,
     }

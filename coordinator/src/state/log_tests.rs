@@ -85,6 +85,9 @@ impl Log {
             3 => Command::DeleteService { name },
             4 | 5 => {
                 let generation = state.services().get(&name).map_or(1, |service| service.generation).saturating_sub(u64::from(bent));
+                if c % 8 == 1 {
+                    return Command::RecordWait { name, generation, waits_for: format!("w{}", b % 4) };
+                }
                 let facts = if b % 8 == 0 { Err("no such model".into()) } else { Ok(Box::new(facts(100))) };
                 Command::RecordFacts { name, generation, facts }
             }
@@ -100,7 +103,7 @@ impl Log {
                 Command::LoseNode { node, incarnation, reason: "test".into() }
             }
             17 => Command::CordonNode { node, cordoned: b % 2 == 0 },
-            18 => Command::DrainNode { node, draining: b % 2 == 0 },
+            18 => Command::DrainNode { node, draining: b % 2 == 0, is_forced: b % 4 == 0 },
             19 => Command::RemoveNode { node },
             20 => self.token(a, b, c),
             21 => match b % 4 {
@@ -260,7 +263,7 @@ fn random_logs_reach_every_command() {
             log.entries.push(envelope);
         }
     }
-    assert_eq!(taken.len(), 19, "{taken:?}");
+    assert_eq!(taken.len(), 20, "{taken:?}");
     assert!(placed > 100, "{placed} plans, {taken:?}");
 }
 

@@ -202,6 +202,7 @@ impl ClusterState {
             Command::ScaleService { name, replicas } => self.scale_service(name, *replicas, step),
             Command::DeleteService { name } => self.delete_service(name, step),
             Command::RecordFacts { name, generation, facts } => self.record_facts(name, *generation, facts.as_deref(), step),
+            Command::RecordWait { name, generation, waits_for } => self.record_wait(name, *generation, waits_for, step),
             Command::CommitPlans { basis, plans, removed, refusals, settled } => {
                 self.commit_plans(*basis, plans::Commit { plans, removed, refusals, settled }, step)
             }
@@ -209,7 +210,7 @@ impl ClusterState {
             Command::JoinNode { spec } => self.join_node(spec, step),
             Command::LoseNode { node, incarnation, reason } => self.lose_node(node, *incarnation, reason, step),
             Command::CordonNode { node, cordoned } => self.cordon_node(node, *cordoned, step),
-            Command::DrainNode { node, draining } => self.drain_node(node, *draining, step),
+            Command::DrainNode { node, draining, is_forced } => self.drain_node(node, *draining, *is_forced, step),
             Command::RemoveNode { node } => self.remove_node(node, step),
             Command::PutJoinToken { token } => self.put_token(token, step),
             Command::UseJoinToken { id, role, node } => self.use_token(id, *role, node, step),
@@ -339,6 +340,7 @@ fn is_asked(command: &Command) -> bool {
     !matches!(
         command,
         Command::RecordFacts { .. }
+            | Command::RecordWait { .. }
             | Command::CommitPlans { .. }
             | Command::ReportReplica { .. }
             | Command::JoinNode { .. }

@@ -42,6 +42,7 @@ impl ClusterState {
             phase: NodePhase::Ready,
             cordoned: false,
             draining: false,
+            is_forced: false,
             reason: String::new(),
             since_ms: self.clock.latest_ms(),
         };
@@ -114,25 +115,30 @@ impl ClusterState {
         let known = self.node_mut(id)?;
         // To take replicas again is also to stop moving them away.
         let draining = known.draining && cordoned;
-        self.set_duty(id, cordoned, draining, step)
+        let is_forced = known.is_forced && draining;
+        self.set_duty(id, (cordoned, draining, is_forced), step)
     }
 
-    pub(super) fn drain_node(&mut self, id: &NodeId, draining: bool, step: &mut Step) -> Result<Effect, CommandError> {
+    pub(super) fn drain_node(&mut self, id: &NodeId, draining: bool, is_forced: bool, step: &mut Step) -> Result<Effect, CommandError> {
         self.node_mut(id)?;
-        self.set_duty(id, draining, draining, step)
+        self.set_duty(id, (draining, draining, is_forced && draining), step)
     }
 
-    fn set_duty(&mut self, id: &NodeId, cordoned: bool, draining: bool, step: &mut Step) -> Result<Effect, CommandError> {
+    /// `duty`: whether it is cordoned, draining, and that by force.
+    fn set_duty(&mut self, id: &NodeId, duty: (bool, bool, bool), step: &mut Step) -> Result<Effect, CommandError> {
         let known = self.node_mut(id)?;
-        if (known.cordoned, known.draining) == (cordoned, draining) {
+        if (known.cordoned, known.draining, known.is_forced) == duty {
             return Ok(Effect::NONE);
         }
-        (known.cordoned, known.draining) = (cordoned, draining);
+        (known.cordoned, known.draining, known.is_forced) = duty;
         self.put_node(id, step);
-        let (reason, message) = match (cordoned, draining) {
-            (_, true) => ("NodeDraining", "is drained: its replicas move away"),
-            (true, false) => ("NodeCordoned", "takes no new replicas"),
-            (false, false) => ("NodeUncordoned", "takes replicas again"),
+        let (reason, message) = match duty {
+            (_, true, false) => {
+                ("NodeDraining", "is drained: its replicas move away; those with room nowhere else serve on until there is")
+            }
+            (_, true, true) => ("NodeDraining", "is drained by force: its replicas move away, or end where there is room nowhere else"),
+            (true, false, _) => ("NodeCordoned", "takes no new replicas"),
+            (false, false, _) => ("NodeUncordoned", "takes replicas again"),
         };
         self.notice(step, Weight::Normal, reason, about(id), format!("node {id} {message}"));
         Ok(Effect::CHANGED)

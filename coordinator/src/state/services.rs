@@ -32,7 +32,7 @@ impl ClusterState {
                 generation: 1,
                 revision: step.index,
                 created: step.index,
-                facts: Facts::Unknown,
+                facts: Facts::NEW,
                 replicas: Vec::new(),
                 leaving: Vec::new(),
                 older: Vec::new(),
@@ -59,15 +59,15 @@ impl ClusterState {
                 checks::bounded("changes of a service that are being rolled out", record.older.len(), MAX_OLDER_WISHES)?;
                 let weights_digest = match &record.facts {
                     Facts::Known { facts } => facts.weights_digest.clone(),
-                    Facts::Unknown | Facts::Failed { .. } => String::new(),
+                    Facts::Unknown { .. } | Facts::Failed { .. } => String::new(),
                 };
                 record.older.push(OlderWish { generation: record.generation, service: record.service.clone(), weights_digest });
             }
             record.generation += 1;
-            record.facts = Facts::Unknown;
+            record.facts = Facts::NEW;
             record.refusal = None;
         } else if tries_again {
-            record.facts = Facts::Unknown;
+            record.facts = Facts::NEW;
         }
         record.service = wish.clone();
         record.revision = step.index;
@@ -141,6 +141,27 @@ impl ClusterState {
             let message = format!("the model of {name} cannot be used: {reason}");
             self.notice(step, Weight::Warning, "ModelUnusable", about(name), message);
         }
+        Ok(Effect::CHANGED)
+    }
+
+    pub(super) fn record_wait(
+        &mut self,
+        name: &ServiceName,
+        generation: u64,
+        waits_for: &str,
+        step: &mut Step,
+    ) -> Result<Effect, CommandError> {
+        let known = self.living_service(name)?;
+        let waits_for = checks::cut(waits_for, MAX_REASON_BYTES);
+        let is_new = matches!(&known.facts, Facts::Unknown { waits_for: said } if *said != waits_for);
+        if known.generation != generation || !is_new {
+            return Ok(Effect::NONE);
+        }
+        let mut record = known.clone();
+        record.facts = Facts::Unknown { waits_for };
+        // Placement does not depend on it.
+        step.changes.push(Change::Put { object: Object::Service(Box::new(record.clone())) });
+        self.services.insert(name.clone(), record);
         Ok(Effect::CHANGED)
     }
 

@@ -145,7 +145,7 @@ fn the_same_wish_changes_nothing_and_scaling_is_no_new_generation() {
     assert!(matches!(demo(&world).facts, Facts::Known { .. }));
     place(&mut world, "w1", 0, 1);
     world.apply("demo", ModelServiceSpec { max_batch_size: 8, replicas: 3, ..wish }).expect("changed");
-    assert_eq!((demo(&world).generation, &demo(&world).facts), (2, &Facts::Unknown));
+    assert_eq!((demo(&world).generation, &demo(&world).facts), (2, &Facts::NEW));
     assert_eq!(demo(&world).older[0].service.spec.max_batch_size, 32);
     assert_eq!(demo(&world).older[0].weights_digest, "d1");
 }
@@ -187,7 +187,7 @@ fn facts_of_another_generation_change_nothing_and_a_failed_model_is_tried_again_
     world.run(Command::RecordFacts { name: name.clone(), generation: 2, facts: Err("no such file".into()) }).expect("failed");
     assert!(matches!(&demo(&world).facts, Facts::Failed { reason } if reason == "no such file"));
     assert!(world.apply("demo", ModelServiceSpec { block_size: 32, ..Default::default() }).expect("again").changed);
-    assert_eq!((demo(&world).generation, &demo(&world).facts), (2, &Facts::Unknown));
+    assert_eq!((demo(&world).generation, &demo(&world).facts), (2, &Facts::NEW));
     let mut lies = facts(100);
     lies.shape.layer_bytes.pop();
     let facts = Ok(Box::new(lies));

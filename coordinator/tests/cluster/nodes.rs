@@ -52,7 +52,7 @@ async fn a_lost_workers_replica_is_placed_on_another() {
     while phase(&admin, "a").await != Some(NodePhase::Ready) {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    execute(&admin, Command::DrainNode { node: "b".into(), draining: true }).await;
+    execute(&admin, Command::DrainNode { node: "b".into(), draining: true, is_forced: false }).await;
     wait_ready(&admin, "s", &["a", "a"]).await;
     execute(&admin, Command::DeleteService { name: "s".into() }).await;
     let begun = Instant::now();

@@ -341,6 +341,18 @@ pub struct NodeArgs {
     pub server: ServerArgs,
 }
 
+/// `drain`.
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// Which
+    pub node: String,
+    /// End replicas that have room nowhere else, once their requests are finished
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
 /// `scale`.
 #[derive(Debug, Args)]
 pub struct ScaleArgs {

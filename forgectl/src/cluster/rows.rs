@@ -65,7 +65,7 @@ pub const MODELS: [Column; 7] =
 pub fn model(service: &ServiceRecord) -> Vec<String> {
     let weights = match &service.facts {
         Facts::Known { facts } => bytes(facts.weights_bytes),
-        Facts::Unknown | Facts::Failed { .. } => "-".into(),
+        Facts::Unknown { .. } | Facts::Failed { .. } => "-".into(),
     };
     let (state, reason) = model_state(service);
     vec![
@@ -93,15 +93,37 @@ pub fn model_state(service: &ServiceRecord) -> (&'static str, String) {
     if let Facts::Failed { reason } = &service.facts {
         return ("failed", reason.clone());
     }
-    if let Some(refusal) = &service.refusal {
-        return ("not placeable", refusal.to_string());
-    }
-    if ready(service) >= service.service.spec.replicas as usize {
-        return ("running", String::new());
+    let wished = service.service.spec.replicas;
+    let is_ready = ready(service) >= wished as usize;
+    match &service.refusal {
+        // One on a drained node serves on until there is room.
+        Some(refusal) if is_ready => return ("running", format!("a replica that is to move has no other place: {refusal}")),
+        Some(refusal) => return ("not placeable", refusal.to_string()),
+        None if is_ready => return ("running", String::new()),
+        None => {}
     }
     match service.replicas.iter().find(|replica| replica.status.phase == ReplicaPhase::Failed) {
         Some(failed) => ("failing", failed.status.reason.clone()),
-        None => ("starting", String::new()),
+        None => ("starting", waits_for(service)),
+    }
+}
+
+/// What a service waits for that is starting.
+fn waits_for(service: &ServiceRecord) -> String {
+    if let Facts::Unknown { waits_for } = &service.facts {
+        return if waits_for.is_empty() { "a worker is to look at the model".into() } else { waits_for.clone() };
+    }
+    let is_waited_for = |replica: &&ReplicaRecord| replica.generation != service.generation || replica.status.phase != ReplicaPhase::Ready;
+    let Some(replica) = service.replicas.iter().find(is_waited_for) else {
+        return "a replica is to be placed".into();
+    };
+    let id = &replica.plan.replica;
+    let node = replica.plan.ranks.first().map(|rank| rank.node.0.as_str()).unwrap_or_default();
+    let said = if replica.status.reason.is_empty() { String::new() } else { format!(": {}", replica.status.reason) };
+    match replica.status.phase {
+        _ if replica.generation != service.generation => format!("{id} on {node} is to be replaced by one of the new generation"),
+        ReplicaPhase::Placed => format!("worker {node} has not begun with {id}{said}"),
+        _ => format!("{id} on {node} is {}{said}", replica_state(replica, false)),
     }
 }
 

@@ -6,15 +6,20 @@ use std::time::{Duration, Instant};
 use forge_cluster::api::{ClusterApi, ClusterLoads};
 use forge_cluster::config::{CoordinatorConfig, load};
 use forge_cluster::tls::{ClusterCa, Credentials};
+use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::Object;
 use forge_shared::cluster::node::{DeviceInfo, DeviceKind, NodeLoad, NodePhase, NodeRecord, NodeSpec, ReplicaLoad, Role};
-use forge_shared::ids::{Incarnation, NodeId, ServiceName};
+use forge_shared::cluster::service::{Facts, ReplicaPhase, ReplicaRecord, ReplicaStatus, ServiceRecord};
+use forge_shared::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
+use forge_shared::plan::{ModelFacts, ModelShape, Plan, RankMemory, RankPlan, Refusal};
+use forge_shared::spec::{KvCacheDtype, ModelService, ModelServiceSpec};
 
 use super::connect::connect;
 use super::contexts::ContextStore;
 use super::get::table;
 use super::init::init_with;
+use super::rows::model_state;
 use super::top::Rates;
 use super::verbs::deletion;
 use crate::cli::cluster::{InitArgs, Listed, ServerArgs};
@@ -160,11 +165,105 @@ fn models_and_nodes_are_deleted_by_kind() {
 
 #[test]
 fn nodes_are_rows() {
-    let node =
-        NodeRecord { spec: spec("w1"), phase: NodePhase::Ready, cordoned: true, draining: false, reason: String::new(), since_ms: 0 };
+    let node = NodeRecord {
+        spec: spec("w1"),
+        phase: NodePhase::Ready,
+        cordoned: true,
+        draining: false,
+        is_forced: false,
+        reason: String::new(),
+        since_ms: 0,
+    };
     let (columns, rows) = table(Listed::Nodes, &[Object::Node(Box::new(node))]);
     assert_eq!(columns.len(), rows[0].len());
     assert_eq!(rows[0][..5], ["w1", "worker", "ready,cordoned", "1 cpu (4 cores)", "3.0 GiB"]);
+}
+
+/// A service of one replica.
+fn starting() -> ServiceRecord {
+    let spec = ModelServiceSpec { model: "a/b".into(), ..ModelServiceSpec::default() };
+    let rank = RankPlan {
+        node: "w1".into(),
+        device: 0,
+        tensor_rank: 0,
+        tensor_size: 1,
+        expert_rank: 0,
+        expert_size: 1,
+        layers: 0..1,
+        experts: 0..0,
+        threads: 1,
+        memory: RankMemory::default(),
+    };
+    let plan = Plan {
+        replica: ReplicaId { service: "m".into(), index: 0 },
+        epoch: Epoch(1),
+        max_model_len: 64,
+        block_size: 16,
+        kv_blocks: 4,
+        kv_cache_dtype: KvCacheDtype::F32,
+        max_step_tokens: 16,
+        max_batch_size: 4,
+        ranks: vec![rank],
+    };
+    ServiceRecord {
+        service: ModelService::new("m", spec),
+        generation: 1,
+        revision: Revision(1),
+        created: Revision(1),
+        facts: Facts::NEW,
+        replicas: vec![ReplicaRecord { plan, generation: 1, status: ReplicaStatus::placed() }],
+        leaving: Vec::new(),
+        older: Vec::new(),
+        is_deleted: false,
+        refusal: None,
+        last_epoch: Epoch(1),
+    }
+}
+
+#[test]
+fn whoever_does_not_run_says_why() {
+    let refusal = || Refusal {
+        replica: starting().replicas[0].plan.replica.clone(),
+        wrong_setting: None,
+        constraints: Vec::new(),
+        nearest: Vec::new(),
+    };
+    let phase = |phase, reason: &str| {
+        let mut service = starting();
+        let shape = ModelShape { layer_bytes: vec![1], ..ModelShape::default() };
+        let facts = ModelFacts {
+            layers: 1,
+            context_length: 64,
+            weights_bytes: 1,
+            kv_slot_bytes: 1,
+            workspace_bytes: 1,
+            weights_digest: String::new(),
+            shape,
+        };
+        service.facts = Facts::Known { facts: Box::new(facts) };
+        service.replicas[0].status = ReplicaStatus { phase, percent: 40, reason: reason.into(), ..ReplicaStatus::placed() };
+        service
+    };
+    let state = |service: &ServiceRecord| {
+        let (state, reason) = model_state(service);
+        format!("{state}: {reason}")
+    };
+    assert_eq!(state(&starting()), "starting: a worker is to look at the model");
+    let asked = ServiceRecord { facts: Facts::Unknown { waits_for: "worker w1 is reading the model a/b".into() }, ..starting() };
+    assert_eq!(state(&asked), "starting: worker w1 is reading the model a/b");
+    assert_eq!(state(&phase(ReplicaPhase::Placed, "")), "starting: worker w1 has not begun with m/0");
+    assert_eq!(state(&phase(ReplicaPhase::Pulling, "3 of 9 files")), "starting: m/0 on w1 is pulling 40%: 3 of 9 files");
+    assert_eq!(state(&ServiceRecord { replicas: Vec::new(), ..phase(ReplicaPhase::Placed, "") }), "starting: a replica is to be placed");
+    assert_eq!(
+        state(&ServiceRecord { generation: 2, ..phase(ReplicaPhase::Ready, "") }),
+        "starting: m/0 on w1 is to be replaced by one of the new generation"
+    );
+    assert_eq!(state(&phase(ReplicaPhase::Failed, "no memory")), "failing: no memory");
+    assert_eq!(state(&phase(ReplicaPhase::Ready, "")), "running: ");
+    let stays = state(&ServiceRecord { refusal: Some(refusal()), ..phase(ReplicaPhase::Ready, "") });
+    assert!(stays.starts_with("running: a replica that is to move has no other place: m/0 cannot be placed"), "{stays}");
+    let lacks = state(&ServiceRecord { refusal: Some(refusal()), ..phase(ReplicaPhase::Loading, "") });
+    assert!(lacks.starts_with("not placeable: m/0 cannot be placed"), "{lacks}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use forge_shared::ids::{NodeId, ServiceName};
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
 use super::errors::explained;
-use crate::cli::cluster::{DeleteArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs};
+use crate::cli::cluster::{DeleteArgs, DrainArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs};
 use crate::failure::{Failure, Result};
 use crate::output::print_text;
 use crate::time::Utc;
@@ -33,7 +33,10 @@ pub fn cordon(args: &NodeArgs, is_cordoned: bool) -> Result<()> {
         return change(&args.server, command, &format!("node {name} takes no new replicas"), &format!("node {name} was cordoned already"));
     }
     with_cluster(&args.server, |cluster| async move {
-        let undrained = match cluster.execute(request_id(), Command::DrainNode { node: node.clone(), draining: false }, TIMEOUT).await {
+        let undrained = match cluster
+            .execute(request_id(), Command::DrainNode { node: node.clone(), draining: false, is_forced: false }, TIMEOUT)
+            .await
+        {
             Ok(undrained) => undrained,
             Err(error) => return Err(explained(&cluster, error).await),
         };
@@ -47,13 +50,18 @@ pub fn cordon(args: &NodeArgs, is_cordoned: bool) -> Result<()> {
 ///
 /// # Errors
 /// A node that is not known, no leader.
-pub fn drain(args: &NodeArgs) -> Result<()> {
-    let name = &args.node;
-    let command = Command::DrainNode { node: NodeId(name.clone()), draining: true };
+pub fn drain(args: &DrainArgs) -> Result<()> {
+    let DrainArgs { node: name, force, server } = args;
+    let command = Command::DrainNode { node: NodeId(name.clone()), draining: true, is_forced: *force };
+    let rest = match force {
+        true => "those with room nowhere else end once their requests are finished".to_owned(),
+        false => format!("those with room nowhere else serve on until there is, or until `forgectl drain {name} --force`"),
+    };
     let done = format!(
-        "node {name}: its replicas move away; `forgectl get placements -w` shows how far, `forgectl uncordon {name}` takes it back"
+        "node {name}: its replicas move away; {rest}\n\
+         `forgectl get placements -w` shows how far, `forgectl uncordon {name}` takes it back"
     );
-    change(&args.server, command, &done, &format!("node {name} was draining already"))
+    change(server, command, &done, &format!("node {name} was draining already"))
 }
 
 /// `forgectl scale`.

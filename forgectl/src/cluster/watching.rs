@@ -190,7 +190,8 @@ mod tests {
             metrics_address: "h:2".into(),
             devices: Vec::new(),
         };
-        Object::Node(Box::new(NodeRecord { spec, phase, cordoned: false, draining: false, reason: String::new(), since_ms }))
+        let record = NodeRecord { spec, phase, cordoned: false, draining: false, is_forced: false, reason: String::new(), since_ms };
+        Object::Node(Box::new(record))
     }
 
     #[test]

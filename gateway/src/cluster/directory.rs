@@ -155,7 +155,15 @@ mod tests {
             metrics_address: String::new(),
             devices: Vec::new(),
         };
-        let record = NodeRecord { spec, phase: NodePhase::Ready, cordoned: false, draining: false, reason: String::new(), since_ms: 0 };
+        let record = NodeRecord {
+            spec,
+            phase: NodePhase::Ready,
+            cordoned: false,
+            draining: false,
+            is_forced: false,
+            reason: String::new(),
+            since_ms: 0,
+        };
         Object::Node(Box::new(record))
     }
 
@@ -192,7 +200,7 @@ mod tests {
             generation: 1,
             revision: Revision(1),
             created: Revision(1),
-            facts: Facts::Unknown,
+            facts: Facts::NEW,
             replicas,
             leaving,
             older: Vec::new(),

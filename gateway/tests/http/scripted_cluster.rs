@@ -195,6 +195,7 @@ pub(crate) fn node(name: &str) -> Object {
         phase: NodePhase::Ready,
         cordoned: false,
         draining: false,
+        is_forced: false,
         reason: String::new(),
         since_ms: 0,
     }))
@@ -238,7 +239,7 @@ pub(crate) fn service_since(created: u64, name: &str, replicas: &[(&str, u64)]) 
         generation: 1,
         revision: Revision(1),
         created: Revision(created),
-        facts: Facts::Unknown,
+        facts: Facts::NEW,
         replicas: replicas.iter().enumerate().map(record).collect(),
         leaving: Vec::new(),
         older: Vec::new(),

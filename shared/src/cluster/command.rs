@@ -40,6 +40,8 @@ pub enum Command {
     DeleteService { name: ServiceName },
     /// What a worker found out of a service's model. Of an older generation: changes nothing.
     RecordFacts { name: ServiceName, generation: u64, facts: Result<Box<ModelFacts>, String> },
+    /// What a service waits for whose model no worker has looked at yet. Of an older generation: changes nothing.
+    RecordWait { name: ServiceName, generation: u64, waits_for: String },
     /// The leader's placement. Refused where `basis` is older than the last change of a node, or of a service's wish,
     /// facts or placements, so that two leaders' plans cannot mix; epochs must be larger than any given out for the
     /// service.
@@ -66,8 +68,14 @@ pub enum Command {
     LoseNode { node: NodeId, incarnation: Incarnation, reason: String },
     /// No new replicas on it, or again.
     CordonNode { node: NodeId, cordoned: bool },
-    /// Its replicas are moved away, or may come again.
-    DrainNode { node: NodeId, draining: bool },
+    /// Its replicas are moved away, or may come again. One that has room nowhere else serves on until it has, or ends if
+    /// `is_forced`.
+    DrainNode {
+        node: NodeId,
+        draining: bool,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        is_forced: bool,
+    },
     /// Forgets a lost node.
     RemoveNode { node: NodeId },
 

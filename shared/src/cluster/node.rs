@@ -133,6 +133,9 @@ pub struct NodeRecord {
     pub cordoned: bool,
     /// Its replicas are moved away (`forgectl drain`); implies `cordoned`.
     pub draining: bool,
+    /// It is drained by force: replicas that have room nowhere else end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_forced: bool,
     /// Why it is lost, or empty.
     pub reason: String,
     /// When it took this phase, milliseconds since 1970 by the leader's clock.

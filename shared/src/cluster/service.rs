@@ -67,7 +67,11 @@ pub struct OlderWish {
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase", tag = "state", deny_unknown_fields)]
 pub enum Facts {
     /// No worker has looked yet.
-    Unknown,
+    Unknown {
+        /// What that waits for, where it takes longer than a moment.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        waits_for: String,
+    },
     /// A worker looked and cannot use the model: nothing is placed until the wish changes.
     Failed {
         /// What is wrong with it, with the remedy.
@@ -78,6 +82,11 @@ pub enum Facts {
         /// For placement.
         facts: Box<ModelFacts>,
     },
+}
+
+impl Facts {
+    /// Of a wish that is new.
+    pub const NEW: Facts = Facts::Unknown { waits_for: String::new() };
 }
 
 /// A placed replica and where it stands.
