@@ -15,11 +15,12 @@ use forge_shared::cluster::Revision;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::coordinator::{Coordinator, wall_ms};
+use crate::coordinator::Coordinator;
 use crate::error::CoordinatorError;
 use crate::member_file::MemberFile;
 use crate::raft::{self, RaftOptions};
 use crate::state::ClusterState;
+use crate::surroundings::system_ms;
 
 const FORMAT: &str = "forge-backup-1";
 /// Longest header.
@@ -29,9 +30,10 @@ const MAX_BACKUP_BYTES: u64 = 2 << 30;
 
 /// Revisions of a restored group begin at least so far above the backup's …
 const REVISION_GAP: u64 = 1 << 36;
-/// … and where the time is that it was restored, in this part of a second: no group proposes as fast for long, so that one
-/// that is restored later is above one that was restored earlier, from whichever backup.
-const REVISIONS_PER_S: u64 = 1 << 16;
+/// … and where the time is that it was restored, in this part of a millisecond: no group proposes as fast for long, so that
+/// one that is restored later is above one that was restored earlier, from whichever backup, if only by a few milliseconds.
+/// (More than the 2^16 a second of earlier versions.)
+const REVISIONS_PER_MS: u64 = 66;
 /// The raft id of who founds a group.
 const FOUNDER: u64 = 1;
 
@@ -71,7 +73,7 @@ impl Coordinator {
         self.0.raft.read_index(timeout).await.map_err(|error| self.raft_error(error))?;
         // A copy: applying waits for that, and not for the encoding.
         let state = self.0.replicated.read().clone();
-        write_backup(&self.0.options.cluster_id, state.revision(), &state.encode(), wall_ms())
+        write_backup(&self.0.options.cluster_id, state.revision(), &state.encode(), self.wall_ms())
     }
 }
 
@@ -165,9 +167,13 @@ pub fn restore(file: &Path, data_dir: &Path) -> Result<BackupHeader, Coordinator
     }
     let mut state = ClusterState::decode(snapshot)?;
     let above = header.revision.max(state.revision()).0.saturating_add(REVISION_GAP);
-    let index = above.max((wall_ms() / 1000).saturating_mul(REVISIONS_PER_S));
+    // Two within one millisecond begin at different places in it, most likely.
+    let mut place = [0u8; 1];
+    getrandom::fill(&mut place).map_err(|error| wrong(format!("no random numbers: {error}")))?;
+    let now = system_ms().saturating_mul(REVISIONS_PER_MS).saturating_add(u64::from(place[0]) % REVISIONS_PER_MS);
+    let index = above.max(now);
     state.begin_history(Revision(index));
-    let mut suffix = [0u8; 4];
+    let mut suffix = [0u8; 8];
     getrandom::fill(&mut suffix).map_err(|error| wrong(format!("no random numbers: {error}")))?;
     let group_id = format!("{}-{}", header.cluster_id, hex::encode(suffix));
     let options = RaftOptions::new(FOUNDER, group_id.clone(), MemberFile::raft_folder(data_dir));

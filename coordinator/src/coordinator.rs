@@ -7,7 +7,7 @@
 //! leader that its successor rebuilds from sessions and heartbeats.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use forge_cluster::api::{GroupStatus, Listing, MemberStatus};
 use forge_shared::cluster::Revision;
@@ -26,6 +26,7 @@ use crate::leader::{self, Leading};
 use crate::raft::{self, MemberChange, PeerTransport, RaftError, RaftHandle, RaftOptions, RaftStatus};
 use crate::replicated::{Machine, Replicated, decode_reply, encode_envelope, name_of};
 use crate::state::ClusterState;
+use crate::surroundings::Surroundings;
 use crate::watch::{KindSet, Watcher};
 
 /// Longest request id, characters.
@@ -52,6 +53,8 @@ pub struct CoordinatorOptions {
     pub heartbeat: Duration,
     /// Its metrics.
     pub metrics: CoordinatorMetrics,
+    /// Its machine.
+    pub surroundings: Surroundings,
 }
 
 impl CoordinatorOptions {
@@ -65,6 +68,7 @@ impl CoordinatorOptions {
             lease: Duration::from_secs(3),
             heartbeat: Duration::from_millis(500),
             metrics: CoordinatorMetrics::new(),
+            surroundings: Surroundings::default(),
         }
     }
 }
@@ -110,7 +114,11 @@ impl Coordinator {
     pub fn start(options: CoordinatorOptions, transport: Arc<dyn PeerTransport>) -> Result<Self, CoordinatorError> {
         let replicated = Replicated::new(ClusterState::new(&options.cluster_id));
         let machine = Box::new(Machine(replicated.clone()));
-        let raft = RaftOptions { metrics: options.metrics.raft.clone(), ..options.raft.clone() };
+        let raft = RaftOptions {
+            metrics: options.metrics.raft.clone(),
+            before_sync: options.surroundings.before_sync.clone(),
+            ..options.raft.clone()
+        };
         let raft = raft::start(raft, machine, transport).map_err(CoordinatorError::Raft)?;
         let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
@@ -192,7 +200,7 @@ impl Coordinator {
         check_request_id(&submission.request_id)?;
         let name = name_of(&submission.command);
         let Submission { request_id, traceparent, command } = submission;
-        let data = encode_envelope(&Envelope { request_id, proposed_ms: wall_ms(), traceparent, command })?;
+        let data = encode_envelope(&Envelope { request_id, proposed_ms: self.wall_ms(), traceparent, command })?;
         let began = Instant::now();
         let result = match self.0.raft.propose(data, timeout).await {
             Ok(proposed) => match decode_reply(&proposed.reply) {
@@ -325,6 +333,11 @@ impl Coordinator {
         state.members().get(&id).map(|member| member.address.clone()).filter(|address| !address.is_empty())
     }
 
+    /// Milliseconds since 1970 by this machine's clock.
+    pub(crate) fn wall_ms(&self) -> u64 {
+        self.0.options.surroundings.wall_ms()
+    }
+
     /// Milliseconds on the leader's own clock.
     pub(crate) fn now_ms(&self) -> u64 {
         self.0.began.elapsed().as_millis() as u64
@@ -355,11 +368,6 @@ pub(crate) enum GroupChange {
     Promote(u64),
     Transfer(u64),
     Remove(u64),
-}
-
-/// Milliseconds since 1970 by this machine's clock.
-pub(crate) fn wall_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 fn check_request_id(id: &str) -> Result<(), CoordinatorError> {

@@ -26,11 +26,14 @@ mod server;
 mod session;
 mod sessions;
 pub mod state;
+mod surroundings;
 pub mod watch;
 
 pub use backup::{BackupHeader, fuzz_backup, load_backup, read_backup, restore, write_backup};
 pub use coordinator::{Coordinator, CoordinatorOptions};
 pub use error::CoordinatorError;
 pub use member_file::{MemberFile, fuzz_member_file};
+pub use raft::BeforeSync;
 pub use run::{Prepared, RunOptions, prepare};
 pub use server::fuzz::{fuzz_request, fuzz_session};
+pub use surroundings::Surroundings;

@@ -6,9 +6,12 @@
 //! belongs to the group, only with a coordinator's certificate of that name, and speaks for its own number alone. One that
 //! was removed is told so, and ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
+use forge_cluster::api::ClusterApi;
+use forge_cluster::client::RemoteCluster;
 use forge_cluster::tls::{ChannelOptions, Peer, PeerName, SharedCredentials, channel};
 use forge_proto::raft::raft_server::RaftServer;
 use forge_shared::cluster::command::MemberRecord;
@@ -22,6 +25,9 @@ use crate::member_file::MemberFile;
 use crate::raft::PeerTransport;
 use crate::raft::transport::{Connector, GrpcTransport, RaftService, SenderCheck, not_a_member};
 use crate::replicated::Replicated;
+
+/// For the others to say who a member is.
+const ASK_WITHIN: Duration = Duration::from_secs(1);
 
 /// Who belongs to the group, as far as this member knows.
 #[derive(Debug)]
@@ -45,6 +51,13 @@ impl Book {
     fn get(&self, id: u64) -> Option<&MemberRecord> {
         let first = || self.first.get(&id).filter(|_| !self.listed.contains_key(&self.own_id));
         self.listed.get(&id).or_else(first)
+    }
+
+    /// Of all others that belong to the group.
+    fn addresses(&self) -> Vec<String> {
+        let known = self.first.keys().chain(self.listed.keys()).filter(|&&id| id != self.own_id).filter_map(|&id| self.get(id));
+        let addresses: BTreeSet<String> = known.map(|member| member.address.clone()).filter(|address| !address.is_empty()).collect();
+        addresses.into_iter().collect()
     }
 
     /// Takes the log's list; members that are to be dialled anew, or no more.
@@ -147,13 +160,32 @@ impl Peers {
 
 fn connector(book: Arc<RwLock<Book>>, credentials: SharedCredentials) -> Connector {
     Arc::new(move |to| {
-        let known = book.read().get(to).cloned();
-        let made = known.ok_or_else(|| format!("the address of member {to} is not known")).and_then(|member| {
+        let (known, others) = {
+            let book = book.read();
+            (book.get(to).cloned(), book.addresses())
+        };
+        let credentials = credentials.clone();
+        async move {
+            let member = match known {
+                Some(member) => member,
+                None => ask_for(to, &others, &credentials).await?,
+            };
             let peer = PeerName::One(Role::Coordinator, member.name);
             channel(&member.address, &peer, &credentials, ChannelOptions::default()).map_err(|error| error.to_string())
-        });
-        futures::future::ready(made).boxed()
+        }
+        .boxed()
     })
+}
+
+/// Who a member is, of the others: one that was let in while this one was away may lead, and what the log says of it comes
+/// only once it is answered.
+async fn ask_for(id: u64, others: &[String], credentials: &SharedCredentials) -> Result<MemberRecord, String> {
+    let unknown = |why: String| format!("the address of member {id} is not known: {why}");
+    let group = RemoteCluster::new(others, credentials).map_err(|error| unknown(error.to_string()))?;
+    let status = group.status(ASK_WITHIN).await.map_err(|error| unknown(error.to_string()))?;
+    let member = status.members.into_iter().find(|member| member.id == id && !member.address.is_empty());
+    let member = member.ok_or_else(|| unknown("the others do not know it either".into()))?;
+    Ok(MemberRecord { id, name: member.name, address: member.address })
 }
 
 fn sender_check(book: Arc<RwLock<Book>>, replicated: Arc<Replicated>) -> SenderCheck {

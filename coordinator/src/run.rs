@@ -25,6 +25,7 @@ use crate::member_file::MemberFile;
 use crate::peers::Peers;
 use crate::raft::RaftOptions;
 use crate::server;
+use crate::surroundings::Surroundings;
 
 /// For a new coordinator to be let in.
 const JOIN_WITHIN: Duration = Duration::from_secs(60);
@@ -57,6 +58,8 @@ pub struct RunOptions {
     pub lease: Duration,
     /// How often nodes send heartbeats.
     pub heartbeat: Duration,
+    /// Its machine.
+    pub surroundings: Surroundings,
 }
 
 /// A coordinator that has its ports and its group, and does not serve yet.
@@ -107,6 +110,7 @@ pub async fn prepare(mut options: RunOptions) -> Result<Prepared, CoordinatorErr
     raft.bootstrap = member.is_founder.then(|| vec![member.member_id]);
     let mut coordinator_options = CoordinatorOptions::new(raft, &identity.cluster_id, &options.name, &options.address);
     (coordinator_options.lease, coordinator_options.heartbeat) = (options.lease, options.heartbeat);
+    coordinator_options.surroundings = options.surroundings.clone();
     let peers = Peers::new(&member, &credentials);
     let coordinator = Coordinator::start(coordinator_options, peers.transport())?;
     peers.follow(&coordinator);

@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::Parser;
 use forge_cluster::config::{self, CoordinatorConfig};
 use forge_cluster::signals;
-use forge_coordinator::{CoordinatorError, MemberFile, RunOptions, prepare, restore};
+use forge_coordinator::{CoordinatorError, MemberFile, RunOptions, Surroundings, prepare, restore};
 
 /// A member of the cluster's raft group: holds the cluster's state and decides what runs where.
 #[derive(Debug, Parser)]
@@ -94,6 +94,7 @@ async fn run(config: &CoordinatorConfig, founds_group: bool) -> Result<(), Coord
         join_token,
         lease: Duration::from_millis(config.lease_ms),
         heartbeat: Duration::from_millis(config.heartbeat_ms),
+        surroundings: Surroundings::default(),
     };
     let prepared = tokio::select! {
         prepared = prepare(options) => prepared?,

@@ -30,6 +30,7 @@ pub use begin::begin_from_snapshot;
 pub use cache::Persisted;
 pub use error::RaftError;
 pub use handle::RaftHandle;
+pub use log::BeforeSync;
 pub use node::start;
 pub use options::{RaftLimits, RaftOptions};
 pub use types::{DiskState, Frozen, MemberChange, MemberProgress, PeerTransport, Proposed, RaftRole, RaftStatus, StateMachine};

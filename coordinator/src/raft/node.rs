@@ -37,7 +37,7 @@ pub fn start(options: RaftOptions, machine: Box<dyn StateMachine>, transport: Ar
         None => getrandom::u64().map_err(|error| RaftError::Options(format!("no randomness from the system: {error}")))?,
     };
     let metrics = options.metrics.clone();
-    let folder = Folder::open(&options.data_dir)?.measured(metrics.clone());
+    let folder = Folder::open(&options.data_dir)?.measured(metrics.clone()).slowed(options.before_sync.clone());
     let (limits, member_id, tick) = (options.limits.clone(), options.member_id, options.tick);
     let heartbeat = u32::try_from(options.heartbeat_ticks).unwrap_or(u32::MAX);
     let member = Member::open(options, seed, folder, machine)?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use forge_shared::telemetry::RaftMetrics;
 
 use super::RaftError;
+use super::log::BeforeSync;
 
 /// A member's identity, times and limits.
 #[derive(Debug, Clone)]
@@ -31,6 +32,8 @@ pub struct RaftOptions {
     pub seed: Option<u64>,
     /// What the member measures of itself goes here.
     pub metrics: RaftMetrics,
+    /// Called before each fsync of the log.
+    pub before_sync: Option<BeforeSync>,
 }
 
 /// Bounds of memory, queues and files.
@@ -96,6 +99,7 @@ impl RaftOptions {
             bootstrap: None,
             seed: None,
             metrics: RaftMetrics::default(),
+            before_sync: None,
         }
     }
 

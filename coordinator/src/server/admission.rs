@@ -18,7 +18,7 @@ use tonic::{Request, Response, Status};
 
 use super::Shared;
 use super::call::{refuse, timeout};
-use crate::coordinator::{Coordinator, Submission, wall_ms};
+use crate::coordinator::{Coordinator, Submission};
 use crate::error::CoordinatorError;
 use crate::raft::MemberChange;
 
@@ -65,7 +65,7 @@ impl AdmissionService {
         let identity =
             Identity::new(self.0.ca.cluster_id(), role, &request.name).map_err(|error| CoordinatorError::message("name", error))?;
         // Before the token is used up: a request that cannot be signed uses nothing.
-        let signed = self.0.ca.sign(&request.signing_request_der, &identity, NODE_LIFETIME, wall_ms() / 1000);
+        let signed = self.0.ca.sign(&request.signing_request_der, &identity, NODE_LIFETIME, coordinator.wall_ms() / 1000);
         let certificate_pem = signed.map_err(|error| CoordinatorError::message("signing_request_der", error))?;
         check_free(coordinator, role, &request.name, &request.address)?;
 

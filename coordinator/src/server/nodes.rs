@@ -19,7 +19,6 @@ use tonic::{Request, Response, Status, Streaming};
 use super::Shared;
 use super::call::{json, refuse, timeout, to_json, unknown_caller};
 use super::cluster::Answers;
-use crate::coordinator::wall_ms;
 use crate::error::CoordinatorError;
 
 /// For the first message of a session, and for joining.
@@ -40,7 +39,8 @@ impl Nodes for NodesService {
         still_belongs(&self.0, &caller).map_err(refuse)?;
         let signing_request = request.into_inner().signing_request_der;
         let wrong = |error: forge_cluster::tls::TlsError| refuse(CoordinatorError::message("signing_request_der", error));
-        let certificate_pem = self.0.ca.sign(&signing_request, &caller, NODE_LIFETIME, wall_ms() / 1000).map_err(wrong)?;
+        let certificate_pem =
+            self.0.ca.sign(&signing_request, &caller, NODE_LIFETIME, self.0.coordinator.wall_ms() / 1000).map_err(wrong)?;
         tracing::info!(%caller, "a certificate was renewed");
         Ok(Response::new(RenewReply {
             certificate_pem,

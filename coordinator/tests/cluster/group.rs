@@ -176,6 +176,36 @@ async fn a_coordinator_replaced_under_its_name_leads_and_the_one_before_is_not_h
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_that_was_away_answers_a_leader_that_was_let_in_meanwhile() {
+    let mut cluster = Cluster::of_three().await;
+    let admin = cluster.admin();
+    if cluster.leader().await == 2 {
+        let first = cluster.members[0].coordinator.group_status().member_id;
+        admin.change_members(MemberAction::TransferLeadership(first), SOON).await.expect("handed over");
+    }
+    let away = cluster.members.remove(2);
+    let options = RunOptions { listen: away.address.parse().expect("one"), address: away.address.clone(), ..cluster.options("c3").await };
+    away.kill().await;
+    cluster.add("c4").await;
+    let heir = cluster.members[2].coordinator.group_status().member_id;
+    let begun = Instant::now();
+    while admin.change_members(MemberAction::TransferLeadership(heir), Duration::from_secs(5)).await.is_err()
+        || !cluster.members[2].is_leader()
+    {
+        assert!(begun.elapsed() < SOON, "it votes and leads: {:?}", cluster.members[2].coordinator.group_status());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let applied = execute(&admin, Command::ApplyService { service: Box::new(wish("a", 1)) }).await;
+    cluster.members.push(start(options).await);
+    let begun = Instant::now();
+    while cluster.members[3].coordinator.group_status().revision < applied.revision {
+        assert!(begun.elapsed() < SOON, "it follows: {:?}", cluster.members[3].coordinator.group_status());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(cluster.members[2].is_leader(), "the one it did not know leads on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn watches_end_at_a_coordinator_that_hears_of_no_leader() {
     let mut cluster = Cluster::of_three().await;
     let leader = cluster.leader().await;

@@ -5,5 +5,6 @@ mod backup;
 mod bad_input;
 mod embedded;
 mod group;
+mod machine;
 mod nodes;
 mod support;

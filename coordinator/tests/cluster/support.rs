@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use forge_cluster::api::{ClusterApi, Session};
 use forge_cluster::client::RemoteCluster;
-use forge_cluster::tls::{ClusterCa, Credentials, Identity, JoinTokenText, NODE_LIFETIME, NodeKey, SharedCredentials};
-use forge_coordinator::{Coordinator, CoordinatorError, RunOptions, prepare};
+use forge_cluster::tls::{ClusterCa, Credentials, Identity, JoinTokenText, JoinWish, NODE_LIFETIME, NodeKey, SharedCredentials, join};
+use forge_coordinator::{Coordinator, CoordinatorError, RunOptions, Surroundings, prepare};
 use forge_shared::cluster::command::{Applied, Command};
 use forge_shared::cluster::event::{Kind, Object};
 use forge_shared::cluster::node::{DeviceInfo, DeviceKind, NodeLoad, NodeSpec, Role};
@@ -101,6 +101,11 @@ pub async fn start(options: RunOptions) -> Running {
 impl Cluster {
     /// A founded cluster of one.
     pub async fn found() -> Cluster {
+        Cluster::found_on(Surroundings::default()).await
+    }
+
+    /// A founded cluster of one, on such a machine.
+    pub async fn found_on(surroundings: Surroundings) -> Cluster {
         let _ =
             tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("FORGE_LOG")).with_test_writer().try_init();
         let folder = tempfile::tempdir().expect("a folder");
@@ -110,16 +115,21 @@ impl Cluster {
         cluster.ca.save(&tls).expect("saved");
         credentials(&cluster.ca, Role::Coordinator, "c1", now_s(), NODE_LIFETIME).save(&tls).expect("saved");
         let options = cluster.options("c1").await;
-        cluster.members.push(start(RunOptions { founds_group: true, ..options }).await);
+        cluster.members.push(start(RunOptions { founds_group: true, surroundings, ..options }).await);
         cluster.leader().await;
         cluster
     }
 
     /// Three, of which two joined by token.
     pub async fn of_three() -> Cluster {
-        let mut cluster = Cluster::found().await;
-        for name in ["c2", "c3"] {
-            cluster.add(name).await;
+        Cluster::of_three_on(Default::default()).await
+    }
+
+    /// Three on such machines, of which two joined by token.
+    pub async fn of_three_on([first, second, third]: [Surroundings; 3]) -> Cluster {
+        let mut cluster = Cluster::found_on(first).await;
+        for (name, surroundings) in [("c2", second), ("c3", third)] {
+            cluster.add_on(name, surroundings).await;
         }
         let begun = Instant::now();
         while cluster.members[0].coordinator.group_status().members.iter().filter(|member| member.is_voter).count() < 3 {
@@ -146,20 +156,31 @@ impl Cluster {
             join_token: None,
             lease: Duration::from_secs(3),
             heartbeat: Duration::from_millis(500),
+            surroundings: Surroundings::default(),
         }
     }
 
     /// Adds a coordinator by a join token.
     pub async fn add(&mut self, name: &str) {
+        self.add_on(name, Surroundings::default()).await;
+    }
+
+    /// Adds one on such a machine.
+    pub async fn add_on(&mut self, name: &str, surroundings: Surroundings) {
         let token = self.token(Role::Coordinator, 1).await;
         let options = self.options(name).await;
-        self.members.push(start(RunOptions { join_token: Some(token), ..options }).await);
+        self.members.push(start(RunOptions { join_token: Some(token), surroundings, ..options }).await);
     }
 
     /// A join token's text.
     pub async fn token(&self, role: Role, uses: u32) -> String {
+        self.token_until(role, uses, now_s() + 600).await
+    }
+
+    /// One that ends then, by the leader's clock: seconds since 1970.
+    pub async fn token_until(&self, role: Role, uses: u32, expires_s: u64) -> String {
         let token = JoinTokenText::generate(self.ca.digest(), self.addresses()).expect("a token");
-        let record = token.record(role, (now_s() + 600) * 1000, uses);
+        let record = token.record(role, expires_s * 1000, uses);
         execute(&self.admin(), Command::PutJoinToken { token: record }).await;
         token.to_text()
     }
@@ -170,7 +191,11 @@ impl Cluster {
 
     /// A client of a role.
     pub fn client(&self, role: Role, name: &str) -> RemoteCluster {
-        let credentials = credentials(&self.ca, role, name, now_s(), NODE_LIFETIME);
+        self.client_with(credentials(&self.ca, role, name, now_s(), NODE_LIFETIME))
+    }
+
+    /// A client with these credentials.
+    pub fn client_with(&self, credentials: Credentials) -> RemoteCluster {
         RemoteCluster::new(&self.addresses(), &SharedCredentials::new(credentials)).expect("a client")
     }
 
@@ -189,6 +214,13 @@ impl Cluster {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
+}
+
+/// A worker's credentials, by a join token.
+pub async fn join_worker(token: &str, name: &str) -> Credentials {
+    let token = JoinTokenText::parse(token).expect("a token");
+    let wish = JoinWish { role: Role::Worker, name: name.into(), address: String::new() };
+    join(&token, &wish, SOON).await.expect("let in").credentials
 }
 
 /// Has a command applied.

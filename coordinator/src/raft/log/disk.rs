@@ -6,10 +6,12 @@
 //! Invariant: what [`Disk::sync`] and [`Disk::sync_folder`] returned `Ok` for survives a crash; nothing else is promised.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, FileExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use forge_shared::telemetry::RaftMetrics;
@@ -40,6 +42,16 @@ pub trait Disk: Send + 'static {
     fn sync_folder(&mut self) -> io::Result<()>;
 }
 
+/// Called before every fsync: a test's slow disk.
+#[derive(Clone)]
+pub struct BeforeSync(pub Arc<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for BeforeSync {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BeforeSync")
+    }
+}
+
 const LOCK_FILE: &str = "LOCK";
 
 /// A real folder, locked for this process as long as this lives.
@@ -48,6 +60,7 @@ pub struct Folder {
     /// Files that were written, open: closing and opening around every fsync costs.
     open: BTreeMap<String, File>,
     metrics: RaftMetrics,
+    before_sync: Option<BeforeSync>,
     _lock: File,
 }
 
@@ -66,13 +79,25 @@ impl Folder {
             Ok(false) => return Err(LogError::Locked { folder: path.display().to_string() }),
             Err(source) => return Err(io("lock")(source)),
         }
-        Ok(Self { path: path.to_owned(), open: BTreeMap::new(), metrics: RaftMetrics::default(), _lock: lock })
+        Ok(Self { path: path.to_owned(), open: BTreeMap::new(), metrics: RaftMetrics::default(), before_sync: None, _lock: lock })
     }
 
     /// Tells `metrics` how long each fsync takes.
     #[must_use]
     pub fn measured(self, metrics: RaftMetrics) -> Self {
         Self { metrics, ..self }
+    }
+
+    /// Calls this before each fsync.
+    #[must_use]
+    pub fn slowed(self, before_sync: Option<BeforeSync>) -> Self {
+        Self { before_sync, ..self }
+    }
+
+    fn wait_before_sync(&self) {
+        if let Some(BeforeSync(wait)) = &self.before_sync {
+            wait();
+        }
     }
 
     fn new_file(&self, name: &str) -> io::Result<File> {
@@ -141,6 +166,7 @@ impl Disk for Folder {
 
     fn sync(&mut self, name: &str) -> io::Result<()> {
         let began = Instant::now();
+        self.wait_before_sync();
         let synced = self.file(name)?.sync_data();
         self.metrics.fsync_s.observe(began.elapsed().as_secs_f64());
         synced
@@ -158,6 +184,7 @@ impl Disk for Folder {
     }
 
     fn sync_folder(&mut self) -> io::Result<()> {
+        self.wait_before_sync();
         File::open(&self.path)?.sync_all()
     }
 }

@@ -27,7 +27,7 @@ use prost::Message as _;
 use raft::eraftpb::{Entry, HardState, SnapshotMetadata};
 use wire::log_record::Record;
 
-pub use disk::{Disk, Folder};
+pub use disk::{BeforeSync, Disk, Folder};
 pub use error::LogError;
 pub use frame::MAX_PAYLOAD_BYTES;
 pub use memory::MemoryDisk;

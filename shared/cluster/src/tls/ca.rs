@@ -22,8 +22,8 @@ use super::{Identity, TlsError, check_name};
 pub const CA_LIFETIME: Duration = Duration::from_secs(3650 * 24 * 3600);
 /// Life of a node's certificate: ninety days; it is renewed after two thirds of it.
 pub const NODE_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
-/// Certificates begin this long before they are made, for clocks that are behind.
-const SKEW_S: u64 = 300;
+/// Certificates begin this long before they are made, for clocks that are behind and signers that are an hour ahead.
+const SKEW_S: u64 = 7_200;
 /// A signing request with one key has a few hundred bytes.
 const MAX_REQUEST_BYTES: usize = 16 << 10;
 const NAME_PREFIX: &str = "Forge CA of ";
