@@ -267,7 +267,12 @@ fn sessions() -> Seeds {
     let usage = KeyUsage { key_id: "k1".into(), requests: 3, tokens: 90, refused: 1, held_rpm: Some(10), held_tpm: None };
     let load =
         ReplicaLoad { replica: "demo/0".into(), running: 1, waiting: 0, kv_blocks_used: 2, kv_blocks_total: 8, generated_tokens: 99 };
-    let load = NodeLoad { resident_bytes: 1 << 28, replicas: vec![load], requests_in_progress: 0 };
+    let load = NodeLoad {
+        resident_bytes: 1 << 28,
+        replicas: vec![load],
+        requests_in_progress: 0,
+        serves: Some([("demo".into(), vec![Epoch(3)])].into()),
+    };
     let replica = |phase, found| NodeUp::Replica { report: Box::new(report(phase, found)) };
     vec![
         ("heartbeat", lines(&[hello(), NodeUp::Heartbeat { number: 1, load, usage: vec![usage] }, NodeUp::Goodbye])),

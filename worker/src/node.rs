@@ -64,7 +64,7 @@ impl WorkerNode {
 
     /// What it is doing.
     pub fn load(board: &ReplicaBoard) -> NodeLoad {
-        NodeLoad { resident_bytes: forge_cluster::resident_bytes(), replicas: board.loads(), requests_in_progress: 0 }
+        NodeLoad { resident_bytes: forge_cluster::resident_bytes(), replicas: board.loads(), requests_in_progress: 0, serves: None }
     }
 
     /// Joins a cluster, for as long as this lives.

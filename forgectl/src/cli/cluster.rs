@@ -204,7 +204,7 @@ pub enum WaitFor {
     /// The cluster has taken the wish
     #[default]
     Submitted,
-    /// Every replica answers
+    /// Every replica answers, and every gateway sends requests to them
     Running,
 }
 

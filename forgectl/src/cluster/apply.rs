@@ -1,23 +1,20 @@
 //! `forgectl apply`: a wish, the plan that it would give, and the wait until it is carried out.
 
-use std::io::IsTerminal;
 use std::time::Duration;
 
-use forge_cluster::api::{ClusterApi, PlannedService, WatchItem};
+use forge_cluster::api::{ClusterApi, PlannedService};
 use forge_cluster::client::RemoteCluster;
-use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::Command;
-use forge_shared::cluster::event::{Change, Kind, Object};
-use forge_shared::cluster::service::ServiceRecord;
 use forge_shared::config::{Layers, Setting};
 use forge_shared::spec::ModelService;
 use serde_json::json;
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
+use super::wait::wait_until_running;
 use super::{data, rows};
 use crate::cli::cluster::{ApplyArgs, WaitFor};
 use crate::context::read_document;
-use crate::failure::{Exit, Failure, Result};
+use crate::failure::{Failure, Result};
 use crate::output::{OutputFormat, print_facts, print_list, print_text};
 
 /// Who waits longer than this for a plan is told for what.
@@ -96,77 +93,4 @@ fn show_plan(planned: &PlannedService, output: OutputFormat) -> Result<()> {
         print_list(output, &planned.refused_devices, &columns, |(device, why)| vec![device.clone(), why.clone()])?;
     }
     planned.notes.iter().try_for_each(|note| print_text(&format!("\nNote: {note}\n")))
-}
-
-/// Watches the service until all replicas of its newest generation answer.
-async fn wait_until_running(cluster: &RemoteCluster, name: &str, since: Revision, timeout: Duration) -> Result<()> {
-    let mut said = String::new();
-    let watching = async {
-        let mut items = cluster.watch(vec![Kind::Service], None);
-        let mut is_current = false;
-        let mut last: Option<Box<ServiceRecord>> = None;
-        while let Some(item) = items.recv().await {
-            match item {
-                WatchItem::Event(event) => match event.change {
-                    Change::Put { object: Object::Service(service) } if service.service.metadata.name == name => last = Some(service),
-                    Change::Deleted { name: deleted, .. } if deleted == name => last = None,
-                    _ => continue,
-                },
-                WatchItem::Reset => {
-                    (is_current, last) = (false, None);
-                    continue;
-                }
-                // What was there before the wish says nothing about it.
-                WatchItem::Current(revision) => is_current = revision >= since,
-            }
-            if !is_current {
-                continue;
-            }
-            let Some(service) = &last else {
-                return Err(Failure::new(format!("{name} was deleted meanwhile")));
-            };
-            let (state, reason) = rows::model_state(service);
-            tell(&mut said, progress(service, state));
-            match state {
-                "running" => return Ok(()),
-                "failed" => return Err(Failure::new(format!("{name}: {reason}")).help("correct the specification and apply it again")),
-                "not placeable" => {
-                    return Err(Failure::new(reason).exit(Exit::NotPlaceable).help("take the nearest settings, or add a worker"));
-                }
-                _ => {}
-            }
-        }
-        Err(Failure::new("the watch ended").exit(Exit::LostContact))
-    };
-    match tokio::time::timeout(timeout, watching).await {
-        Ok(done) => done,
-        Err(_) => Err(Failure::new(format!("{name} does not run after {} s", timeout.as_secs()))
-            .exit(Exit::LostContact)
-            .help(format!("the cluster goes on: `forgectl describe model {name}` says what it is waiting for"))),
-    }
-}
-
-fn progress(service: &ServiceRecord, state: &str) -> String {
-    let replica = |replica: &forge_shared::cluster::service::ReplicaRecord| {
-        let node = replica.plan.ranks.first().map(|rank| rank.node.0.as_str()).unwrap_or_default();
-        format!("{} on {node} {:?} {}%", replica.plan.replica, replica.status.phase, replica.status.percent).to_lowercase()
-    };
-    let replicas: Vec<String> = service.replicas.iter().map(replica).collect();
-    format!("{}/{} {state}: {}", rows::ready(service), service.service.spec.replicas, replicas.join(", "))
-}
-
-/// One line per change; on a terminal over the last one.
-fn tell(said: &mut String, line: String) {
-    if *said == line {
-        return;
-    }
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K{line}");
-        if line.contains("running:") {
-            eprintln!();
-        }
-    } else {
-        eprintln!("{line}");
-    }
-    *said = line;
 }

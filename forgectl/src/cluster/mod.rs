@@ -18,6 +18,7 @@ mod rows;
 mod tests;
 mod top;
 mod verbs;
+mod wait;
 mod watching;
 
 pub use apply::apply;

@@ -22,6 +22,7 @@ use super::init::init_with;
 use super::rows::model_state;
 use super::top::Rates;
 use super::verbs::deletion;
+use super::wait::not_served;
 use crate::cli::cluster::{InitArgs, Listed, ServerArgs};
 
 fn init_args(dir: &Path) -> InitArgs {
@@ -218,6 +219,31 @@ fn starting() -> ServiceRecord {
         refusal: None,
         last_epoch: Epoch(1),
     }
+}
+
+#[test]
+fn a_service_runs_once_every_gateway_that_lives_serves_it() {
+    let mut service = starting();
+    service.replicas[0].status.phase = ReplicaPhase::Ready;
+    let gateway = |name: &str| NodeSpec { role: Role::Gateway, devices: Vec::new(), ..spec(name) };
+    let gateways = [gateway("g1"), gateway("g2")];
+    let waits = |loads: Vec<(NodeSpec, NodeLoad)>| {
+        let nodes = loads.into_iter().map(|(spec, load)| (spec, NodeLoad { resident_bytes: 1, ..load }, 5)).collect();
+        not_served(&service, gateways.iter(), &ClusterLoads { nodes })
+    };
+    let says = |name: &str, service: &str, epochs: &[u64]| {
+        let epochs = epochs.iter().map(|epoch| Epoch(*epoch)).collect();
+        (gateway(name), NodeLoad { serves: Some([(service.into(), epochs)].into()), ..NodeLoad::default() })
+    };
+    assert_eq!(waits(vec![says("g1", "m", &[1])]).as_deref(), Some("g2"), "it has no session yet");
+    assert_eq!(waits(vec![says("g1", "m", &[]), says("g2", "m", &[1])]).as_deref(), Some("g1"));
+    assert_eq!(waits(vec![says("g1", "other", &[1]), says("g2", "m", &[1])]).as_deref(), Some("g1"));
+    assert_eq!(waits(vec![says("g1", "m", &[1, 7]), says("g2", "m", &[0, 1])]), None);
+    let (mut earlier, load) = says("g2", "m", &[1]);
+    earlier.incarnation = Incarnation(earlier.incarnation.0 + 1);
+    assert_eq!(waits(vec![says("g1", "m", &[1]), (earlier, load)]).as_deref(), Some("g2"), "another process said so");
+    assert_eq!(waits(vec![says("g1", "m", &[1]), (gateway("g2"), NodeLoad::default())]), None, "its version does not say");
+    assert_eq!(not_served(&service, [].iter(), &ClusterLoads { nodes: Vec::new() }), None, "there are none to wait for");
 }
 
 #[test]

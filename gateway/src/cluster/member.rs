@@ -12,6 +12,7 @@ use forge_cluster::engine::EngineDialer;
 use forge_shared::cluster::command::{Applied, Command, IdempotencyRecord};
 use forge_shared::cluster::event::Kind;
 use forge_shared::cluster::node::NodeSpec;
+use forge_shared::ids::{Epoch, ServiceName};
 use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -28,6 +29,9 @@ use crate::model_table::NameClash;
 const WATCH_RETRY: Duration = Duration::from_millis(500);
 /// For writing down an idempotency key before a request is admitted.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Replicas that requests go to, by their epochs.
+pub(super) type Serves = BTreeMap<ServiceName, Vec<Epoch>>;
 
 /// What a member is made of.
 #[derive(Clone)]
@@ -75,8 +79,9 @@ impl ClusterMember {
     pub fn start(parts: MemberParts, gateway: Gateway) -> Self {
         let (sender, published) = watch::channel(None);
         let (refused_sender, refused) = watch::channel(None);
-        let following = tokio::spawn(follow(parts.clone(), gateway.clone(), sender));
-        let session = tokio::spawn(session::keep(parts, gateway, refused_sender));
+        let (serves_sender, serves) = watch::channel(Serves::new());
+        let following = tokio::spawn(follow(parts.clone(), gateway.clone(), sender, serves_sender));
+        let session = tokio::spawn(session::keep(parts, gateway, serves, refused_sender));
         ClusterMember { tasks: vec![following, session], published, refused }
     }
 
@@ -107,7 +112,12 @@ impl ClusterMember {
     }
 }
 
-async fn follow(parts: MemberParts, gateway: Gateway, published: watch::Sender<Option<BTreeMap<String, Published>>>) {
+async fn follow(
+    parts: MemberParts,
+    gateway: Gateway,
+    published: watch::Sender<Option<BTreeMap<String, Published>>>,
+    serves: watch::Sender<Serves>,
+) {
     let changed = Arc::new(Notify::new());
     let mut directory = Directory::default();
     let mut replicas = Replicas::new(parts.dialer.clone(), parts.built_texts.clone(), changed.clone());
@@ -145,6 +155,12 @@ async fn follow(parts: MemberParts, gateway: Gateway, published: watch::Sender<O
             (service, Published { wished, served })
         };
         published.send_replace(Some(directory.wishes().into_iter().map(of).collect()));
+        // After the publishing: what the cluster is told to be served is.
+        let mut epochs = Serves::new();
+        for replica in &served {
+            epochs.entry(replica.service.as_str().into()).or_default().push(replica.epoch);
+        }
+        serves.send_replace(epochs);
         for clash in found.iter().filter(|clash| !clashes.contains(clash)) {
             tracing::warn!(%clash, "ask for the other service by its own name");
         }

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::MemberParts;
+use super::member::Serves;
 use crate::gateway::Gateway;
 
 /// For a connection and its hello.
@@ -23,17 +24,19 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 struct Shell {
     parts: MemberParts,
     gateway: Gateway,
+    /// What the other task publishes.
+    serves: watch::Receiver<Serves>,
     link: Option<Session>,
     connecting: Option<BoxFuture<'static, Result<Session, ClusterError>>>,
 }
 
 /// Keeps a session for ever; ends where the coordinators refuse this gateway for good, and says so.
-pub(super) async fn keep(parts: MemberParts, gateway: Gateway, refused: watch::Sender<Option<String>>) {
+pub(super) async fn keep(parts: MemberParts, gateway: Gateway, serves: watch::Receiver<Serves>, refused: watch::Sender<Option<String>>) {
     let begun = Instant::now();
     let now_ms = || u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     let jitter = parts.spec.id.0.bytes().fold(17_u64, |sum, byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));
     let mut core = SessionCore::serving_on(jitter);
-    let mut shell = Shell { parts, gateway, link: None, connecting: None };
+    let mut shell = Shell { parts, gateway, serves, link: None, connecting: None };
     loop {
         // Rounded up: a tick before its time would find nothing to do.
         let wait = Duration::from_millis(core.next_tick_ms().saturating_sub(now_ms()).saturating_add(1)).min(CONNECT_TIMEOUT);
@@ -113,6 +116,7 @@ impl Shell {
                     resident_bytes: forge_cluster::resident_bytes(),
                     replicas: Vec::new(),
                     requests_in_progress: self.gateway.in_flight() as u64,
+                    serves: Some(self.serves.borrow().clone()),
                 };
                 room.send(NodeUp::Heartbeat { number, load, usage });
             }

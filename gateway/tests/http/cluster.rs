@@ -11,6 +11,7 @@ use forge_gateway::prefix_index::PromptBlocks;
 use forge_gateway::{Gateway, GatewayConfig, KeyLimits, KeyRing, Listeners};
 use forge_shared::cluster::event::Object;
 use forge_shared::cluster::session::KeyShare;
+use forge_shared::ids::Epoch;
 use forge_shared::telemetry::Metrics;
 use http_body_util::Full;
 use hyper::Request;
@@ -115,6 +116,9 @@ async fn models_come_with_their_replicas_and_a_stream_goes_on_at_a_new_one() {
     assert_eq!(texts(&answer), undisturbed);
     assert_eq!(engine(&workers, "b").seen.lock().len(), 1);
     assert_eq!(engine(&workers, "b").last().choices[0].emitted_tokens.len(), 4);
+
+    // The coordinators learn what requests go to.
+    eventually("it is told", || *cluster.served.lock() == [("s".into(), vec![Epoch(2)])].into()).await;
 
     let epochs: Vec<u64> = workers.dialed.lock().iter().map(|target| target.epoch.0).collect();
     assert_eq!(epochs, [1, 2]);

@@ -1,6 +1,6 @@
 //! Coordinators and workers that say what a test tells them to, behind the interfaces that the real ones implement.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +33,8 @@ pub(crate) struct ScriptedCluster {
     watchers: Mutex<Vec<mpsc::Sender<WatchItem>>>,
     pub(crate) shares: Mutex<Vec<KeyShare>>,
     pub(crate) usage: Mutex<Vec<KeyUsage>>,
+    /// What gateways said last that they serve.
+    pub(crate) served: Arc<Mutex<BTreeMap<ServiceName, Vec<Epoch>>>>,
     pub(crate) away: Mutex<bool>,
     records: Mutex<HashMap<(String, String), IdempotencyRecord>>,
 }
@@ -99,11 +101,12 @@ impl ClusterApi for ScriptedCluster {
         let (up, mut from_node) = mpsc::channel(16);
         let (to_node, down) = mpsc::channel(16);
         let (shares, told) = (self.shares.lock().clone(), Arc::new(Mutex::new(Vec::new())));
-        let seen = told.clone();
+        let (seen, served) = (told.clone(), self.served.clone());
         tokio::spawn(async move {
             let welcome = NodeDown::Welcome { lease_ms: 3000, heartbeat_ms: 50 };
             let mut sent = to_node.send(welcome).await;
-            while let (Ok(()), Some(NodeUp::Heartbeat { number, usage, .. })) = (&sent, from_node.recv().await) {
+            while let (Ok(()), Some(NodeUp::Heartbeat { number, load, usage })) = (&sent, from_node.recv().await) {
+                *served.lock() = load.serves.unwrap_or_default();
                 seen.lock().extend(usage);
                 sent = to_node.send(NodeDown::Ack { number, lease_ms: 3000, shares: shares.clone() }).await;
             }

@@ -1,8 +1,10 @@
 //! Nodes: processes that joined the cluster, what they offer and where they stand.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Incarnation, NodeId};
+use crate::ids::{Epoch, Incarnation, NodeId, ServiceName};
 
 /// What a process is in the cluster. It is written in its certificate, and nothing else decides it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -152,6 +154,9 @@ pub struct NodeLoad {
     pub replicas: Vec<ReplicaLoad>,
     /// Requests being answered (gateway).
     pub requests_in_progress: u64,
+    /// Replicas that it sends requests to, by their epochs (gateway); `None` of workers, and of a version that does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serves: Option<BTreeMap<ServiceName, Vec<Epoch>>>,
 }
 
 /// What a replica is doing now.
