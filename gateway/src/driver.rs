@@ -20,6 +20,10 @@ use crate::models::{Model, Replica, ReplicaGuard, Wanted};
 /// How often readiness is looked at while no replica can answer.
 const READY_POLL: Duration = Duration::from_millis(50);
 
+/// For how long only replicas of too little context may be left before a request that needs more is given up: a place with
+/// more may be in the making.
+const CONTEXT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Why a repeated idempotency key finds no replica although some are ready.
 const OTHER_NUMERICS: &str = "the replicas that are ready compute with other numerics than the one that first accepted this Idempotency-Key, \
      and would answer with other tokens; send it again later, or without the key";
@@ -145,17 +149,38 @@ impl Driver {
         if let Some(replica) = self.model.pick_successor(&wanted) {
             return Some((replica, request.clone()));
         }
-        if !self.may_be_shortened {
+        let context_tokens = self.least_context(request);
+        if context_tokens >= wanted.context_tokens {
             return None;
         }
-        let emitted = request.choices.iter().map(|choice| choice.emitted_tokens.len()).max().unwrap_or(0);
-        let least = emitted.saturating_add(1).max(request.params.min_tokens as usize);
-        let prompt = request.prompt_tokens.len();
-        let replica = self.model.pick_successor(&Wanted { context_tokens: prompt.saturating_add(least), ..wanted })?;
+        let replica = self.model.pick_successor(&Wanted { context_tokens, ..wanted })?;
         let mut request = request.clone();
+        let prompt = request.prompt_tokens.len();
         let room = replica.link.card().max_model_len.saturating_sub(prompt);
         request.params.max_tokens = request.params.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX));
         Some((replica, request))
+    }
+
+    /// The least context in tokens with which a request can go on: less than it wants where the client set no bound.
+    fn least_context(&self, request: &GenerateRequest) -> usize {
+        let wanted = request.params.max_tokens as usize;
+        let emitted = request.choices.iter().map(|choice| choice.emitted_tokens.len()).max().unwrap_or(0);
+        let answer = match self.may_be_shortened {
+            true => emitted.saturating_add(1).max(request.params.min_tokens as usize).min(wanted),
+            false => wanted,
+        };
+        request.prompt_tokens.len().saturating_add(answer)
+    }
+
+    /// Why a request cannot go on, if all that is left of its numerics has too little context for it.
+    fn too_short(&self, request: &GenerateRequest) -> Option<ApiError> {
+        let (needed, longest) = (self.least_context(request), self.model.longest_successor(&self.numerics_id)?);
+        let message = format!(
+            "the replica that answered is gone, and those that are left have a context of {longest} tokens, of which this request needs \
+             {needed}: send it again with a shorter prompt or a smaller max_tokens"
+        );
+        let (param, code) = (Some("max_tokens".to_owned()), Some("context_length_exceeded"));
+        (longest < needed).then_some(ApiError::Invalid { param, message, code })
     }
 
     /// Submits to one replica, bounded by the deadline and the gateway's end.
@@ -234,6 +259,7 @@ impl Driver {
         tracing::warn!(request = %request.id, reason, "engine lost; submitting again");
         self.gateway.metrics.requests_replayed.get_or_create(&self.model.label).inc();
         bounded(&self.gateway, &mut self.deadline, sleep(wait)).await?;
+        let mut short_since: Option<Instant> = None;
         loop {
             // Only an engine of the same numerics goes on with the same tokens; until one is ready, the client waits.
             if let Some((replica, request)) = self.pick_successor(&request) {
@@ -243,6 +269,11 @@ impl Driver {
                     Err(error) => return Err(ApiError::EngineFailed { reason: error.to_string() }),
                 }
             }
+            short_since = match self.too_short(&request) {
+                None => None,
+                Some(error) if short_since.is_some_and(|since| since.elapsed() >= CONTEXT_PATIENCE) => return Err(error),
+                Some(_) => short_since.or_else(|| Some(Instant::now())),
+            };
             bounded(&self.gateway, &mut self.deadline, sleep(READY_POLL)).await?;
         }
     }

@@ -182,6 +182,13 @@ impl Model {
         pick_among(&self.kin.read().clone(), wanted)
     }
 
+    /// The longest context in tokens among the replicas a request could go on at; `None` while none is ready.
+    pub(crate) fn longest_successor(&self, numerics_id: &str) -> Option<usize> {
+        let kin = self.kin.read().clone();
+        let ready = kin.iter().filter(|replica| replica.link.status().ready).map(|replica| replica.link.card());
+        ready.filter(|card| card.numerics_id == numerics_id).map(|card| card.max_model_len).max()
+    }
+
     /// Whether a replica that a request could go to is held back only until an attempt at it is concluded.
     pub(crate) fn is_probing(&self, wanted: &Wanted<'_>) -> bool {
         self.replicas().iter().any(|replica| wanted.fits(replica) && replica.breaker().is_probing())

@@ -196,7 +196,7 @@ impl Controller {
             if commit.is_full() {
                 return None;
             }
-            let refused = placing.one(index, &failed).or_else(|_| placing.one(index, &often)).err();
+            let refused = placing.somewhere(index, &[&failed, &often]).err();
             // Where a predecessor still finishes its requests its memory comes free soon.
             refusal = refusal.or(refused.filter(|_| !work.waits));
             placed += placing.give(placed, commit);
@@ -207,7 +207,7 @@ impl Controller {
             }
             let old = service.replicas.iter().find(|replica| replica.plan.epoch == replaced.epoch);
             old.iter().for_each(|old| placing.cluster.release(&old.plan));
-            if let Err(refused) = placing.one(replaced.index, &often) {
+            if let Err(refused) = placing.somewhere(replaced.index, &[&often]) {
                 old.iter().for_each(|old| placing.cluster.take(&old.plan));
                 refusal = refusal.or(Some(refused));
             }
@@ -215,7 +215,12 @@ impl Controller {
         }
         for replaced in &work.ready {
             let elsewhere: Vec<NodeId> = often.iter().chain(&replaced.nodes).cloned().collect();
-            let Err(refused) = placing.one(replaced.index, &elsewhere) else { break };
+            // A place with less context is no place for what answers, unless it must go.
+            let moved = match replaced.is_forced_off {
+                true => placing.somewhere(replaced.index, &[&elsewhere]),
+                false => placing.one(replaced.index, &elsewhere, placing.served_len(replaced)),
+            };
+            let Err(refused) = moved else { break };
             if replaced.is_forced_off || !replaced.is_on_draining && placing.fits_instead(replaced, &often) {
                 remove(commit, [replaced.id(name)]);
                 refusal = refusal.or(Some(refused).filter(|_| replaced.is_forced_off));
@@ -253,6 +258,12 @@ impl Replaced {
     }
 }
 
+/// Plans of a service's generation, and those in the making, of other replicas than one: they decide its context.
+fn others<'a>(service: &'a ServiceRecord, made: &'a [Plan], index: u32) -> Vec<&'a Plan> {
+    let (_, standing) = present(service);
+    standing.into_iter().filter(|plan| plan.replica.index != index).chain(made).collect()
+}
+
 /// One service's placement in the making.
 struct Placing<'a> {
     cluster: &'a mut Cluster,
@@ -264,9 +275,26 @@ struct Placing<'a> {
 }
 
 impl Placing<'_> {
+    /// Places one replica off the first of these groups of nodes that leaves it a place: with the context that its
+    /// generation has had, and only where that fits nowhere with a shorter one.
+    fn somewhere(&mut self, index: u32, avoided: &[&[NodeId]]) -> Result<(), Refusal> {
+        let longest_len = self.longest_len(index);
+        if longest_len.is_some() && avoided.iter().any(|avoided| self.one(index, avoided, longest_len).is_ok()) {
+            return Ok(());
+        }
+        let mut refused = Ok(());
+        for avoided in avoided {
+            refused = self.one(index, avoided, None);
+            if refused.is_ok() {
+                break;
+            }
+        }
+        refused
+    }
+
     /// Places one replica off `avoided` nodes, and off those where an older epoch of it still runs.
-    fn one(&mut self, index: u32, avoided: &[NodeId]) -> Result<(), Refusal> {
-        let Placement { plans, refusal } = self.plan(index, avoided);
+    fn one(&mut self, index: u32, avoided: &[NodeId], kept_len: Option<usize>) -> Result<(), Refusal> {
+        let Placement { plans, refusal } = self.plan(index, avoided, kept_len);
         if let Some(plan) = plans.first() {
             self.epoch = plan.epoch;
         }
@@ -284,22 +312,36 @@ impl Placing<'_> {
     fn fits_instead(&mut self, replaced: &Replaced, avoided: &[NodeId]) -> bool {
         let Some(old) = self.service.replicas.iter().find(|replica| replica.plan.epoch == replaced.epoch) else { return false };
         self.cluster.release(&old.plan);
-        let plans = self.plan(replaced.index, avoided).plans;
+        let plans = self.plan(replaced.index, avoided, self.served_len(replaced)).plans;
         plans.iter().for_each(|plan| self.cluster.release(plan));
         self.cluster.take(&old.plan);
         !plans.is_empty()
     }
 
-    fn plan(&mut self, index: u32, avoided: &[NodeId]) -> Placement {
-        let (_, mut standing) = present(self.service);
-        standing.retain(|plan| plan.replica.index != index);
-        standing.extend(&self.plans);
+    /// The context that the generation has had, where nothing that stands says which.
+    fn longest_len(&self, index: u32) -> Option<usize> {
+        self.service.longest_len.filter(|_| others(self.service, &self.plans, index).is_empty())
+    }
+
+    /// The context of a replica that answers, if its successor is of the same generation; else as [`Placing::longest_len`].
+    fn served_len(&self, replaced: &Replaced) -> Option<usize> {
+        let own = self.service.replicas.iter().find(|replica| replica.plan.epoch == replaced.epoch);
+        let own = own.filter(|replica| replica.generation == self.service.generation).map(|replica| replica.plan.max_model_len);
+        let longest_len = self.longest_len(replaced.index);
+        longest_len.and(own).or(longest_len)
+    }
+
+    /// `kept_len`, if given, is the context it has instead of the longest that fits; a stated one goes before.
+    fn plan(&mut self, index: u32, avoided: &[NodeId], kept_len: Option<usize>) -> Placement {
+        let mut spec = self.service.service.spec.clone();
+        spec.max_model_len = spec.max_model_len.or(kept_len);
+        let standing = others(self.service, &self.plans, index);
         let older = self.service.leaving.iter().filter(|leaving| leaving.replica.plan.replica.index == index);
         let older = older.flat_map(|leaving| leaving.replica.plan.ranks.iter().map(|rank| rank.node.clone()));
         let avoided: Vec<(u32, NodeId)> = avoided.iter().cloned().chain(older).map(|node| (index, node)).collect();
         let wish = Wish {
             service: self.name,
-            spec: &self.service.service.spec,
+            spec: &spec,
             facts: self.facts,
             indices: &[index],
             last_epoch: self.epoch,

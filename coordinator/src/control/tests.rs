@@ -345,6 +345,39 @@ fn a_node_with_less_memory_than_it_said_gets_no_more_than_was_found() {
 }
 
 #[test]
+fn what_was_served_with_a_long_context_keeps_it_where_it_can() {
+    let mut leader = Leader::of(&[("a", 1_000), ("b", 250)]);
+    leader.apply("demo", ModelServiceSpec { replicas: 1, ..Default::default() });
+    leader.settle(20_000);
+    let context = |leader: &Leader| leader.service("demo").replicas[0].plan.max_model_len;
+    assert_eq!((leader.places("demo"), context(&leader)), (vec!["a"], 8192));
+    // One death is no reason to refuse long requests from then on.
+    let plan = leader.service("demo").replicas[0].plan.clone();
+    leader.world.report(&plan.replica, plan.epoch, ReplicaPhase::Failed).expect("reports");
+    leader.settle(60_000);
+    assert_eq!((leader.places("demo"), context(&leader)), (vec!["a"], 8192));
+    // Neither is a drained node: there is no room for that context elsewhere.
+    let drain = |draining| Command::DrainNode { node: NodeId::from("a"), draining, is_forced: false };
+    leader.world.run(drain(true)).expect("drains");
+    leader.settle(60_000);
+    assert_eq!((leader.places("demo"), context(&leader)), (vec!["a"], 8192));
+    leader.world.run(drain(false)).expect("serves");
+    leader.world.run(Command::CordonNode { node: NodeId::from("a"), cordoned: false }).expect("serves");
+    // Less context is better than no replica, and the first that can have it all gets it again.
+    leader.alive.retain(|(id, _)| id != "a");
+    leader.settle(60_000);
+    assert_eq!(leader.places("demo"), ["b"]);
+    assert!(context(&leader) < 8192, "{}", context(&leader));
+    assert_eq!(leader.service("demo").longest_len, Some(8192));
+    leader.world.join("c", 1, &[500]).expect("joins");
+    leader.alive = vec![("c".into(), 1)];
+    leader.settle(60_000);
+    assert_eq!((leader.places("demo"), context(&leader)), (vec!["c"], 8192));
+    leader.apply("demo", ModelServiceSpec { replicas: 1, max_batch_size: 8, ..Default::default() });
+    assert_eq!(leader.service("demo").longest_len, None, "another wish, another context");
+}
+
+#[test]
 fn a_model_is_unusable_after_several_workers_said_so() {
     let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
     leader.apply("demo", spec(1));

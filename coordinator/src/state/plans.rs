@@ -132,6 +132,7 @@ impl ClusterState {
             }
         }
         service.last_epoch = plan.epoch;
+        service.longest_len = service.longest_len.max(Some(plan.max_model_len));
         if let Some(position) = service.replicas.iter().position(|replica| replica.plan.replica.index == id.index) {
             let old = service.replicas.remove(position);
             let serves = old.status.phase == ReplicaPhase::Ready;

@@ -39,6 +39,7 @@ impl ClusterState {
                 is_deleted: false,
                 refusal: None,
                 last_epoch: self.epoch_floor,
+                longest_len: None,
             };
             self.put_service(name.clone(), record, step);
             self.notice(step, Weight::Normal, "ServiceCreated", about(&name), format!("service {name} was created"));
@@ -64,6 +65,7 @@ impl ClusterState {
                 record.older.push(OlderWish { generation: record.generation, service: record.service.clone(), weights_digest });
             }
             record.generation += 1;
+            record.longest_len = None;
             record.facts = Facts::NEW;
             record.refusal = None;
         } else if tries_again {

@@ -218,6 +218,7 @@ fn starting() -> ServiceRecord {
         is_deleted: false,
         refusal: None,
         last_epoch: Epoch(1),
+        longest_len: None,
     }
 }
 

@@ -207,6 +207,7 @@ mod tests {
             is_deleted: false,
             refusal: None,
             last_epoch: Epoch(9),
+            longest_len: None,
         };
         Object::Service(Box::new(record))
     }

@@ -165,6 +165,28 @@ async fn a_stream_goes_on_at_a_new_replica_that_has_less_context() {
 }
 
 #[tokio::test]
+async fn a_stream_that_all_replicas_left_have_too_little_context_for_ends_with_the_reason() {
+    let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a"]));
+    workers.engines.lock().insert("b".into(), ScriptedEngine::with_context("model", "numerics-1", 256));
+    let request = json!({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "seed": 5, "stream": true});
+    cluster.tell(vec![node("a"), node("b"), service("s", &[("a", 1)])]).await;
+    let gateway = join(&cluster, &workers, "gw", NOW_S).await;
+    ready(&gateway.server).await;
+    engine(&workers, "a").fates([Fate::DiesAndRestarts(4, Duration::from_secs(60))]);
+    let replaced = async {
+        eventually("the engine is away", || !engine(&workers, "a").script.lock().ready).await;
+        cluster.tell(vec![service("s", &[("b", 2)])]).await;
+    };
+    let began = std::time::Instant::now();
+    let (answer, ()) = tokio::join!(gateway.server.post_json(CHAT, &request), replaced);
+    let error = answer.events().pop().expect("an event")["error"].clone();
+    assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("max_tokens")), "{}", answer.text);
+    assert!(error["message"].as_str().is_some_and(|message| message.contains("context of 256 tokens")), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    assert!(engine(&workers, "b").seen.lock().is_empty());
+}
+
+#[tokio::test]
 async fn two_services_of_one_name_cost_the_younger_its_name_and_nobody_else_anything() {
     let (cluster, workers) = (Arc::new(ScriptedCluster::default()), workers(&["a", "b"]));
     workers.engines.lock().insert("c".into(), ScriptedEngine::new("other", "numerics-1"));

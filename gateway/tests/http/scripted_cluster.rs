@@ -249,6 +249,7 @@ pub(crate) fn service_since(created: u64, name: &str, replicas: &[(&str, u64)]) 
         is_deleted: false,
         refusal: None,
         last_epoch: Epoch(100),
+        longest_len: None,
     }))
 }
 

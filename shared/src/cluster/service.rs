@@ -38,6 +38,9 @@ pub struct ServiceRecord {
     pub refusal: Option<Refusal>,
     /// Highest epoch ever given out for this service: the next plan's is larger.
     pub last_epoch: Epoch,
+    /// Longest context that a plan of this generation had, tokens: the next plan keeps it where it fits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest_len: Option<usize>,
 }
 
 /// A replica on its way out. It is told apart from its successor, which has the same id, by its epoch.
