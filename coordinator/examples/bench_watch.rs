@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use forge_cluster::tls::{ChannelOptions, ClusterCa, Credentials, Identity, NODE_LIFETIME, NodeKey, PeerName, SharedCredentials, channel};
 use forge_coordinator::watch::{HistoryBounds, Hub, KindSet, See, Source, Watcher};
-use forge_coordinator::{RunOptions, Surroundings, prepare};
+use forge_coordinator::{CertificateOptions, RunOptions, Surroundings, prepare};
 use forge_proto::cluster::cluster_client::ClusterClient;
 use forge_proto::cluster::{ExecuteRequest, WatchBatch, WatchRequest};
 use forge_shared::cluster::Revision;
@@ -129,6 +129,7 @@ async fn serve(folder: &Path, listen: SocketAddr) -> Result<(), Failure> {
         lease: Duration::from_secs(3),
         heartbeat: Duration::from_millis(500),
         surroundings: Surroundings::default(),
+        certificates: CertificateOptions::default(),
     };
     let prepared = prepare(options).await?;
     let coordinator = prepared.coordinator().clone();

@@ -34,6 +34,6 @@ pub use coordinator::{Coordinator, CoordinatorOptions};
 pub use error::CoordinatorError;
 pub use member_file::{MemberFile, fuzz_member_file};
 pub use raft::BeforeSync;
-pub use run::{Prepared, RunOptions, prepare};
+pub use run::{CertificateOptions, Prepared, RunOptions, prepare};
 pub use server::fuzz::{fuzz_request, fuzz_session};
 pub use surroundings::Surroundings;

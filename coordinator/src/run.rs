@@ -13,9 +13,12 @@ use std::time::Duration;
 use forge_cluster::api::ClusterApi;
 use forge_cluster::client::RemoteCluster;
 use forge_cluster::probes::{self, Probes};
-use forge_cluster::tls::{CA_KEY_FILE, ClusterCa, Credentials, JoinTokenText, JoinWish, SharedCredentials, join, write_private};
+use forge_cluster::tls::{
+    CA_KEY_FILE, CertificateClock, ClusterCa, Credentials, JoinTokenText, JoinWish, NODE_LIFETIME, SharedCredentials, join, write_private,
+};
 use forge_shared::cluster::command::MemberRecord;
 use forge_shared::cluster::node::Role;
+use forge_shared::telemetry::RoleLabel;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -60,6 +63,23 @@ pub struct RunOptions {
     pub heartbeat: Duration,
     /// Its machine.
     pub surroundings: Surroundings,
+    /// The certificates it signs, and its own.
+    pub certificates: CertificateOptions,
+}
+
+/// How certificates are signed and by what clock they are looked at.
+#[derive(Debug, Clone)]
+pub struct CertificateOptions {
+    /// Life of those that are signed for nodes and operators.
+    pub life: Duration,
+    /// The machine's, but for tests.
+    pub clock: CertificateClock,
+}
+
+impl Default for CertificateOptions {
+    fn default() -> Self {
+        CertificateOptions { life: NODE_LIFETIME, clock: CertificateClock::default() }
+    }
 }
 
 /// A coordinator that has its ports and its group, and does not serve yet.
@@ -105,7 +125,7 @@ pub async fn prepare(mut options: RunOptions) -> Result<Prepared, CoordinatorErr
             format!("{} holds the certificate of {identity}; this is to be the coordinator {}", options.tls_dir.display(), options.name);
         return Err(start(reason));
     }
-    let credentials = SharedCredentials::new(credentials);
+    let credentials = SharedCredentials::with_clock(credentials, options.certificates.clock.clone());
     let mut raft = RaftOptions::new(member.member_id, member.group_id.clone(), MemberFile::raft_folder(&options.data_dir));
     raft.bootstrap = member.is_founder.then(|| vec![member.member_id]);
     let mut coordinator_options = CoordinatorOptions::new(raft, &identity.cluster_id, &options.name, &options.address);
@@ -144,7 +164,8 @@ impl Prepared {
         let removal = peers.removal(&coordinator);
         let renewal = keep_certificate(&options, &coordinator, &credentials);
         tracing::info!(address = options.address, name = options.name, "serving");
-        let server = server::serve(server::Port { listener, credentials: credentials.clone(), ca, peers }, coordinator.clone());
+        let port = server::Port { listener, credentials: credentials.clone(), ca, life: options.certificates.life, peers };
+        let server = server::serve(port, coordinator.clone());
         tokio::pin!(server);
         let served = tokio::select! {
             served = server.as_mut() => served,
@@ -174,7 +195,13 @@ async fn keep_certificate(options: &RunOptions, coordinator: &Coordinator, crede
     addresses.retain(|address| !address.is_empty());
     addresses.dedup();
     match RemoteCluster::new(&addresses, credentials) {
-        Ok(cluster) => forge_cluster::client::keep_renewed(cluster, options.tls_dir.clone()).await,
+        Ok(cluster) => {
+            let gauge = coordinator.metrics().certificate_left_s.get_or_create_owned(&RoleLabel { role: Role::Coordinator.to_string() });
+            let left = move |left_s| {
+                gauge.set(left_s);
+            };
+            forge_cluster::client::keep_renewed(cluster, options.tls_dir.clone(), left).await;
+        }
         Err(error) => {
             tracing::error!(%error, "the certificate will not be renewed by itself");
             std::future::pending().await

@@ -2,7 +2,8 @@
 //!
 //! What it is not: leases and timeouts are not counted by this clock; they are by the monotonic one, which does not jump.
 //!
-//! Invariant: nothing in this crate reads the system's wall clock for a running coordinator but through this.
+//! Invariant: nothing in this crate reads the system's wall clock for a running coordinator but through this; certificates
+//! have [`forge_cluster::tls::CertificateClock`].
 
 use std::fmt;
 use std::sync::Arc;

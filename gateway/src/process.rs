@@ -14,7 +14,7 @@ use forge_cluster::incarnation;
 use forge_cluster::tls::SharedCredentials;
 use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::ids::NodeId;
-use forge_shared::telemetry::Metrics;
+use forge_shared::telemetry::{Metrics, RoleLabel};
 
 use crate::clock::{Clock, SystemClock};
 use crate::cluster::{MemberParts, Shares};
@@ -46,14 +46,19 @@ pub async fn run(file: GatewayFile<GatewayConfig>, shutdown: impl Future<Output 
     addresses.extend(entry.coordinators);
     addresses.dedup();
     let cluster = RemoteCluster::new(&addresses, &credentials).map_err(|error| cannot(error.to_string()))?;
-    let renewing = tokio::spawn(keep_renewed(cluster.clone(), membership.directory.clone()));
-    let result = serve(&file, cluster, &credentials, shutdown).await;
+    let metrics = Metrics::new();
+    let left = metrics.certificate_left_s.get_or_create_owned(&RoleLabel { role: Role::Gateway.to_string() });
+    let renewing = tokio::spawn(keep_renewed(cluster.clone(), membership.directory.clone(), move |left_s| {
+        left.set(left_s);
+    }));
+    let result = serve(&file, metrics, cluster, &credentials, shutdown).await;
     renewing.abort();
     result
 }
 
 async fn serve(
     file: &GatewayFile<GatewayConfig>,
+    metrics: Metrics,
     cluster: RemoteCluster,
     credentials: &SharedCredentials,
     shutdown: impl Future<Output = ()> + Send,
@@ -77,7 +82,7 @@ async fn serve(
     let keys = KeyRing::told(shares.clone());
     let dialer = Arc::new(RemoteDialer::new(credentials.clone(), config.timeouts.request()));
     let parts = MemberParts { api: Arc::new(cluster), dialer, spec, keys: keys.clone(), shares, built_texts: None };
-    let gateway = Gateway::unchecked(config.clone(), Metrics::new(), keys.clone(), Arc::new(SystemClock));
+    let gateway = Gateway::unchecked(config.clone(), metrics, keys.clone(), Arc::new(SystemClock));
     let member = gateway.join(parts);
     tracing::info!(name = file.name, "waiting for the cluster's services and keys");
     tokio::select! {

@@ -165,6 +165,8 @@ pub struct Metrics {
     pub pulled_bytes: Family<ModelLabel, Counter>,
     /// 1 for the state the session is in, 0 for the others (worker).
     pub session: Family<SessionLabel, Gauge>,
+    /// Seconds until this process's certificate ends (worker, gateway of a cluster).
+    pub certificate_left_s: Family<RoleLabel, Gauge>,
 }
 
 impl Default for Metrics {
@@ -209,6 +211,7 @@ impl Metrics {
             replicas: Family::default(),
             pulled_bytes: Family::default(),
             session: Family::default(),
+            certificate_left_s: Family::default(),
         };
         metrics.registry = Arc::new(metrics.register());
         metrics
@@ -262,6 +265,7 @@ impl Metrics {
         r.register("forge_replicas", "Replicas by where they stand", self.replicas.clone());
         r.register("forge_pulled_bytes", "Bytes of models that were pulled", self.pulled_bytes.clone());
         r.register("forge_session", "State of the session with the coordinators", self.session.clone());
+        r.register("forge_certificate_left_seconds", CERTIFICATE_HELP, self.certificate_left_s.clone());
         registry
     }
 
@@ -308,9 +312,11 @@ pub struct CommandLabel {
 /// Label: a role of nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RoleLabel {
-    /// worker or gateway.
+    /// coordinator, worker or gateway.
     pub role: String,
 }
+
+const CERTIFICATE_HELP: &str = "Until this process's certificate ends; it renews itself when a third is left";
 
 const COMMAND_S: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
@@ -393,6 +399,8 @@ pub struct CoordinatorMetrics {
     pub sessions: Family<RoleLabel, Gauge>,
     /// Watchers.
     pub watchers: Gauge,
+    /// Seconds until this process's certificate ends.
+    pub certificate_left_s: Family<RoleLabel, Gauge>,
 }
 
 impl Default for CoordinatorMetrics {
@@ -416,6 +424,7 @@ impl CoordinatorMetrics {
             command_s: Buckets(COMMAND_S).new_metric(),
             sessions: Family::default(),
             watchers: Gauge::default(),
+            certificate_left_s: Family::default(),
         };
         let mut registry = Registry::default();
         let r = &mut registry;
@@ -429,6 +438,7 @@ impl CoordinatorMetrics {
         r.register("forge_command_duration_seconds", "From proposal to reply", metrics.command_s.clone());
         r.register("forge_sessions", "Sessions of nodes", metrics.sessions.clone());
         r.register("forge_watchers", "Watchers", metrics.watchers.clone());
+        r.register("forge_certificate_left_seconds", CERTIFICATE_HELP, metrics.certificate_left_s.clone());
         metrics.registry = Arc::new(registry);
         metrics
     }

@@ -20,7 +20,7 @@ use forge_cluster::probes::{self, Probes};
 use forge_cluster::tls::SharedCredentials;
 use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::ids::NodeId;
-use forge_shared::telemetry::Metrics;
+use forge_shared::telemetry::{Metrics, RoleLabel};
 use forge_store::ForgeHome;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -104,7 +104,10 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
     tracing::info!(name = options.name, %address, %metrics_address, incarnation = spec.incarnation.0, devices = spec.devices.len(), "the worker starts");
     let mut node = node.join(spec, connect(&options), Arc::new(move |service| inspect(&models, service)))?;
     let renewal = RemoteCluster::new(&options.coordinators, &options.credentials).map_err(|error| cannot(error.to_string()))?;
-    let renewal = tokio::spawn(keep_renewed(renewal, options.credentials_dir.clone()));
+    let left = metrics.certificate_left_s.get_or_create_owned(&RoleLabel { role: Role::Worker.to_string() });
+    let renewal = tokio::spawn(keep_renewed(renewal, options.credentials_dir.clone(), move |left_s| {
+        left.set(left_s);
+    }));
     let state = node.state();
     let readiness = Probes {
         metrics: {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::Parser;
 use forge_cluster::config::{self, CoordinatorConfig};
 use forge_cluster::signals;
-use forge_coordinator::{CoordinatorError, MemberFile, RunOptions, Surroundings, prepare, restore};
+use forge_coordinator::{CertificateOptions, CoordinatorError, MemberFile, RunOptions, Surroundings, prepare, restore};
 
 /// A member of the cluster's raft group: holds the cluster's state and decides what runs where.
 #[derive(Debug, Parser)]
@@ -95,6 +95,7 @@ async fn run(config: &CoordinatorConfig, founds_group: bool) -> Result<(), Coord
         lease: Duration::from_millis(config.lease_ms),
         heartbeat: Duration::from_millis(config.heartbeat_ms),
         surroundings: Surroundings::default(),
+        certificates: CertificateOptions { life: Duration::from_secs(config.certificate_life_s), ..CertificateOptions::default() },
     };
     let prepared = tokio::select! {
         prepared = prepare(options) => prepared?,

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use forge_cluster::tls::{Identity, NODE_LIFETIME, check_name, secret_matches};
+use forge_cluster::tls::{Identity, check_name, secret_matches};
 use forge_proto::node::admission_server::Admission;
 use forge_proto::node::{JoinReply, JoinRequest};
 use forge_shared::cluster::command::{Command, CommandError, MemberRecord};
@@ -65,7 +65,7 @@ impl AdmissionService {
         let identity =
             Identity::new(self.0.ca.cluster_id(), role, &request.name).map_err(|error| CoordinatorError::message("name", error))?;
         // Before the token is used up: a request that cannot be signed uses nothing.
-        let signed = self.0.ca.sign(&request.signing_request_der, &identity, NODE_LIFETIME, coordinator.wall_ms() / 1000);
+        let signed = self.0.ca.sign(&request.signing_request_der, &identity, self.0.life, self.0.credentials.clock().now_s());
         let certificate_pem = signed.map_err(|error| CoordinatorError::message("signing_request_der", error))?;
         check_free(coordinator, role, &request.name, &request.address)?;
 

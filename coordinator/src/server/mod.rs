@@ -56,6 +56,8 @@ pub(crate) struct Shared {
     pub(crate) credentials: SharedCredentials,
     /// With it certificates are signed.
     pub(crate) ca: Arc<ClusterCa>,
+    /// Of certificates that are signed.
+    pub(crate) life: Duration,
     pub(crate) calls: Arc<Semaphore>,
     pub(crate) watches: Arc<Semaphore>,
     pub(crate) logs: Arc<Semaphore>,
@@ -66,6 +68,7 @@ pub(crate) struct Port {
     pub(crate) listener: TcpListener,
     pub(crate) credentials: SharedCredentials,
     pub(crate) ca: ClusterCa,
+    pub(crate) life: Duration,
     pub(crate) peers: Peers,
 }
 
@@ -74,7 +77,7 @@ pub(crate) struct Port {
 /// # Errors
 /// [`CoordinatorError::Start`] for credentials that cannot be used.
 pub(crate) async fn serve(port: Port, coordinator: Coordinator) -> Result<(), CoordinatorError> {
-    let Port { listener, credentials, ca, peers } = port;
+    let Port { listener, credentials, ca, life, peers } = port;
     let unusable = |error: forge_cluster::tls::TlsError| CoordinatorError::Start { reason: error.to_string() };
     let incoming = TlsIncoming::new(listener, &credentials).map_err(unusable)?;
 
@@ -82,6 +85,7 @@ pub(crate) async fn serve(port: Port, coordinator: Coordinator) -> Result<(), Co
         coordinator: coordinator.clone(),
         credentials,
         ca: Arc::new(ca),
+        life,
         calls: Arc::new(Semaphore::new(CALLS)),
         watches: Arc::new(Semaphore::new(WATCHES)),
         logs: Arc::new(Semaphore::new(LOGS)),

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use forge_cluster::api::Session;
-use forge_cluster::tls::{Identity, NODE_LIFETIME, Peer};
+use forge_cluster::tls::{Identity, Peer};
 use forge_proto::node::nodes_server::Nodes;
 use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp};
 use forge_shared::cluster::node::{NodeSpec, Role};
@@ -39,8 +39,7 @@ impl Nodes for NodesService {
         still_belongs(&self.0, &caller).map_err(refuse)?;
         let signing_request = request.into_inner().signing_request_der;
         let wrong = |error: forge_cluster::tls::TlsError| refuse(CoordinatorError::message("signing_request_der", error));
-        let certificate_pem =
-            self.0.ca.sign(&signing_request, &caller, NODE_LIFETIME, self.0.coordinator.wall_ms() / 1000).map_err(wrong)?;
+        let certificate_pem = self.0.ca.sign(&signing_request, &caller, self.0.life, self.0.credentials.clock().now_s()).map_err(wrong)?;
         tracing::info!(%caller, "a certificate was renewed");
         Ok(Response::new(RenewReply {
             certificate_pem,

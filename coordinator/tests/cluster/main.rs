@@ -3,6 +3,7 @@
 mod access;
 mod backup;
 mod bad_input;
+mod certificates;
 mod embedded;
 mod group;
 mod machine;

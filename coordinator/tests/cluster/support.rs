@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use forge_cluster::api::{ClusterApi, Session};
 use forge_cluster::client::RemoteCluster;
 use forge_cluster::tls::{ClusterCa, Credentials, Identity, JoinTokenText, JoinWish, NODE_LIFETIME, NodeKey, SharedCredentials, join};
-use forge_coordinator::{Coordinator, CoordinatorError, RunOptions, Surroundings, prepare};
+use forge_coordinator::{CertificateOptions, Coordinator, CoordinatorError, RunOptions, Surroundings, prepare};
 use forge_shared::cluster::command::{Applied, Command};
 use forge_shared::cluster::event::{Kind, Object};
 use forge_shared::cluster::node::{DeviceInfo, DeviceKind, NodeLoad, NodeSpec, Role};
@@ -69,6 +69,7 @@ pub struct Cluster {
     pub folder: tempfile::TempDir,
     pub ca: ClusterCa,
     pub members: Vec<Running>,
+    pub certificates: CertificateOptions,
 }
 
 /// Credentials of a role, signed by `ca` for as long as they say.
@@ -110,7 +111,8 @@ impl Cluster {
             tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("FORGE_LOG")).with_test_writer().try_init();
         let folder = tempfile::tempdir().expect("a folder");
         let ca = ClusterCa::create(CLUSTER, now_s()).expect("a CA");
-        let mut cluster = Cluster { folder, ca, members: Vec::new() };
+        let certificates = CertificateOptions::default();
+        let mut cluster = Cluster { folder, ca, members: Vec::new(), certificates };
         let tls = cluster.path("c1/tls");
         cluster.ca.save(&tls).expect("saved");
         credentials(&cluster.ca, Role::Coordinator, "c1", now_s(), NODE_LIFETIME).save(&tls).expect("saved");
@@ -157,6 +159,7 @@ impl Cluster {
             lease: Duration::from_secs(3),
             heartbeat: Duration::from_millis(500),
             surroundings: Surroundings::default(),
+            certificates: self.certificates.clone(),
         }
     }
 
@@ -196,7 +199,8 @@ impl Cluster {
 
     /// A client with these credentials.
     pub fn client_with(&self, credentials: Credentials) -> RemoteCluster {
-        RemoteCluster::new(&self.addresses(), &SharedCredentials::new(credentials)).expect("a client")
+        let credentials = SharedCredentials::with_clock(credentials, self.certificates.clock.clone());
+        RemoteCluster::new(&self.addresses(), &credentials).expect("a client")
     }
 
     pub fn admin(&self) -> RemoteCluster {

@@ -69,6 +69,24 @@ async fn learn(store: &ContextStore, args: &ServerArgs, cluster: &RemoteCluster)
     }
 }
 
+/// Renews the context's certificate once two thirds of its life are over: whoever uses it now and then never needs another.
+/// A renewal that fails does not fail the command, and is told each time.
+async fn renew(store: &ContextStore, args: &ServerArgs, cluster: &RemoteCluster) {
+    let credentials = cluster.credentials();
+    if credentials.clock().now_s() < credentials.get().renew_at_s() {
+        return;
+    }
+    let renewed = async {
+        let renewed = cluster.renew(LEARN_TIMEOUT).await?;
+        store.keep(&context(store, args)?, &renewed)?;
+        Ok::<_, Failure>(credentials.replace(renewed)?)
+    };
+    if let Err(failure) = renewed.await {
+        let days = credentials.left_s() / (24 * 3600);
+        eprintln!("warning: your certificate ends in {days} days and could not be renewed: {failure}");
+    }
+}
+
 /// Runs a command against the cluster that is meant. Ctrl-C ends it.
 ///
 /// # Errors
@@ -84,6 +102,7 @@ pub fn with_cluster<T, F: Future<Output = Result<T>>>(args: &ServerArgs, work: i
         };
         if done.is_ok() {
             learn(&store, args, &cluster).await;
+            renew(&store, args, &cluster).await;
         }
         done
     })

@@ -164,6 +164,14 @@ impl ContextStore {
         self.write(name, servers)
     }
 
+    /// Keeps a renewed certificate for a cluster.
+    ///
+    /// # Errors
+    /// If its files cannot be written.
+    pub fn keep(&self, name: &str, renewed: &Credentials) -> Result<()> {
+        Ok(renewed.save(&self.folder.join(name))?)
+    }
+
     fn write(&self, name: &str, servers: &[String]) -> Result<()> {
         let stored = ContextFile { servers: servers.to_vec() }.to_text().map_err(|error| Failure::of(&error))?;
         Ok(write_private(&self.folder.join(name).join(FILE), &stored)?)

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use forge_cluster::api::ClusterApi;
 use forge_cluster::tls::{CA_LIFETIME, ClusterCa, Credentials, NODE_LIFETIME, SharedCredentials};
-use forge_coordinator::{Coordinator, CoordinatorError, RunOptions, Surroundings, prepare};
+use forge_coordinator::{CertificateOptions, Coordinator, CoordinatorError, RunOptions, Surroundings, prepare};
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::{Kind, Object};
@@ -120,6 +120,7 @@ impl EmbeddedCoordinator {
             lease: LEASE,
             heartbeat: HEARTBEAT,
             surroundings: Surroundings::default(),
+            certificates: CertificateOptions::default(),
         });
         let prepared = prepared.await.map_err(|error| broken(&error))?;
         let address = prepared.address().map_err(|error| Failure::of(&error))?.to_string();

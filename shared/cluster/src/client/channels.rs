@@ -1,6 +1,7 @@
-//! Connections to the coordinators: one per address, made when needed, kept.
+//! Connections to the coordinators: one per address, made when needed, kept until the certificate is renewed.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use forge_proto::cluster::cluster_client::ClusterClient;
 use forge_proto::node::nodes_client::NodesClient;
@@ -10,7 +11,7 @@ use tonic::transport::Channel;
 
 use super::MAX_REPLY_BYTES;
 use super::route::Addresses;
-use crate::tls::{ChannelOptions, PeerName, SharedCredentials, TlsError, channel};
+use crate::tls::{PeerName, RenewedChannel, SharedCredentials, TlsError};
 
 /// Name that every coordinator's certificate carries.
 pub(super) const EXPECTED: &str = "coordinator.forge";
@@ -18,7 +19,7 @@ pub(super) const EXPECTED: &str = "coordinator.forge";
 #[derive(Debug)]
 pub(super) struct Channels {
     credentials: SharedCredentials,
-    open: Mutex<HashMap<String, Channel>>,
+    open: Mutex<HashMap<String, Arc<RenewedChannel>>>,
     addresses: Mutex<Addresses>,
 }
 
@@ -67,12 +68,8 @@ impl Channels {
     }
 
     fn channel(&self, address: &str) -> Result<Channel, TlsError> {
-        let mut open = self.open.lock();
-        if let Some(channel) = open.get(address) {
-            return Ok(channel.clone());
-        }
-        let channel = channel(address, &PeerName::Any(Role::Coordinator), &self.credentials, ChannelOptions::default())?;
-        open.insert(address.to_owned(), channel.clone());
-        Ok(channel)
+        let new = || Arc::new(RenewedChannel::new(address, PeerName::Any(Role::Coordinator), &self.credentials));
+        let channel = self.open.lock().entry(address.to_owned()).or_insert_with(new).clone();
+        channel.get()
     }
 }

@@ -119,10 +119,12 @@ impl RemoteCluster {
         // Two certificates for one process do no harm: an answer that was lost needs no care.
         let reply = self.channels.attempts(Patience::reading(timeout), attempt).await?;
         let held = self.credentials().get();
-        let renewed = Credentials::from_pem(&reply.certificate_pem, &key.pem(), held.ca_pem()).map_err(protocol)?;
+        // A coordinator says which CAs are believed: one that is believed itself.
+        let renewed = Credentials::from_pem(&reply.certificate_pem, &key.pem(), &reply.ca_certificate_pem).map_err(protocol)?;
         if renewed.identity() != held.identity() {
             return Err(ClusterError::Protocol { reason: format!("the renewed certificate is for {}", renewed.identity()) });
         }
+        renewed.check_time(self.credentials().clock().now_s()).map_err(protocol)?;
         for address in &reply.coordinators {
             self.channels.learn(address);
         }

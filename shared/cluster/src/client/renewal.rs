@@ -1,27 +1,58 @@
 //! Keeps a process's certificate fresh: renews it after two thirds of its life, on disk first, then in use.
+//!
+//! Invariants: what runs goes on over a renewal; one that fails is tried again, sooner the less is left, and says so in the
+//! log each time.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::RemoteCluster;
 use super::calls::jittered;
-use crate::tls::clock_s;
 
-/// How often to look, and to try again.
-const LOOK_INTERVAL: Duration = Duration::from_secs(600);
+/// How often the clock is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const RENEW_TIMEOUT: Duration = Duration::from_secs(30);
+/// After a first failure; doubled after each further one.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// Of what is left, the part that may pass until the next try.
+const PAUSE_PART: u64 = 20;
+/// Of a certificate's life, the part that is left when failures are errors.
+const ALARM_PART: i64 = 6;
 
-/// Runs for ever beside a process. `directory` is where its `node.pem` lies.
-pub async fn keep_renewed(cluster: RemoteCluster, directory: PathBuf) {
+/// Runs for ever beside a process. `directory` is where its `node.pem` lies; `left` is told the certificate's seconds left
+/// at each look.
+pub async fn keep_renewed(cluster: RemoteCluster, directory: PathBuf, left: impl Fn(i64) + Send) {
+    let mut pause = FIRST_PAUSE;
     loop {
-        let held = cluster.credentials().get();
-        if clock_s() >= held.renew_at_s() {
-            match renew(&cluster, directory.clone()).await {
-                Ok(()) => ::tracing::info!(identity = %held.identity(), "renewed the certificate"),
-                Err(error) => ::tracing::warn!(%error, "could not renew the certificate; trying again later"),
+        let credentials = cluster.credentials();
+        let held = credentials.get();
+        left(credentials.left_s());
+        if credentials.clock().now_s() < held.renew_at_s() {
+            tokio::time::sleep(jittered(LOOK_INTERVAL)).await;
+            continue;
+        }
+        match renew(&cluster, directory.clone()).await {
+            Ok(()) => {
+                ::tracing::info!(identity = %held.identity(), left_s = credentials.left_s(), "renewed the certificate");
+                pause = FIRST_PAUSE;
+                tokio::time::sleep(jittered(LOOK_INTERVAL)).await;
+            }
+            Err(error) => {
+                let left_s = credentials.left_s();
+                let life_s = i64::try_from(held.ends_s().saturating_sub(held.issued_s())).unwrap_or(i64::MAX);
+                let help = "see that this process reaches the coordinators (`forgectl cluster status`), that its clock is right and \
+                            that its folder of certificates can be written";
+                if left_s < life_s / ALARM_PART {
+                    ::tracing::error!(%error, left_s, help, "the certificate ends soon and could not be renewed");
+                } else {
+                    ::tracing::warn!(%error, left_s, help, "could not renew the certificate; it is tried again");
+                }
+                let soon = Duration::from_secs(u64::try_from(left_s).unwrap_or(0) / PAUSE_PART).max(FIRST_PAUSE);
+                tokio::time::sleep(jittered(pause.min(soon))).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
             }
         }
-        tokio::time::sleep(jittered(LOOK_INTERVAL)).await;
     }
 }
 

@@ -1,11 +1,19 @@
 //! A coordinator's configuration.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use forge_shared::config::ProcessConfig;
 use serde::{Deserialize, Serialize};
 
+use crate::tls::NODE_LIFETIME;
+
 use super::{Membership, TelemetryConfig, check_address, check_advertise, check_name};
+
+/// Shorter ones end before a process that restarts is back.
+const SHORTEST_LIFE: Duration = Duration::from_secs(10);
+/// Longer ones are as good as for ever.
+const LONGEST_LIFE: Duration = Duration::from_secs(3650 * 24 * 3600);
 
 /// What a coordinator must know to start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +35,8 @@ pub struct CoordinatorConfig {
     pub lease_ms: u64,
     /// How often nodes send heartbeats, milliseconds.
     pub heartbeat_ms: u64,
+    /// Life of the certificates that it signs, seconds; they renew themselves at two thirds of it.
+    pub certificate_life_s: u64,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
 }
@@ -42,6 +52,7 @@ impl Default for CoordinatorConfig {
             membership: Membership::default(),
             lease_ms: 3000,
             heartbeat_ms: 500,
+            certificate_life_s: NODE_LIFETIME.as_secs(),
             telemetry: TelemetryConfig::default(),
         }
     }
@@ -64,6 +75,10 @@ impl ProcessConfig for CoordinatorConfig {
         check_address("metricsListen", &self.metrics_listen)?;
         if self.heartbeat_ms < 50 || self.lease_ms < self.heartbeat_ms * 3 {
             return Err(("leaseMs", "must be at least three times heartbeatMs, which is at least 50".into()));
+        }
+        let (shortest_s, longest_s) = (SHORTEST_LIFE.as_secs(), LONGEST_LIFE.as_secs());
+        if !(shortest_s..=longest_s).contains(&self.certificate_life_s) {
+            return Err(("certificateLifeS", format!("must be between {shortest_s} and {longest_s} seconds")));
         }
         self.membership.check()
     }

@@ -7,16 +7,16 @@ use std::time::Duration;
 use forge_shared::cluster::node::Role;
 use parking_lot::Mutex;
 
-use super::remote::{RemoteReplica, WorkerChannel};
+use super::remote::RemoteReplica;
 use super::{EngineDialer, EngineTarget, ReplicaClient};
-use crate::tls::{ChannelOptions, PeerName, SharedCredentials, channel};
+use crate::tls::{PeerName, RenewedChannel, SharedCredentials};
 
 /// Dials workers with mTLS. Call it within a tokio runtime.
 #[derive(Debug)]
 pub struct RemoteDialer {
     credentials: SharedCredentials,
     request_timeout: Duration,
-    workers: Mutex<HashMap<(String, String), Weak<WorkerChannel>>>,
+    workers: Mutex<HashMap<(String, String), Weak<RenewedChannel>>>,
 }
 
 impl RemoteDialer {
@@ -25,7 +25,7 @@ impl RemoteDialer {
         RemoteDialer { credentials, request_timeout, workers: Mutex::default() }
     }
 
-    fn worker(&self, target: &EngineTarget) -> Arc<WorkerChannel> {
+    fn worker(&self, target: &EngineTarget) -> Arc<RenewedChannel> {
         let mut workers = self.workers.lock();
         workers.retain(|_, worker| worker.strong_count() > 0);
         let key = (target.node.0.clone(), target.address.clone());
@@ -34,8 +34,7 @@ impl RemoteDialer {
         }
         let peer = PeerName::One(Role::Worker, target.node.0.clone());
         // A target that cannot be dialed is a client that is never ready and says why.
-        let channel = channel(&target.address, &peer, &self.credentials, ChannelOptions::default());
-        let worker = Arc::new(WorkerChannel { channel, peer });
+        let worker = Arc::new(RenewedChannel::new(&target.address, peer, &self.credentials));
         workers.insert(key, Arc::downgrade(&worker));
         worker
     }

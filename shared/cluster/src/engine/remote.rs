@@ -27,7 +27,7 @@ use super::request::{Submission, replica_to_wire, to_wire};
 use super::{EngineTarget, PrefixUpdate, ReplicaClient, WireError};
 use crate::api::ClusterError;
 use crate::status::from_status;
-use crate::tls::{PeerName, TlsError};
+use crate::tls::{RenewedChannel, TlsError};
 use crate::tracing::inject;
 
 /// Longest wait for `admitted` or `refused`.
@@ -41,13 +41,6 @@ const MAX_REASON_CHARS: usize = 500;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// The connection to one worker, shared by its replicas.
-#[derive(Debug)]
-pub(super) struct WorkerChannel {
-    pub(super) channel: Result<Channel, TlsError>,
-    pub(super) peer: PeerName,
-}
-
 /// One epoch of one replica.
 #[derive(Debug)]
 pub(super) struct RemoteReplica {
@@ -58,7 +51,8 @@ pub(super) struct RemoteReplica {
 #[derive(Debug)]
 struct Shared {
     target: EngineTarget,
-    worker: Arc<WorkerChannel>,
+    /// The connection to its worker, shared by that one's replicas.
+    worker: Arc<RenewedChannel>,
     request_timeout: Duration,
     card: RwLock<ReplicaCard>,
     status: RwLock<EngineStatus>,
@@ -66,7 +60,7 @@ struct Shared {
 }
 
 impl RemoteReplica {
-    pub(super) fn new(target: EngineTarget, worker: Arc<WorkerChannel>, request_timeout: Duration) -> Self {
+    pub(super) fn new(target: EngineTarget, worker: Arc<RenewedChannel>, request_timeout: Duration) -> Self {
         let card = ModelCard {
             name: target.replica.service.0.clone(),
             names: vec![target.replica.service.0.clone()],
@@ -157,7 +151,7 @@ impl ReplicaClient for RemoteReplica {
 
 impl Shared {
     fn client(&self) -> Result<EngineClient<Channel>, TlsError> {
-        Ok(EngineClient::new(self.worker.channel.clone()?).max_decoding_message_size(MAX_REPLY_BYTES))
+        Ok(EngineClient::new(self.worker.get()?).max_decoding_message_size(MAX_REPLY_BYTES))
     }
 
     /// A request that was not admitted, or whose admission is not known; either way nothing was sent to the client yet.
@@ -167,11 +161,11 @@ impl Shared {
             let actual: String = status.message().chars().take(MAX_REASON_CHARS).collect();
             return AdmitError::Invalid(InvalidParam { field: "request", expected: "one that a worker can take".into(), actual });
         }
-        unavailable(format!("{}: {}", self.target.node, from_status(status, &self.worker.peer.dns_name()).error))
+        unavailable(format!("{}: {}", self.target.node, from_status(status, &self.worker.peer().dns_name()).error))
     }
 
     async fn fetch_text(&self) -> Result<Bytes, ClusterError> {
-        let fault = |status: Status| from_status(&status, &self.worker.peer.dns_name()).error;
+        let fault = |status: Status| from_status(&status, &self.worker.peer().dns_name()).error;
         let protocol = |reason: String| ClusterError::Protocol { reason };
         let replica = Some(replica_to_wire(&self.target.replica, self.target.epoch));
         let mut client = self.client().map_err(|error| ClusterError::Forbidden { reason: error.to_string() })?;
@@ -243,7 +237,7 @@ async fn watch_once(shared: &Shared) -> (bool, String) {
     };
     let replica = Some(replica_to_wire(&shared.target.replica, shared.target.epoch));
     let opening = tokio::time::timeout(ADMIT_TIMEOUT, client.watch_replica(wire::WatchReplicaRequest { replica }));
-    let words = |status: &Status| from_status(status, &shared.worker.peer.dns_name()).error.to_string();
+    let words = |status: &Status| from_status(status, &shared.worker.peer().dns_name()).error.to_string();
     let mut updates = match opening.await {
         Ok(Ok(updates)) => updates.into_inner(),
         Ok(Err(status)) => return (false, words(&status)),

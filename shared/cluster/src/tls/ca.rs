@@ -11,10 +11,10 @@ use rcgen::{
     KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
 use sha2::{Digest, Sha256};
 
-use super::credentials::{parse_certificate, public_key_of};
+use super::credentials::{certificates_of, parse_certificate, public_key_of};
 use super::files::{self, CA_CERTIFICATE_FILE, CA_KEY_FILE};
 use super::{Identity, TlsError, check_name};
 
@@ -23,7 +23,7 @@ pub const CA_LIFETIME: Duration = Duration::from_secs(3650 * 24 * 3600);
 /// Life of a node's certificate: ninety days; it is renewed after two thirds of it.
 pub const NODE_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 /// Certificates begin this long before they are made, for clocks that are behind and signers that are an hour ahead.
-const SKEW_S: u64 = 7_200;
+pub(super) const SKEW_S: u64 = 7_200;
 /// A signing request with one key has a few hundred bytes.
 const MAX_REQUEST_BYTES: usize = 16 << 10;
 const NAME_PREFIX: &str = "Forge CA of ";
@@ -60,21 +60,46 @@ impl ClusterCa {
         ClusterCa::from_pem(&certificate.pem(), &key.serialize_pem())
     }
 
-    /// Reads both from PEM.
+    /// Reads both from PEM. Of several certificates it is the first of which there is a key.
     ///
     /// # Errors
     /// [`TlsError::Certificate`] if one cannot be parsed or they do not belong together.
     pub fn from_pem(certificate_pem: &str, key_pem: &str) -> Result<Self, TlsError> {
-        let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
-            .map_err(|error| TlsError::Certificate { reason: format!("of the CA: {error}") })?
-            .into_owned();
-        let key = KeyPair::from_pem(key_pem).map_err(|error| TlsError::Certificate { reason: format!("the CA's key: {error}") })?;
-        if public_key_of(&certificate)? != key.subject_public_key_info() {
-            return Err(TlsError::Certificate { reason: "the CA's key does not belong to its certificate".into() });
+        let certificates = certificates_of(certificate_pem)?;
+        ClusterCa::all_from_pem(certificate_pem, key_pem)?.into_iter().next().ok_or_else(|| {
+            let count = certificates.len();
+            TlsError::Certificate { reason: format!("the CA's key does not belong to its certificate ({count} looked at)") }
+        })
+    }
+
+    /// Reads all CAs of which there are certificate and key, in the certificates' order.
+    ///
+    /// # Errors
+    /// [`TlsError::Certificate`] if one cannot be parsed.
+    pub fn all_from_pem(certificate_pem: &str, key_pem: &str) -> Result<Vec<Self>, TlsError> {
+        let wrong = |error: String| TlsError::Certificate { reason: format!("the CA's key: {error}") };
+        let mut keys = Vec::new();
+        for der in PrivateKeyDer::pem_slice_iter(key_pem.as_bytes()) {
+            keys.push(KeyPair::try_from(&der.map_err(|error| wrong(error.to_string()))?).map_err(|error| wrong(error.to_string()))?);
         }
+        if keys.is_empty() {
+            return Err(wrong("there is none".into()));
+        }
+        let mut found = Vec::new();
+        for certificate in certificates_of(certificate_pem)? {
+            let public = public_key_of(&certificate)?;
+            if let Some(at) = keys.iter().position(|key| key.subject_public_key_info() == public) {
+                found.push(ClusterCa::of(certificate, keys.swap_remove(at))?);
+            }
+        }
+        Ok(found)
+    }
+
+    fn of(certificate: CertificateDer<'static>, key: KeyPair) -> Result<Self, TlsError> {
         let cluster_id = cluster_of(&certificate)?;
+        let certificate_pem = super::credentials::certificate_pem_of(&certificate);
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(broken)?;
-        Ok(ClusterCa { certificate, certificate_pem: certificate_pem.into(), issuer, cluster_id })
+        Ok(ClusterCa { certificate, certificate_pem, issuer, cluster_id })
     }
 
     /// Reads `ca.pem` and `ca.key` of a directory.
@@ -92,7 +117,7 @@ impl ClusterCa {
     /// [`TlsError::File`], also where another CA lies there already.
     pub fn save(&self, directory: &Path) -> Result<(), TlsError> {
         let certificate = directory.join(CA_CERTIFICATE_FILE);
-        let other = |text: &str| CertificateDer::from_pem_slice(text.as_bytes()).is_ok_and(|found| found != self.certificate);
+        let other = |text: &str| certificates_of(text).is_ok_and(|found| !found.contains(&self.certificate));
         if certificate.exists() && other(&files::read(&certificate)?) {
             return Err(files::file_error(&certificate, "another cluster's CA is here already: name another directory".into()));
         }
@@ -153,6 +178,26 @@ impl ClusterCa {
     pub fn digest(&self) -> [u8; 32] {
         Sha256::digest(&self.certificate).into()
     }
+
+    /// The digest in hex.
+    pub fn digest_text(&self) -> String {
+        digest_text(&self.certificate)
+    }
+}
+
+/// Hex of SHA-256 over a certificate's DER.
+pub(super) fn digest_text(certificate: &CertificateDer<'_>) -> String {
+    hex::encode(Sha256::digest(certificate))
+}
+
+/// Whether these are CAs of this cluster.
+pub(super) fn check_cluster(cas: &[CertificateDer<'_>], cluster_id: &str) -> Result<(), TlsError> {
+    for ca in cas {
+        if cluster_of(ca)? != cluster_id {
+            return Err(TlsError::WrongCa { whose: format!("cluster {cluster_id}") });
+        }
+    }
+    Ok(())
 }
 
 /// The cluster a CA's certificate is of.

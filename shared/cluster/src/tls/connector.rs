@@ -2,6 +2,7 @@
 //!
 //! Invariant: a channel never sends a request before the server's certificate was found to carry the expected name.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use forge_shared::cluster::node::Role;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use rustls::ClientConfig;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{verify_tls12_signature, verify_tls13_signature};
@@ -21,9 +23,12 @@ use tokio::net::TcpStream;
 use tonic::codegen::{Service, http};
 use tonic::transport::{Channel, Endpoint};
 
-use super::credentials::{SharedCredentials, clock_s};
+use super::connections::{Caller, Connections, Guarded};
 use super::error::TlsError;
-use super::rustls_config::{anonymous_client_config, client_config, provider, server_verifier};
+use super::peer::PeerCertificate;
+use super::rustls_config::{anonymous_client_config, client_config, provider};
+use super::shared::SharedCredentials;
+use super::trusted::Trusted;
 
 /// Whom a client means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,6 +114,45 @@ fn server_name(name: &str) -> Result<ServerName<'static>, TlsError> {
     ServerName::try_from(name.to_owned()).map_err(|_| TlsError::Name { what: "server", name: name.into() })
 }
 
+/// A channel that is made anew when the credentials were replaced, so that calls never go over a connection whose
+/// certificate has ended; streams that run stay where they are.
+#[derive(Debug)]
+pub struct RenewedChannel {
+    address: String,
+    peer: PeerName,
+    credentials: SharedCredentials,
+    made: Mutex<Option<(u64, Channel)>>,
+}
+
+impl RenewedChannel {
+    /// To `host:port`, with the usual times.
+    pub fn new(address: &str, peer: PeerName, credentials: &SharedCredentials) -> Self {
+        RenewedChannel { address: address.into(), peer, credentials: credentials.clone(), made: Mutex::new(None) }
+    }
+
+    /// For the next call.
+    ///
+    /// # Errors
+    /// As [`channel`].
+    pub fn get(&self) -> Result<Channel, TlsError> {
+        let generation = self.credentials.generation();
+        let mut made = self.made.lock();
+        match made.as_ref() {
+            Some((of, channel)) if *of == generation => Ok(channel.clone()),
+            _ => {
+                let new = channel(&self.address, &self.peer, &self.credentials, ChannelOptions::default())?;
+                *made = Some((generation, new.clone()));
+                Ok(new)
+            }
+        }
+    }
+
+    /// Whom it means.
+    pub fn peer(&self) -> &PeerName {
+        &self.peer
+    }
+}
+
 /// TCP, then TLS with the expected name, whatever the address.
 #[derive(Clone)]
 struct Connector {
@@ -118,7 +162,7 @@ struct Connector {
 }
 
 impl Service<http::Uri> for Connector {
-    type Response = TokioIo<tokio_rustls::client::TlsStream<TcpStream>>;
+    type Response = TokioIo<Guarded<tokio_rustls::client::TlsStream<TcpStream>>>;
     type Error = std::io::Error;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
 
@@ -130,14 +174,19 @@ impl Service<http::Uri> for Connector {
         let Connector { config, name, credentials } = self.clone();
         Box::pin(async move {
             // The server would refuse it in words that TLS does not carry back.
-            if let Some(credentials) = credentials {
-                credentials.get().check_time(clock_s()).map_err(std::io::Error::other)?;
+            if let Some(credentials) = &credentials {
+                credentials.get().check_time(credentials.clock().now_s()).map_err(std::io::Error::other)?;
             }
             let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
             let stream = TcpStream::connect((host, uri.port_u16().unwrap_or_default())).await?;
             stream.set_nodelay(true)?;
             let stream = tokio_rustls::TlsConnector::from(config).connect(name, stream).await?;
-            Ok(TokioIo::new(stream))
+            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+            let peer = shown.map(PeerCertificate::read).transpose().map_err(std::io::Error::other)?;
+            Ok(TokioIo::new(match credentials {
+                Some(credentials) => credentials.guard(stream, peer),
+                None => Arc::<Connections>::default().guard(stream, Caller::default()),
+            }))
         })
     }
 }
@@ -159,8 +208,9 @@ impl ServerCertVerifier for PinnedCa {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let pinned = |certificate: &&CertificateDer<'_>| bool::from(Sha256::digest(certificate).as_slice().ct_eq(&self.ca_sha256));
         let ca = intermediates.iter().find(pinned).ok_or(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
-        let verifier = server_verifier(ca).map_err(|error| rustls::Error::General(error.to_string()))?;
-        verifier.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+        let pinned = Trusted::new(vec![ca.clone().into_owned()], BTreeSet::new());
+        let pinned = pinned.map_err(|error| rustls::Error::General(error.to_string()))?;
+        pinned.servers.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(

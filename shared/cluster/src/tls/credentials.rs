@@ -1,24 +1,28 @@
-//! What a process shows and believes: its certificate, its key, and the cluster's CA.
+//! What a process shows and believes: its certificate, its key, and the cluster's CA; two of those while one takes the
+//! other's place.
 //!
-//! Invariant: a `Credentials` is complete: the certificate belongs to the key, is signed by the CA beside it, and carries
-//! an identity of the CA's cluster.
+//! Invariant: a `Credentials` is complete: the certificate belongs to the key, is signed by one of the CAs beside it, and
+//! carries an identity of their cluster.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use parking_lot::RwLock;
 use rcgen::{CertificateParams, KeyPair, PublicKeyData};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use sha2::{Digest, Sha256};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use super::ca::cluster_of;
+use super::ca::{SKEW_S, check_cluster};
 use super::files::{self, CA_CERTIFICATE_FILE, NODE_FILE};
+use super::trusted::{Trusted, issuer_among};
 use super::{Identity, TlsError};
+
+/// A cluster has one CA, and two while it changes it.
+const MAX_CAS: usize = 8;
 
 /// A process's private key, before it has a certificate.
 pub struct NodeKey(KeyPair);
@@ -54,11 +58,13 @@ impl NodeKey {
     }
 }
 
-/// A certificate with its key and the CA to believe.
+/// A certificate with its key and the CAs to believe.
 pub struct Credentials {
     identity: Identity,
     certificate: CertificateDer<'static>,
-    ca: CertificateDer<'static>,
+    /// That signed the certificate.
+    issuer: CertificateDer<'static>,
+    trusted: Arc<Trusted>,
     key: PrivateKeyDer<'static>,
     certificate_pem: String,
     key_pem: String,
@@ -72,7 +78,8 @@ impl Clone for Credentials {
         Credentials {
             identity: self.identity.clone(),
             certificate: self.certificate.clone(),
-            ca: self.ca.clone(),
+            issuer: self.issuer.clone(),
+            trusted: self.trusted.clone(),
             key: self.key.clone_key(),
             certificate_pem: self.certificate_pem.clone(),
             key_pem: self.key_pem.clone(),
@@ -90,7 +97,7 @@ impl std::fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// Reads and checks all three.
+    /// Reads and checks all three; `ca_pem` is one CA, or several one after the other.
     ///
     /// # Errors
     /// [`TlsError::Certificate`] or [`TlsError::WrongCa`] for parts that cannot be used or do not belong together.
@@ -98,32 +105,40 @@ impl Credentials {
         let part = |what: &str, error: rustls_pki_types::pem::Error| TlsError::Certificate { reason: format!("{what}: {error}") };
         let certificate =
             CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|error| part("certificate", error))?.into_owned();
-        let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(|error| part("certificate of the CA", error))?.into_owned();
+        let cas = certificates_of(ca_pem)?;
         let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|error| part("private key", error))?.clone_key();
         let pair = KeyPair::try_from(&key).map_err(|error| TlsError::Certificate { reason: format!("private key: {error}") })?;
         if public_key_of(&certificate)? != pair.subject_public_key_info() {
             return Err(TlsError::Certificate { reason: "the private key does not belong to the certificate".into() });
         }
-        let cluster_id = cluster_of(&ca)?;
         let identity = identity_of(&certificate)?;
-        let (parsed, parsed_ca) = (parse_certificate(&certificate)?, parse_certificate(&ca)?);
         let whose = || TlsError::WrongCa { whose: identity.to_string() };
-        parsed.verify_signature(Some(parsed_ca.public_key())).map_err(|_| whose())?;
-        if identity.cluster_id != cluster_id {
-            return Err(whose());
-        }
-        let (begins_s, ends_s) = validity_of(&parsed);
+        check_cluster(&cas, &identity.cluster_id).map_err(|error| match error {
+            TlsError::WrongCa { .. } => whose(),
+            error => error,
+        })?;
+        let issuer = issuer_among(&cas, &certificate).ok_or_else(whose)?.clone();
+        let (begins_s, ends_s) = validity_of(&parse_certificate(&certificate)?);
         Ok(Credentials {
             identity,
             certificate_pem: certificate_pem_of(&certificate),
             key_pem: pair.serialize_pem(),
-            ca_pem: certificate_pem_of(&ca),
+            ca_pem: cas.iter().map(|ca| certificate_pem_of(ca)).collect(),
+            trusted: Arc::new(Trusted::new(cas, BTreeSet::new())?),
             certificate,
-            ca,
+            issuer,
             key,
             begins_s,
             ends_s,
         })
+    }
+
+    /// The same certificate beside other CAs.
+    ///
+    /// # Errors
+    /// As [`Credentials::from_pem`].
+    pub fn with_cas(&self, cas_pem: &str) -> Result<Self, TlsError> {
+        Credentials::from_pem(&self.certificate_pem, &self.key_pem, cas_pem)
     }
 
     /// Reads `node.pem` and `ca.pem` of a directory.
@@ -149,7 +164,7 @@ impl Credentials {
         &self.identity
     }
 
-    /// The CA's certificate.
+    /// The certificates of the CAs to believe, one after the other.
     pub fn ca_pem(&self) -> &str {
         &self.ca_pem
     }
@@ -164,9 +179,27 @@ impl Credentials {
         &self.key_pem
     }
 
-    /// SHA-256 over the CA certificate's DER: what a join token pins.
+    /// SHA-256 over the DER of the certificate of the CA that signed this: what a join token pins.
     pub fn ca_digest(&self) -> [u8; 32] {
-        Sha256::digest(&self.ca).into()
+        Sha256::digest(&self.issuer).into()
+    }
+
+    /// Its serial number, in hex.
+    ///
+    /// # Errors
+    /// None that `from_pem` lets through.
+    pub fn serial(&self) -> Result<String, TlsError> {
+        serial_of(&self.certificate)
+    }
+
+    /// When it was issued, seconds since 1970: it begins a little earlier, for clocks that are behind.
+    pub fn issued_s(&self) -> u64 {
+        issued_s(self.begins_s, self.ends_s)
+    }
+
+    /// When it ends, seconds since 1970.
+    pub fn ends_s(&self) -> u64 {
+        self.ends_s
     }
 
     /// Whether it may be shown at `now_s` (seconds since 1970).
@@ -179,53 +212,43 @@ impl Credentials {
 
     /// From when on it should be renewed: two thirds of its life, seconds since 1970.
     pub fn renew_at_s(&self) -> u64 {
-        self.begins_s + (self.ends_s - self.begins_s) / 3 * 2
+        let issued_s = self.issued_s();
+        issued_s + self.ends_s.saturating_sub(issued_s) * 2 / 3
     }
 
     pub(super) fn chain(&self) -> Vec<CertificateDer<'static>> {
         // The CA comes along so that a joining process can hold it against its token.
-        vec![self.certificate.clone(), self.ca.clone()]
+        vec![self.certificate.clone(), self.issuer.clone()]
     }
 
     pub(super) fn key(&self) -> PrivateKeyDer<'static> {
         self.key.clone_key()
     }
 
-    pub(super) fn ca(&self) -> &CertificateDer<'static> {
-        &self.ca
+    pub(super) fn trusted(&self) -> &Arc<Trusted> {
+        &self.trusted
     }
 }
 
-/// Credentials that can be replaced while connections use them: new handshakes take the newest.
-#[derive(Debug, Clone)]
-pub struct SharedCredentials(Arc<RwLock<Arc<Credentials>>>);
+/// When a certificate with this validity was issued, seconds since 1970.
+pub fn issued_s(begins_s: u64, ends_s: u64) -> u64 {
+    begins_s.saturating_add(SKEW_S).min(ends_s)
+}
 
-impl SharedCredentials {
-    /// Begins with these.
-    pub fn new(credentials: Credentials) -> Self {
-        SharedCredentials(Arc::new(RwLock::new(Arc::new(credentials))))
-    }
-
-    /// The newest.
-    pub fn get(&self) -> Arc<Credentials> {
-        self.0.read().clone()
-    }
-
-    /// From now on these, of the same process.
-    ///
-    /// # Errors
-    /// [`TlsError::WrongPeer`] for another process's.
-    pub fn replace(&self, credentials: Credentials) -> Result<(), TlsError> {
-        let mut held = self.0.write();
-        if held.identity != credentials.identity || held.ca != credentials.ca {
-            return Err(TlsError::WrongPeer { expected: held.identity.to_string() });
+/// All certificates of a text in PEM, at least one.
+pub(super) fn certificates_of(pem: &str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let wrong = |reason: String| TlsError::Certificate { reason: format!("certificate of the CA: {reason}") };
+    let mut found = Vec::new();
+    for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+        if found.len() == MAX_CAS {
+            return Err(wrong(format!("there are more than {MAX_CAS}")));
         }
-        *held = Arc::new(credentials);
-        Ok(())
+        found.push(certificate.map_err(|error| wrong(error.to_string()))?.into_owned());
     }
+    if found.is_empty() { Err(wrong("there is none".into())) } else { Ok(found) }
 }
 
-fn certificate_pem_of(certificate: &CertificateDer<'_>) -> String {
+pub(super) fn certificate_pem_of(certificate: &CertificateDer<'_>) -> String {
     let text = STANDARD.encode(certificate);
     let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
     for line in text.as_bytes().chunks(64) {
@@ -234,11 +257,6 @@ fn certificate_pem_of(certificate: &CertificateDer<'_>) -> String {
     }
     pem.push_str("-----END CERTIFICATE-----\n");
     pem
-}
-
-/// Seconds since 1970 by this machine's clock, for checks of certificates.
-pub(crate) fn clock_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 pub(super) fn check_time(whose: &str, (begins_s, ends_s): (u64, u64), now_s: u64) -> Result<(), TlsError> {
@@ -263,6 +281,14 @@ pub(super) fn parse_certificate<'a>(certificate: &'a CertificateDer<'_>) -> Resu
         Ok(_) => Err(TlsError::Certificate { reason: "bytes follow it".into() }),
         Err(error) => Err(TlsError::Certificate { reason: format!("cannot be parsed: {error}") }),
     }
+}
+
+/// Its serial number as hex digits without zeros before it.
+pub(super) fn serial_of(certificate: &CertificateDer<'_>) -> Result<String, TlsError> {
+    let parsed = parse_certificate(certificate)?;
+    let bytes = parsed.raw_serial();
+    let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
+    Ok(hex::encode(&bytes[zeros..]))
 }
 
 /// SubjectPublicKeyInfo, DER.

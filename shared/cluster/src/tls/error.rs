@@ -33,10 +33,19 @@ pub enum TlsError {
     /// Signed by somebody else.
     #[error(
         "the certificate of {whose} is not of this cluster's CA: check that both sides belong to one cluster (same ca.pem); \
-         a process of another cluster joins with `forgectl cluster join-token`"
+         a process of another cluster, or one that was away while the CA was rotated, joins with `forgectl cluster join-token`"
     )]
     WrongCa {
         /// `the server`, `this process`, …
+        whose: String,
+    },
+    /// Taken back by an operator.
+    #[error(
+        "the certificate of {whose} was revoked (`forgectl cluster certs list`): if that was meant, stop that process; to let it in \
+         again, delete its node.pem and join it with a new token"
+    )]
+    Revoked {
+        /// Whose.
         whose: String,
     },
     /// Past its end.
@@ -98,6 +107,7 @@ impl TlsError {
                 CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
                     TlsError::NotYetValid { whose: whose.into() }
                 }
+                CertificateError::Revoked => TlsError::Revoked { whose: whose.into() },
                 CertificateError::UnknownIssuer | CertificateError::BadSignature => TlsError::WrongCa { whose: whose.into() },
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
                     TlsError::WrongPeer { expected: expected.into() }
@@ -107,6 +117,7 @@ impl TlsError {
             rustls::Error::NoCertificatesPresented => TlsError::NoCertificate,
             rustls::Error::AlertReceived(alert) => match alert {
                 AlertDescription::CertificateExpired => TlsError::Expired { whose: ours() },
+                AlertDescription::CertificateRevoked => TlsError::Revoked { whose: ours() },
                 AlertDescription::UnknownCA | AlertDescription::DecryptError => TlsError::WrongCa { whose: ours() },
                 AlertDescription::CertificateRequired => TlsError::NoCertificate,
                 AlertDescription::BadCertificate | AlertDescription::CertificateUnknown | AlertDescription::UnsupportedCertificate => {
@@ -122,7 +133,7 @@ impl TlsError {
 impl From<TlsError> for tonic::Status {
     fn from(error: TlsError) -> Self {
         match error {
-            TlsError::NoCertificate | TlsError::Expired { .. } | TlsError::NotYetValid { .. } => {
+            TlsError::NoCertificate | TlsError::Expired { .. } | TlsError::NotYetValid { .. } | TlsError::Revoked { .. } => {
                 tonic::Status::unauthenticated(error.to_string())
             }
             TlsError::Token { .. } | TlsError::WrongRole { .. } => tonic::Status::permission_denied(error.to_string()),
@@ -161,6 +172,7 @@ fn alert_in_words(text: &str) -> Option<AlertDescription> {
     let (_, alert) = text.split_once("received fatal alert: ")?;
     [
         AlertDescription::CertificateExpired,
+        AlertDescription::CertificateRevoked,
         AlertDescription::UnknownCA,
         AlertDescription::DecryptError,
         AlertDescription::CertificateRequired,

@@ -17,12 +17,14 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
-use super::credentials::SharedCredentials;
+use super::connections::Guarded;
 use super::error::{TlsError, diagnose};
+use super::peer::PeerCertificate;
 use super::rustls_config::server_config;
+use super::shared::SharedCredentials;
 
 /// A connection after its handshake.
-pub type TlsStream = tokio_rustls::server::TlsStream<TcpStream>;
+pub type TlsStream = Guarded<tokio_rustls::server::TlsStream<TcpStream>>;
 
 /// Handshakes at once.
 const MAX_HANDSHAKES: usize = 128;
@@ -45,7 +47,7 @@ impl TlsIncoming {
     pub fn new(listener: TcpListener, credentials: &SharedCredentials) -> Result<Self, TlsError> {
         let acceptor = TlsAcceptor::from(Arc::new(server_config(credentials)?));
         let (connections, ready) = mpsc::channel(16);
-        Ok(TlsIncoming { ready, accepting: tokio::spawn(accept(listener, acceptor, connections)) })
+        Ok(TlsIncoming { ready, accepting: tokio::spawn(accept(listener, acceptor, credentials.clone(), connections)) })
     }
 }
 
@@ -63,7 +65,7 @@ impl Stream for TlsIncoming {
     }
 }
 
-async fn accept(listener: TcpListener, acceptor: TlsAcceptor, connections: mpsc::Sender<TlsStream>) {
+async fn accept(listener: TcpListener, acceptor: TlsAcceptor, credentials: SharedCredentials, connections: mpsc::Sender<TlsStream>) {
     let handshakes = Arc::new(Mutex::new(Handshakes::default()));
     loop {
         let (stream, from) = match listener.accept().await {
@@ -74,7 +76,7 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, connections: mpsc:
                 continue;
             }
         };
-        let (acceptor, connections) = (acceptor.clone(), connections.clone());
+        let (acceptor, credentials, connections) = (acceptor.clone(), credentials.clone(), connections.clone());
         let (number, pushed_out) = handshakes.lock().begin(from.ip());
         let handshakes = handshakes.clone();
         tokio::spawn(async move {
@@ -85,9 +87,12 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, connections: mpsc:
             };
             handshakes.lock().end(number);
             match handshake {
-                Ok(Ok(stream)) => {
-                    let _ = connections.send(stream).await;
-                }
+                Ok(Ok(stream)) => match client_of(&stream) {
+                    Ok(peer) => {
+                        let _ = connections.send(credentials.guard(stream, peer)).await;
+                    }
+                    Err(reason) => tracing::warn!(%from, %reason, "refused a connection"),
+                },
                 Ok(Err(error)) => match refused(&error) {
                     Some(reason) => tracing::warn!(%from, %reason, "refused a connection"),
                     None => tracing::debug!(%from, %error, "a connection ended in its handshake"),
@@ -96,6 +101,12 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, connections: mpsc:
             }
         });
     }
+}
+
+/// The certificate that the client showed, if it did.
+fn client_of(stream: &tokio_rustls::server::TlsStream<TcpStream>) -> Result<Option<PeerCertificate>, TlsError> {
+    let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    shown.map(PeerCertificate::read).transpose()
 }
 
 /// Handshakes under way, oldest first.

@@ -1,11 +1,48 @@
 //! Who called: read from the connection's certificate, checked per call.
 
 use forge_shared::cluster::node::Role;
+use rustls_pki_types::CertificateDer;
 use tonic::Request;
-use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 
-use super::credentials::{check_time, clock_s, identity_of, parse_certificate, validity_of};
+use super::connections::Caller;
+use super::credentials::{check_time, identity_of, parse_certificate, serial_of, validity_of};
 use super::{Identity, TlsError};
+
+/// What a peer showed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerCertificate {
+    /// Who it is.
+    pub identity: Identity,
+    /// Its serial number, in hex.
+    pub serial: String,
+    /// When it begins, seconds since 1970.
+    pub begins_s: u64,
+    /// When it ends, seconds since 1970.
+    pub ends_s: u64,
+    /// All of it.
+    pub(super) certificate: CertificateDer<'static>,
+}
+
+impl PeerCertificate {
+    /// # Errors
+    /// [`TlsError::Certificate`] for one that is none of Forge's.
+    pub(super) fn read(certificate: &CertificateDer<'_>) -> Result<Self, TlsError> {
+        let (begins_s, ends_s) = validity_of(&parse_certificate(certificate)?);
+        Ok(PeerCertificate {
+            identity: identity_of(certificate)?,
+            serial: serial_of(certificate)?,
+            begins_s,
+            ends_s,
+            certificate: certificate.clone().into_owned(),
+        })
+    }
+
+    /// Hex of SHA-256 over the CA's certificate that signed it, of these (PEM).
+    pub fn issuer_sha256(&self, cas_pem: &str) -> Option<String> {
+        let cas = super::credentials::certificates_of(cas_pem).ok()?;
+        super::trusted::issuer_among(&cas, &self.certificate).map(super::ca::digest_text)
+    }
+}
 
 /// Reads callers' identities.
 #[derive(Debug, Clone, Copy)]
@@ -15,14 +52,12 @@ impl Peer {
     /// Who made this call. A connection may live longer than its certificate: the time is checked too.
     ///
     /// # Errors
-    /// [`TlsError::NoCertificate`], [`TlsError::Expired`], or [`TlsError::Certificate`] for one that is none of Forge's.
+    /// [`TlsError::NoCertificate`], or [`TlsError::Expired`].
     pub fn of<T>(request: &Request<T>) -> Result<Identity, TlsError> {
-        let certificates = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
-        let certificates = certificates.ok_or(TlsError::NoCertificate)?;
-        let certificate = certificates.first().ok_or(TlsError::NoCertificate)?;
-        let identity = identity_of(certificate)?;
-        check_time(&identity.to_string(), validity_of(&parse_certificate(certificate)?), clock_s())?;
-        Ok(identity)
+        let caller = request.extensions().get::<Caller>().ok_or(TlsError::NoCertificate)?;
+        let certificate = caller.certificate.as_ref().ok_or(TlsError::NoCertificate)?;
+        check_time(&certificate.identity.to_string(), (certificate.begins_s, certificate.ends_s), caller.clock.now_s())?;
+        Ok(certificate.identity.clone())
     }
 
     /// Who made this call, if it has one of these roles.

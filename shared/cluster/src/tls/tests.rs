@@ -11,7 +11,6 @@ use futures::stream::BoxStream;
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::credentials::clock_s;
 use super::*;
 use crate::api::ClusterError;
 use crate::status::from_status;

@@ -1,0 +1,125 @@
+//! Credentials that can be replaced, and trust that can change, while connections use them.
+//!
+//! Invariants: new handshakes take the newest; connections that stand go on over a renewal, and are cut when their peer's
+//! certificate is revoked or its CA dropped.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+use super::clock::CertificateClock;
+use super::connections::{Caller, Connections, Guarded};
+use super::credentials::{Credentials, certificates_of};
+use super::error::TlsError;
+use super::peer::PeerCertificate;
+use super::trusted::Trusted;
+
+/// See the module. Clones are one.
+#[derive(Debug, Clone)]
+pub struct SharedCredentials(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    held: RwLock<Arc<Credentials>>,
+    trusted: RwLock<Arc<Trusted>>,
+    /// Counts replacements.
+    generation: AtomicU64,
+    connections: Arc<Connections>,
+    clock: CertificateClock,
+}
+
+impl SharedCredentials {
+    /// Begins with these, by the machine's clock.
+    pub fn new(credentials: Credentials) -> Self {
+        SharedCredentials::with_clock(credentials, CertificateClock::default())
+    }
+
+    /// Begins with these, by this clock.
+    pub fn with_clock(credentials: Credentials, clock: CertificateClock) -> Self {
+        SharedCredentials(Arc::new(Inner {
+            trusted: RwLock::new(credentials.trusted().clone()),
+            held: RwLock::new(Arc::new(credentials)),
+            generation: AtomicU64::new(0),
+            connections: Arc::default(),
+            clock,
+        }))
+    }
+
+    /// The newest.
+    pub fn get(&self) -> Arc<Credentials> {
+        self.0.held.read().clone()
+    }
+
+    /// From now on these, of the same process, and the CAs beside them.
+    ///
+    /// # Errors
+    /// [`TlsError::WrongPeer`] for another process's.
+    pub fn replace(&self, credentials: Credentials) -> Result<(), TlsError> {
+        let mut held = self.0.held.write();
+        if held.identity() != credentials.identity() {
+            return Err(TlsError::WrongPeer { expected: held.identity().to_string() });
+        }
+        if held.ca_pem() != credentials.ca_pem() {
+            let revoked = self.trusted().revoked().clone();
+            self.believe(Trusted::new(credentials.trusted().cas().to_vec(), revoked)?);
+        }
+        *held = Arc::new(credentials);
+        self.0.generation.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    /// From now on these CAs (PEM, one after the other) and all serials but these are believed; connections that are not
+    /// believed any more are cut. Gives whose they were.
+    ///
+    /// # Errors
+    /// [`TlsError::Certificate`] for text that holds no CA of this cluster; then nothing changes.
+    pub fn trust(&self, cas_pem: &str, revoked: BTreeSet<String>) -> Result<Vec<String>, TlsError> {
+        let cas = certificates_of(cas_pem)?;
+        super::ca::check_cluster(&cas, &self.get().identity().cluster_id)?;
+        Ok(self.believe(Trusted::new(cas, revoked)?))
+    }
+
+    fn believe(&self, trusted: Trusted) -> Vec<String> {
+        let trusted = Arc::new(trusted);
+        *self.0.trusted.write() = trusted.clone();
+        let cut = self.0.connections.sweep(|peer| trusted.believes(peer));
+        cut.iter().map(|peer| peer.identity.to_string()).collect()
+    }
+
+    /// Certificates at the other ends of the connections that stand, each once.
+    pub fn peers(&self) -> Vec<Arc<PeerCertificate>> {
+        self.0.connections.peers()
+    }
+
+    /// By which certificates begin and end.
+    pub fn clock(&self) -> &CertificateClock {
+        &self.0.clock
+    }
+
+    /// Until the certificate ends, seconds; negative once it has.
+    pub fn left_s(&self) -> i64 {
+        let ends_s = i64::try_from(self.get().ends_s()).unwrap_or(i64::MAX);
+        ends_s.saturating_sub(i64::try_from(self.0.clock.now_s()).unwrap_or(i64::MAX))
+    }
+
+    /// Grows with each replacement: a connection made before shows what was there before.
+    pub fn generation(&self) -> u64 {
+        self.0.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn trusted(&self) -> Arc<Trusted> {
+        self.0.trusted.read().clone()
+    }
+
+    /// A connection after its handshake, to be cut when its peer is not believed any more.
+    pub(super) fn guard<S>(&self, stream: S, peer: Option<PeerCertificate>) -> Guarded<S> {
+        let caller = Caller { certificate: peer.map(Arc::new), clock: self.0.clock.clone() };
+        let guarded = self.0.connections.guard(stream, caller);
+        // Trust that changed between the handshake and the table.
+        let trusted = self.trusted();
+        guarded.check(|peer| trusted.believes(peer));
+        guarded
+    }
+}
