@@ -20,6 +20,8 @@ pub(crate) fn internal(command: &Command) -> Option<String> {
         | Command::JoinNode { .. }
         | Command::LoseNode { .. }
         | Command::UseJoinToken { .. }
+        | Command::RecordCertificate { .. }
+        | Command::BeginCaRotation { .. }
         | Command::PutMember { .. }
         | Command::RemoveMember { .. } => true,
         Command::ApplyService { .. }
@@ -32,6 +34,10 @@ pub(crate) fn internal(command: &Command) -> Option<String> {
         | Command::RemoveJoinToken { .. }
         | Command::PutKey { .. }
         | Command::RevokeKey { .. }
+        | Command::RevokeCertificates { .. }
+        | Command::SwitchCa { .. }
+        | Command::FinishCaRotation { .. }
+        | Command::AbandonCaRotation
         | Command::RecordIdempotency { .. } => false,
     };
     is_internal.then(|| format!("{} is decided by the leader alone", name_of(command)))
@@ -60,9 +66,9 @@ pub(crate) fn visible(role: Role) -> KindSet {
     match role {
         Role::Admin => KindSet::ALL,
         // Keys are stored hashed; gateways check them.
-        Role::Gateway => KindSet::of(&[Kind::Node, Kind::Service, Kind::Key, Kind::Member]),
-        Role::Worker => KindSet::of(&[Kind::Node, Kind::Service, Kind::Member]),
-        Role::Coordinator => KindSet::of(&[Kind::Member]),
+        Role::Gateway => KindSet::of(&[Kind::Node, Kind::Service, Kind::Key, Kind::Member, Kind::Trust]),
+        Role::Worker => KindSet::of(&[Kind::Node, Kind::Service, Kind::Member, Kind::Trust]),
+        Role::Coordinator => KindSet::of(&[Kind::Member, Kind::Trust]),
     }
 }
 

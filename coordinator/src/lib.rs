@@ -9,6 +9,7 @@
 
 mod access;
 mod backup;
+mod certificates;
 mod contact;
 pub mod control;
 mod coordinator;
@@ -25,6 +26,7 @@ mod run;
 mod server;
 mod session;
 mod sessions;
+mod signing;
 pub mod state;
 mod surroundings;
 pub mod watch;

@@ -18,7 +18,7 @@ use crate::state::ClusterState;
 use crate::watch::{HistoryBounds, Hub, See, Source};
 
 /// Kinds in the order in which a listing gives them: members and nodes before what refers to them.
-const KINDS: [Kind; 6] = [Kind::Member, Kind::Node, Kind::Service, Kind::Key, Kind::Token, Kind::Notice];
+const KINDS: [Kind; 8] = [Kind::Trust, Kind::Member, Kind::Node, Kind::Service, Kind::Key, Kind::Token, Kind::Certificate, Kind::Notice];
 
 /// The applied state of this member, shared between raft's thread and everything that reads.
 #[derive(Debug)]
@@ -147,6 +147,12 @@ pub(crate) fn name_of(command: &forge_shared::cluster::command::Command) -> &'st
         C::RemoveJoinToken { .. } => "removeJoinToken",
         C::PutKey { .. } => "putKey",
         C::RevokeKey { .. } => "revokeKey",
+        C::RecordCertificate { .. } => "recordCertificate",
+        C::RevokeCertificates { .. } => "revokeCertificates",
+        C::BeginCaRotation { .. } => "beginCaRotation",
+        C::SwitchCa { .. } => "switchCa",
+        C::FinishCaRotation { .. } => "finishCaRotation",
+        C::AbandonCaRotation => "abandonCaRotation",
         C::RecordIdempotency { .. } => "recordIdempotency",
         C::PutMember { .. } => "putMember",
         C::RemoveMember { .. } => "removeMember",

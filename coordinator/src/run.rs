@@ -14,7 +14,7 @@ use forge_cluster::api::ClusterApi;
 use forge_cluster::client::RemoteCluster;
 use forge_cluster::probes::{self, Probes};
 use forge_cluster::tls::{
-    CA_KEY_FILE, CertificateClock, ClusterCa, Credentials, JoinTokenText, JoinWish, NODE_LIFETIME, SharedCredentials, join, write_private,
+    CA_KEY_FILE, CertificateClock, Credentials, JoinTokenText, JoinWish, NODE_LIFETIME, SharedCredentials, join, write_private,
 };
 use forge_shared::cluster::command::MemberRecord;
 use forge_shared::cluster::node::Role;
@@ -22,12 +22,14 @@ use forge_shared::telemetry::RoleLabel;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::certificates::{Keeper, follow_trust, record_seen};
 use crate::coordinator::{Coordinator, CoordinatorOptions};
 use crate::error::CoordinatorError;
 use crate::member_file::MemberFile;
 use crate::peers::Peers;
 use crate::raft::RaftOptions;
 use crate::server;
+use crate::signing::SigningCas;
 use crate::surroundings::Surroundings;
 
 /// For a new coordinator to be let in.
@@ -88,7 +90,7 @@ pub struct Prepared {
     coordinator: Coordinator,
     peers: Peers,
     credentials: SharedCredentials,
-    ca: ClusterCa,
+    cas: Arc<SigningCas>,
     listener: TcpListener,
     probes: Option<TcpListener>,
 }
@@ -118,7 +120,7 @@ pub async fn prepare(mut options: RunOptions) -> Result<Prepared, CoordinatorErr
         Some(member) => member,
         None => become_member(&options).await?,
     };
-    let (credentials, ca) = load_credentials(&options.tls_dir)?;
+    let (credentials, cas) = load_credentials(&options.tls_dir)?;
     let identity = credentials.identity().clone();
     if identity.role != Role::Coordinator || identity.name != options.name {
         let reason =
@@ -134,7 +136,7 @@ pub async fn prepare(mut options: RunOptions) -> Result<Prepared, CoordinatorErr
     let peers = Peers::new(&member, &credentials);
     let coordinator = Coordinator::start(coordinator_options, peers.transport())?;
     peers.follow(&coordinator);
-    Ok(Prepared { options, coordinator, peers, credentials, ca, listener, probes })
+    Ok(Prepared { options, coordinator, peers, credentials, cas: Arc::new(cas), listener, probes })
 }
 
 impl Prepared {
@@ -156,7 +158,7 @@ impl Prepared {
     /// # Errors
     /// Credentials that cannot be used; the group has removed this member.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), CoordinatorError> {
-        let Prepared { options, coordinator, peers, credentials, ca, listener, probes } = self;
+        let Prepared { options, coordinator, peers, credentials, cas, listener, probes } = self;
         let stop = CancellationToken::new();
         let (metrics, ready) = (coordinator.metrics().clone(), coordinator.clone());
         let told = Probes { metrics: Arc::new(move || metrics.encode()), readiness: Arc::new(move || ready.readiness()) };
@@ -164,7 +166,10 @@ impl Prepared {
         let removal = peers.removal(&coordinator);
         let renewal = keep_certificate(&options, &coordinator, &credentials);
         tracing::info!(address = options.address, name = options.name, "serving");
-        let port = server::Port { listener, credentials: credentials.clone(), ca, life: options.certificates.life, peers };
+        let keeper = Keeper { credentials: credentials.clone(), cas: cas.clone(), directory: options.tls_dir.clone() };
+        coordinator.0.tasks.spawn(follow_trust(coordinator.clone(), keeper));
+        coordinator.0.tasks.spawn(record_seen(coordinator.clone(), credentials.clone()));
+        let port = server::Port { listener, credentials: credentials.clone(), cas, life: options.certificates.life, peers };
         let server = server::serve(port, coordinator.clone());
         tokio::pin!(server);
         let served = tokio::select! {
@@ -209,9 +214,9 @@ async fn keep_certificate(options: &RunOptions, coordinator: &Coordinator, crede
     }
 }
 
-fn load_credentials(folder: &Path) -> Result<(Credentials, ClusterCa), CoordinatorError> {
+fn load_credentials(folder: &Path) -> Result<(Credentials, SigningCas), CoordinatorError> {
     let start = |error: forge_cluster::tls::TlsError| CoordinatorError::Start { reason: error.to_string() };
-    Ok((Credentials::load(folder).map_err(start)?, ClusterCa::load(folder).map_err(start)?))
+    Ok((Credentials::load(folder).map_err(start)?, SigningCas::load(folder).map_err(start)?))
 }
 
 /// Makes a new folder a member.

@@ -9,6 +9,7 @@ use forge_coordinator::state::ClusterState;
 use forge_coordinator::{MemberFile, write_backup};
 use forge_proto::{cluster as wire, node as node_wire};
 use forge_shared::cluster::Revision;
+use forge_shared::cluster::certificate::{CaRecord, CertificateRecord};
 use forge_shared::cluster::command::{
     Applied, Command, CommandError, Envelope, IdempotencyRecord, JoinToken, MemberRecord, PlannedReplica,
 };
@@ -192,6 +193,32 @@ fn entries() -> Vec<(&'static str, Vec<Envelope>)> {
         Command::RecordWait { name: "other".into(), generation: 1, waits_for: "worker w1 is reading it".into() },
         Command::DeleteService { name: "other".into() },
     ];
+    let ca = |digits: &str| CaRecord { sha256: digits.repeat(32), certificate_pem: "pem".into() };
+    let certificate = |serial: &str, role, name: &str| {
+        let certificate = CertificateRecord {
+            serial: serial.into(),
+            role,
+            name: name.into(),
+            issued_s: 1,
+            expires_s: 9_000,
+            ca_sha256: ca("bb").sha256,
+            believes: vec![ca("aa").sha256, ca("bb").sha256],
+            revoked_s: None,
+        };
+        Command::RecordCertificate { certificate: Box::new(certificate) }
+    };
+    let certificates = vec![
+        certificate("01", Role::Worker, "w1"),
+        certificate("02", Role::Worker, "w2"),
+        certificate("03", Role::Admin, "root"),
+        certificate("04", Role::Admin, "other"),
+        Command::RevokeCertificates { serials: ["04".to_owned()].into(), force: false },
+        Command::BeginCaRotation { from: ca("aa"), to: ca("bb") },
+        Command::AbandonCaRotation,
+        Command::BeginCaRotation { from: ca("aa"), to: ca("bb") },
+        Command::SwitchCa { force: false },
+        Command::FinishCaRotation { force: false },
+    ];
     let nodes = vec![
         Command::JoinNode { spec: Box::new(worker("w3", 7)) },
         Command::CordonNode { node: node(), cordoned: true },
@@ -215,7 +242,7 @@ fn entries() -> Vec<(&'static str, Vec<Envelope>)> {
         Command::RecordIdempotency { record },
         Command::RevokeKey { name: "k1".into() },
     ];
-    [("replica", replica), ("services", services), ("nodes", nodes), ("access", access)]
+    [("replica", replica), ("services", services), ("nodes", nodes), ("access", access), ("certificates", certificates)]
         .map(|(name, commands)| (name, envelopes(commands)))
         .into()
 }

@@ -7,7 +7,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forge_cluster::client::{RemoteCluster, keep_renewed};
+use forge_cluster::client::{RemoteCluster, keep_certificates};
 use forge_cluster::config::GatewayFile;
 use forge_cluster::engine::RemoteDialer;
 use forge_cluster::incarnation;
@@ -48,7 +48,7 @@ pub async fn run(file: GatewayFile<GatewayConfig>, shutdown: impl Future<Output 
     let cluster = RemoteCluster::new(&addresses, &credentials).map_err(|error| cannot(error.to_string()))?;
     let metrics = Metrics::new();
     let left = metrics.certificate_left_s.get_or_create_owned(&RoleLabel { role: Role::Gateway.to_string() });
-    let renewing = tokio::spawn(keep_renewed(cluster.clone(), membership.directory.clone(), move |left_s| {
+    let renewing = tokio::spawn(keep_certificates(cluster.clone(), membership.directory.clone(), move |left_s| {
         left.set(left_s);
     }));
     let result = serve(&file, metrics, cluster, &credentials, shutdown).await;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forge_cluster::api::{ClusterApi, ClusterError};
-use forge_cluster::client::{RemoteCluster, keep_renewed};
+use forge_cluster::client::{RemoteCluster, keep_certificates};
 use forge_cluster::config::DeclaredDevice;
 use forge_cluster::incarnation;
 use forge_cluster::probes::{self, Probes};
@@ -105,7 +105,7 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
     let mut node = node.join(spec, connect(&options), Arc::new(move |service| inspect(&models, service)))?;
     let renewal = RemoteCluster::new(&options.coordinators, &options.credentials).map_err(|error| cannot(error.to_string()))?;
     let left = metrics.certificate_left_s.get_or_create_owned(&RoleLabel { role: Role::Worker.to_string() });
-    let renewal = tokio::spawn(keep_renewed(renewal, options.credentials_dir.clone(), move |left_s| {
+    let renewal = tokio::spawn(keep_certificates(renewal, options.credentials_dir.clone(), move |left_s| {
         left.set(left_s);
     }));
     let state = node.state();

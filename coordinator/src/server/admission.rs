@@ -62,11 +62,10 @@ impl AdmissionService {
         let id = format!("join-{}-{role}-{}", request.name, hex::encode(&digest[..16]));
         let command = Command::UseJoinToken { id: request.token_id.clone(), role, node: request.name.clone() };
         self.check_token(&request, &id, &command)?;
-        let identity =
-            Identity::new(self.0.ca.cluster_id(), role, &request.name).map_err(|error| CoordinatorError::message("name", error))?;
+        let identity = Identity::new(&coordinator.0.options.cluster_id, role, &request.name)
+            .map_err(|error| CoordinatorError::message("name", error))?;
         // Before the token is used up: a request that cannot be signed uses nothing.
-        let signed = self.0.ca.sign(&request.signing_request_der, &identity, self.0.life, self.0.credentials.clock().now_s());
-        let certificate_pem = signed.map_err(|error| CoordinatorError::message("signing_request_der", error))?;
+        let signed = self.0.sign(&request.signing_request_der, &identity)?;
         check_free(coordinator, role, &request.name, &request.address)?;
 
         let submission = Submission { request_id: id, traceparent: String::new(), command };
@@ -77,13 +76,14 @@ impl AdmissionService {
         } else {
             0
         };
+        self.0.write_down(&signed, None, timeout).await?;
         tracing::info!(%identity, "joined");
         Ok(JoinReply {
-            cluster_id: self.0.ca.cluster_id().into(),
-            certificate_pem,
-            ca_certificate_pem: self.0.ca.certificate_pem().into(),
+            cluster_id: coordinator.0.options.cluster_id.clone(),
+            certificate_pem: signed.certificate_pem,
+            ca_certificate_pem: signed.cas_pem,
             coordinators: self.0.addresses(),
-            ca_key_pem: if is_coordinator { self.0.ca.key_pem() } else { String::new() },
+            ca_key_pem: if is_coordinator { self.0.cas.keys_pem() } else { String::new() },
             member_id,
         })
     }

@@ -7,8 +7,9 @@ use bytes::Bytes;
 use forge_proto::cluster::change_members_request::Change;
 use forge_proto::cluster::cluster_server::Cluster;
 use forge_proto::cluster::{
-    BackupChunk, BackupRequest, ChangeMembersReply, ChangeMembersRequest, ExecuteReply, ExecuteRequest, LoadsReply, LoadsRequest, LogLine,
-    LogsRequest, PlanReply, PlanRequest, ReadReply, ReadRequest, StatusReply, StatusRequest, WatchBatch, WatchRequest,
+    BackupChunk, BackupRequest, BeginCaRotationReply, BeginCaRotationRequest, ChangeMembersReply, ChangeMembersRequest, ExecuteReply,
+    ExecuteRequest, LoadsReply, LoadsRequest, LogLine, LogsRequest, PlanReply, PlanRequest, ReadReply, ReadRequest, StatusReply,
+    StatusRequest, WatchBatch, WatchRequest,
 };
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::Command;
@@ -126,6 +127,15 @@ impl Cluster for ClusterService {
         Ok(Response::new(ChangeMembersReply {}))
     }
 
+    async fn begin_ca_rotation(&self, request: Request<BeginCaRotationRequest>) -> Result<Response<BeginCaRotationReply>, Status> {
+        let caller = self.0.caller(&request, &[Role::Admin])?;
+        let _place = self.0.place()?;
+        let timeout = timeout(&request);
+        let ca_sha256 = self.0.begin_ca_rotation(timeout).await.map_err(refuse)?;
+        tracing::info!(by = %caller, ca = ca_sha256, "a new CA is introduced");
+        Ok(Response::new(BeginCaRotationReply { ca_sha256 }))
+    }
+
     type LoadsStream = Answers<LoadsReply>;
 
     async fn loads(&self, request: Request<LoadsRequest>) -> Result<Response<Self::LoadsStream>, Status> {
@@ -189,9 +199,11 @@ pub(super) fn parse_kind(text: &str) -> Result<Kind, Status> {
         "member" => Kind::Member,
         "token" => Kind::Token,
         "notice" => Kind::Notice,
+        "certificate" => Kind::Certificate,
+        "trust" => Kind::Trust,
         other => {
             let shown: String = other.chars().take(40).collect();
-            let reason = format!("{shown:?} is none of node, service, key, member, token, notice");
+            let reason = format!("{shown:?} is none of node, service, key, member, token, notice, certificate, trust");
             return Err(refuse(CoordinatorError::Message { field: "kind", reason }));
         }
     })

@@ -16,7 +16,7 @@ mod nodes;
 use std::sync::Arc;
 use std::time::Duration;
 
-use forge_cluster::tls::{ClusterCa, SharedCredentials, TlsIncoming};
+use forge_cluster::tls::{SharedCredentials, TlsIncoming};
 use forge_proto::cluster::cluster_server::ClusterServer;
 use forge_proto::node::admission_server::AdmissionServer;
 use forge_proto::node::nodes_server::NodesServer;
@@ -27,6 +27,7 @@ use tonic::transport::Server;
 use crate::coordinator::Coordinator;
 use crate::error::CoordinatorError;
 use crate::peers::Peers;
+use crate::signing::SigningCas;
 
 /// Bytes of a request; documents of services have a few kilobytes.
 const MAX_REQUEST_BYTES: usize = 1 << 20;
@@ -54,8 +55,8 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(3);
 pub(crate) struct Shared {
     pub(crate) coordinator: Coordinator,
     pub(crate) credentials: SharedCredentials,
-    /// With it certificates are signed.
-    pub(crate) ca: Arc<ClusterCa>,
+    /// With these certificates are signed.
+    pub(crate) cas: Arc<SigningCas>,
     /// Of certificates that are signed.
     pub(crate) life: Duration,
     pub(crate) calls: Arc<Semaphore>,
@@ -67,7 +68,7 @@ pub(crate) struct Shared {
 pub(crate) struct Port {
     pub(crate) listener: TcpListener,
     pub(crate) credentials: SharedCredentials,
-    pub(crate) ca: ClusterCa,
+    pub(crate) cas: Arc<SigningCas>,
     pub(crate) life: Duration,
     pub(crate) peers: Peers,
 }
@@ -77,14 +78,14 @@ pub(crate) struct Port {
 /// # Errors
 /// [`CoordinatorError::Start`] for credentials that cannot be used.
 pub(crate) async fn serve(port: Port, coordinator: Coordinator) -> Result<(), CoordinatorError> {
-    let Port { listener, credentials, ca, life, peers } = port;
+    let Port { listener, credentials, cas, life, peers } = port;
     let unusable = |error: forge_cluster::tls::TlsError| CoordinatorError::Start { reason: error.to_string() };
     let incoming = TlsIncoming::new(listener, &credentials).map_err(unusable)?;
 
     let shared = Shared {
         coordinator: coordinator.clone(),
         credentials,
-        ca: Arc::new(ca),
+        cas,
         life,
         calls: Arc::new(Semaphore::new(CALLS)),
         watches: Arc::new(Semaphore::new(WATCHES)),

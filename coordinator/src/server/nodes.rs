@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use forge_cluster::api::Session;
-use forge_cluster::tls::{Identity, Peer};
+use forge_cluster::tls::{Identity, Peer, PeerCertificate};
 use forge_proto::node::nodes_server::Nodes;
-use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp};
+use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest};
 use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::cluster::session::NodeUp;
 use forge_shared::ids::NodeId;
@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::Shared;
 use super::call::{json, refuse, timeout, to_json, unknown_caller};
 use super::cluster::Answers;
+use crate::certificates::record_of;
 use crate::error::CoordinatorError;
 
 /// For the first message of a session, and for joining.
@@ -27,6 +28,8 @@ const BEGIN_WITHIN: Duration = Duration::from_secs(5);
 const READ_WITHIN: Duration = Duration::from_secs(10);
 /// Messages on their way to the connection.
 const DEPTH: usize = 16;
+/// CAs that a caller may say it believes.
+const MAX_BELIEVED: usize = 4;
 
 pub(super) struct NodesService(pub(super) Shared);
 
@@ -35,17 +38,31 @@ impl Nodes for NodesService {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
         let caller = Peer::of(&request).map_err(unknown_caller)?;
         let _place = self.0.place()?;
-        self.0.coordinator.0.raft.read_index(timeout(&request)).await.map_err(|error| refuse(self.0.coordinator.raft_error(error)))?;
+        let timeout = timeout(&request);
+        self.0.coordinator.0.raft.read_index(timeout).await.map_err(|error| refuse(self.0.coordinator.raft_error(error)))?;
         still_belongs(&self.0, &caller).map_err(refuse)?;
-        let signing_request = request.into_inner().signing_request_der;
-        let wrong = |error: forge_cluster::tls::TlsError| refuse(CoordinatorError::message("signing_request_der", error));
-        let certificate_pem = self.0.ca.sign(&signing_request, &caller, self.0.life, self.0.credentials.clock().now_s()).map_err(wrong)?;
+        // Written down by the leader, before its holder has it.
+        self.0.coordinator.leading().map_err(refuse)?;
+        let RenewRequest { signing_request_der, mut believed_ca_sha256 } = request.into_inner();
+        believed_ca_sha256.truncate(MAX_BELIEVED);
+        let signed = self.0.sign(&signing_request_der, &caller).map_err(refuse)?;
+        self.0.write_down(&signed, Some(believed_ca_sha256), timeout).await.map_err(refuse)?;
         tracing::info!(%caller, "a certificate was renewed");
         Ok(Response::new(RenewReply {
-            certificate_pem,
-            ca_certificate_pem: self.0.ca.certificate_pem().into(),
+            certificate_pem: signed.certificate_pem,
+            ca_certificate_pem: signed.cas_pem,
             coordinators: self.0.addresses(),
         }))
+    }
+
+    async fn signing_key(&self, request: Request<SigningKeyRequest>) -> Result<Response<SigningKeyReply>, Status> {
+        let caller = self.0.caller(&request, &[Role::Coordinator])?;
+        still_belongs(&self.0, &caller).map_err(refuse)?;
+        let sha256 = request.into_inner().ca_sha256;
+        let missing = || refuse(CoordinatorError::Busy { reason: "this coordinator does not have that CA's key: ask another".into() });
+        let key_pem = self.0.cas.key_pem(&sha256).ok_or_else(missing)?;
+        tracing::info!(%caller, ca = sha256.get(..12), "a coordinator was given a CA's key");
+        Ok(Response::new(SigningKeyReply { key_pem }))
     }
 
     type SessionStream = Answers<SessionDown>;
@@ -67,7 +84,47 @@ impl Nodes for NodesService {
     }
 }
 
+/// What was signed.
+pub(super) struct Signed {
+    pub(super) certificate_pem: String,
+    /// All CAs to believe, the one that signed first.
+    pub(super) cas_pem: String,
+}
+
 impl Shared {
+    /// Signs with the CA that signs now.
+    pub(super) fn sign(&self, signing_request_der: &[u8], identity: &Identity) -> Result<Signed, CoordinatorError> {
+        let trust = self.coordinator.0.replicated.read().trust().clone();
+        let ca = self.cas.signing(&trust)?;
+        let signed = ca.sign(signing_request_der, identity, self.life, self.credentials.clock().now_s());
+        let certificate_pem = signed.map_err(|error| CoordinatorError::message("signing_request_der", error))?;
+        Ok(Signed { certificate_pem, cas_pem: trust.cas_pem(ca.certificate_pem()) })
+    }
+
+    /// Writes a signed certificate into the log; `believes` is what its holder said, or absent: it will believe what comes
+    /// with the certificate.
+    pub(super) async fn write_down(
+        &self,
+        signed: &Signed,
+        believes: Option<Vec<String>>,
+        timeout: Duration,
+    ) -> Result<(), CoordinatorError> {
+        let broken = |what: String| CoordinatorError::message("certificate", what);
+        let certificate = PeerCertificate::from_pem(&signed.certificate_pem).map_err(|error| broken(error.to_string()))?;
+        let all = || self.coordinator.0.replicated.read().trust().cas.iter().map(|ca| ca.sha256.clone()).collect();
+        let record = record_of(&certificate, &signed.cas_pem, believes.unwrap_or_else(all));
+        let record = record.ok_or_else(|| broken("it is of none of the CAs".into()))?;
+        match self.coordinator.record_certificate(record, timeout).await {
+            // Nobody is shut out because the log cannot take his record (a member is of an older version, there are too many):
+            // the leader writes it down later, when it sees it.
+            Err(CoordinatorError::Command(error)) => {
+                tracing::warn!(%error, "a certificate is given out and not written down yet");
+                Ok(())
+            }
+            written => written,
+        }
+    }
+
     /// `host:port` of all coordinators.
     pub(super) fn addresses(&self) -> Vec<String> {
         self.coordinator.0.replicated.read().members().values().map(|member| member.address.clone()).collect()

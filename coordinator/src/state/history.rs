@@ -10,10 +10,11 @@ use super::{ClusterState, RemovedMembers, Shared};
 
 impl ClusterState {
     /// Begins a new history at `index`, which must be above every revision and every epoch of the old one: no members, no
-    /// replies remembered, and epochs that go on from there. Times of tokens and records stay as they are.
+    /// replies remembered, no CA but that of who goes on, and epochs that go on from there. Times of tokens and records stay as they are.
     pub(crate) fn begin_history(&mut self, index: Revision) {
         self.members.clear();
         self.removed_members = RemovedMembers::default();
+        self.certificates.begin_history();
         // Requests of the old group's leaders had ids that the new one's will have too.
         self.asked = Shared::default();
         self.reported = Shared::default();
@@ -28,6 +29,7 @@ impl ClusterState {
 
 #[cfg(test)]
 mod tests {
+    use forge_shared::cluster::certificate::CaRecord;
     use forge_shared::cluster::command::{Command, MemberRecord};
     use forge_shared::spec::ModelServiceSpec;
 
@@ -41,6 +43,8 @@ mod tests {
         world.apply("s", ModelServiceSpec::default()).expect("applied");
         world.run(Command::PutMember { member: MemberRecord { id: 1, name: "c1".into(), address: "c:7000".into() } }).expect("new");
         world.run(Command::RemoveMember { id: 1 }).expect("removed");
+        let ca = |digits: &str| CaRecord { sha256: digits.repeat(32), certificate_pem: "pem".into() };
+        world.run(Command::BeginCaRotation { from: ca("aa"), to: ca("bb") }).expect("begun");
         let join = world.envelope(Command::CordonNode { node: "a".into(), cordoned: true });
         world.run_envelope(&join).expect("cordoned");
         let index = 1 << 40;
@@ -48,6 +52,7 @@ mod tests {
         world.index = index;
         assert_eq!(ClusterState::decode(&world.state.encode()).expect("it keeps the rules"), world.state);
         assert!(world.state.members().is_empty() && !world.state.is_removed_member(1));
+        assert!(world.state.trust().cas.is_empty() && world.state.trust().rotation.is_none());
         assert!(world.state.services().values().all(|service| service.last_epoch == Epoch(index)));
         assert_eq!((world.state.revision(), world.state.epoch_floor()), (Revision(index), Epoch(index)));
         let other = Command::CordonNode { node: "a".into(), cordoned: false };

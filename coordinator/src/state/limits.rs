@@ -25,6 +25,10 @@ pub const MAX_TOKENS: usize = 1_024;
 pub const MAX_TOKEN_USES: u32 = 10_000;
 /// Longest life of a join token, milliseconds.
 pub const MAX_TOKEN_LIFE_MS: u64 = 30 * 24 * 3_600_000;
+/// Certificates; those that end first make room.
+pub const MAX_CERTIFICATES: usize = 32_768;
+/// Revoked certificates that have not ended.
+pub const MAX_REVOKED: usize = 4_096;
 /// Members of the raft group, learners included.
 pub const MAX_MEMBERS: usize = 16;
 /// Remembered numbers of removed members; what is older is known by being smaller.

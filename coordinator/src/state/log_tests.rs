@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use forge_shared::cluster::Revision;
+use forge_shared::cluster::certificate::{CaRecord, CertificateRecord};
 use forge_shared::cluster::command::{
     ApiKeyRecord, Applied, Command, CommandError, Envelope, IdempotencyRecord, JoinToken, MemberRecord, PlannedReplica,
 };
@@ -69,7 +70,7 @@ impl Log {
         let incarnation = |id: &NodeId| state.nodes().get(id).map_or(1, |node| node.spec.incarnation.0);
         let (node, name) = (node_id(a), service_name(a));
         let bent = c % 4 == 0;
-        match kind % 23 {
+        match kind % 26 {
             0 | 1 => {
                 let layout = if b % 8 == 0 { Layout { tensor: 2, ..Layout::default() } } else { Layout::default() };
                 let spec = ModelServiceSpec {
@@ -106,6 +107,7 @@ impl Log {
             18 => Command::DrainNode { node, draining: b % 2 == 0, is_forced: b % 4 == 0 },
             19 => Command::RemoveNode { node },
             20 => self.token(a, b, c),
+            23..=25 => self.certificate(a, b, c),
             21 => match b % 4 {
                 0 => Command::RevokeKey { name: format!("k{}", a % 3) },
                 1 => {
@@ -138,6 +140,31 @@ impl Log {
                 let member = MemberRecord { id: u64::from(a % 4), name: format!("c{}", b % 4), address: format!("c{}:7000", b % 4) };
                 Command::PutMember { member }
             }
+        }
+    }
+
+    fn certificate(&self, a: u8, b: u8, c: u8) -> Command {
+        let ca = |number: u8| CaRecord { sha256: format!("{:02x}", number % 3).repeat(32), certificate_pem: format!("{}", number % 3) };
+        match c % 8 {
+            0..=3 => {
+                let issued_s = (self.now_ms / 1_000).saturating_sub(u64::from(b));
+                let certificate = CertificateRecord {
+                    serial: format!("{:02x}", a % 8),
+                    role: Role::ALL[usize::from(b % 4)],
+                    name: node_id(a).0,
+                    issued_s,
+                    expires_s: issued_s + u64::from(c),
+                    ca_sha256: ca(b).sha256,
+                    believes: vec![ca(a).sha256, ca(b).sha256],
+                    revoked_s: None,
+                };
+                Command::RecordCertificate { certificate: Box::new(certificate) }
+            }
+            4 => Command::RevokeCertificates { serials: [a, b].map(|serial| format!("{:02x}", serial % 8)).into(), force: b % 2 == 0 },
+            5 => Command::BeginCaRotation { from: ca(a), to: ca(b) },
+            6 => Command::SwitchCa { force: b % 2 == 0 },
+            _ if b % 4 == 0 => Command::AbandonCaRotation,
+            _ => Command::FinishCaRotation { force: b % 2 == 0 },
         }
     }
 

@@ -11,6 +11,7 @@
 //! the differences between entries (see `clock.rs`), and what is shown; nothing else.
 
 mod access;
+mod certificates;
 mod checks;
 mod clock;
 mod fuzz;
@@ -37,6 +38,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use forge_shared::cluster::Revision;
+use forge_shared::cluster::certificate::Trust;
 use forge_shared::cluster::command::{ApiKeyRecord, Applied, Command, CommandError, Envelope, IdempotencyRecord, JoinToken, MemberRecord};
 use forge_shared::cluster::event::{Change, Kind, Notice, Object};
 use forge_shared::cluster::node::NodeRecord;
@@ -54,6 +56,7 @@ pub use rules::check_rules;
 pub use services::{changes_replicas, check_wish};
 
 use access::KeptToken;
+use certificates::Certificates;
 use clock::Clock;
 use idempotency::Idempotency;
 use members::RemovedMembers;
@@ -104,6 +107,8 @@ pub struct ClusterState {
     members: BTreeMap<u64, MemberRecord>,
     #[serde(default)]
     removed_members: RemovedMembers,
+    #[serde(default, skip_serializing_if = "Certificates::is_empty")]
+    certificates: Certificates,
     idempotency: Shared<Idempotency>,
     notices: Shared<Notices>,
     /// Replies to commands from outside …
@@ -149,6 +154,7 @@ impl ClusterState {
             tokens: BTreeMap::new(),
             members: BTreeMap::new(),
             removed_members: RemovedMembers::default(),
+            certificates: Certificates::default(),
             idempotency: Shared::default(),
             notices: Shared::default(),
             asked: Shared::default(),
@@ -217,6 +223,12 @@ impl ClusterState {
             Command::RemoveJoinToken { id } => self.remove_token(id, step),
             Command::PutKey { key } => self.put_key(key, step),
             Command::RevokeKey { name } => self.revoke_key(name, step),
+            Command::RecordCertificate { certificate } => self.record_certificate(certificate, step),
+            Command::RevokeCertificates { serials, force } => self.revoke_certificates(serials, *force, step),
+            Command::BeginCaRotation { from, to } => self.begin_ca_rotation(from, to, step),
+            Command::SwitchCa { force } => self.switch_ca(*force, step),
+            Command::FinishCaRotation { force } => self.finish_ca_rotation(*force, step),
+            Command::AbandonCaRotation => self.abandon_ca_rotation(step),
             Command::RecordIdempotency { record } => self.record_idempotency(record),
             Command::PutMember { member } => self.put_member(member, step),
             Command::RemoveMember { id } => self.remove_member(*id, step),
@@ -303,6 +315,10 @@ impl ClusterState {
             Kind::Member => self.members.values().cloned().map(Object::Member).collect(),
             Kind::Token => self.tokens().cloned().map(Object::Token).collect(),
             Kind::Notice => self.notices().cloned().map(Object::Notice).collect(),
+            Kind::Certificate => {
+                self.certificates.records().map(|certificate| Object::Certificate(Box::new(certificate.clone()))).collect()
+            }
+            Kind::Trust => vec![Object::Trust(Box::new(self.trust().clone()))],
         }
     }
 
@@ -315,6 +331,8 @@ impl ClusterState {
             Kind::Member => self.members.values().find(|member| member.name == name).cloned().map(Object::Member),
             Kind::Token => self.tokens.get(name).map(|kept| Object::Token(kept.token.clone())),
             Kind::Notice => self.notices().find(|notice| notice.number.to_string() == name).cloned().map(Object::Notice),
+            Kind::Certificate => self.certificate(name).map(|certificate| Object::Certificate(Box::new(certificate.clone()))),
+            Kind::Trust => (name == Trust::NAME).then(|| Object::Trust(Box::new(self.trust().clone()))),
         }
     }
 
@@ -345,6 +363,7 @@ fn is_asked(command: &Command) -> bool {
             | Command::ReportReplica { .. }
             | Command::JoinNode { .. }
             | Command::LoseNode { .. }
+            | Command::RecordCertificate { .. }
             | Command::RecordIdempotency { .. }
     )
 }

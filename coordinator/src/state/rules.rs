@@ -2,6 +2,7 @@
 //!
 //! Invariant: what [`ClusterState::apply`] makes of a state that keeps them keeps them.
 
+use forge_shared::cluster::event::{Kind, Object};
 use forge_shared::cluster::node::NodePhase;
 use forge_shared::ids::{Epoch, NodeId};
 
@@ -12,6 +13,14 @@ use super::{ClusterState, standing};
 /// # Errors
 /// The rule that is broken, in words.
 pub fn check_rules(state: &ClusterState) -> Result<(), String> {
+    let revoked = state.objects(Kind::Certificate).into_iter().filter_map(|object| match object {
+        Object::Certificate(certificate) if certificate.revoked_s.is_some() => Some(certificate.serial),
+        _ => None,
+    });
+    let trust = state.trust();
+    if !revoked.eq(trust.revoked.iter().cloned()) || trust.rotation.is_some() != (trust.cas.len() == 2) {
+        return Err(format!("what is believed does not follow from the certificates: {trust:?}"));
+    }
     for (name, service) in state.services() {
         let mut epochs: Vec<Epoch> = standing(service).map(|replica| replica.plan.epoch).collect();
         epochs.sort();

@@ -68,6 +68,7 @@ impl ClusterState {
             (self.tokens.len() <= MAX_TOKENS && self.tokens.iter().all(|(id, kept)| *id == kept.token.id), "its join tokens"),
             (self.members.len() <= MAX_MEMBERS && self.members.iter().all(|(id, member)| *id == member.id), "its members"),
             (self.removed_members.is_sound(), "its removed members"),
+            (self.certificates.is_sound(), "its certificates"),
             (self.idempotency.is_sound(), "its idempotency records"),
             (self.notices.is_sound(), "its notices"),
             (self.asked.is_sound(MAX_ASKED_REPLIES) && self.reported.is_sound(MAX_REPORTED_REPLIES), "its remembered replies"),

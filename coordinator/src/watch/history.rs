@@ -19,7 +19,7 @@ pub struct KindSet(u8);
 
 impl KindSet {
     /// Every kind.
-    pub const ALL: KindSet = KindSet(0b11_1111);
+    pub const ALL: KindSet = KindSet(0b1111_1111);
 
     /// These kinds.
     pub fn of(kinds: &[Kind]) -> KindSet {
@@ -49,6 +49,8 @@ impl KindSet {
             Kind::Member => 3,
             Kind::Token => 4,
             Kind::Notice => 5,
+            Kind::Certificate => 6,
+            Kind::Trust => 7,
         }
     }
 }

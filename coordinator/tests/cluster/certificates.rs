@@ -7,14 +7,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use forge_cluster::api::{ClusterApi, ClusterError, WatchItem};
-use forge_cluster::client::{RemoteCluster, keep_renewed};
-use forge_cluster::tls::{CertificateClock, Credentials, NODE_LIFETIME, SharedCredentials};
-use forge_shared::cluster::event::Kind;
+use forge_cluster::client::{RemoteCluster, keep_certificates};
+use forge_cluster::tls::{
+    CA_KEY_FILE, CertificateClock, Credentials, JoinTokenText, JoinWish, NODE_LIFETIME, SharedCredentials, ca_digest, join,
+};
+use forge_shared::cluster::certificate::{CertificateRecord, Trust};
+use forge_shared::cluster::command::{Command, CommandError};
+use forge_shared::cluster::event::{Kind, Object};
 use forge_shared::cluster::node::{NodeLoad, Role};
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 use tokio::task::JoinHandle;
 
-use crate::support::{Cluster, SOON, credentials, now_s, worker_spec};
+use crate::support::{Cluster, SOON, credentials, execute, now_s, start, worker_spec};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -37,7 +41,7 @@ impl Kept {
         let held = Credentials::load(&folder).expect("whole");
         let held = SharedCredentials::with_clock(held, cluster.certificates.clock.clone());
         let cluster = RemoteCluster::new(&cluster.addresses(), &held).expect("a client");
-        let tasks = vec![tokio::spawn(keep_renewed(cluster.clone(), folder, |_| ()))];
+        let tasks = vec![tokio::spawn(keep_certificates(cluster.clone(), folder, |_| ()))];
         Kept { cluster, tasks }
     }
 
@@ -144,11 +148,174 @@ async fn a_renewal_that_nobody_answers_is_tried_again_until_somebody_does() {
     tokio::time::sleep(Duration::from_millis(1500)).await;
     assert!(ends_s(&cluster.path("w1")) < clock.now_s() + 30 * DAY.as_secs(), "nobody could");
     let options = forge_coordinator::RunOptions { listen: address.parse().expect("one"), address, ..options };
-    cluster.members.push(crate::support::start(options).await);
+    cluster.members.push(start(options).await);
     let fresh_s = clock.now_s() + NODE_LIFETIME.as_secs() - 3600;
     let begun = Instant::now();
     while ends_s(&cluster.path("w1")) < fresh_s {
         assert!(begun.elapsed() < 3 * SOON, "it is renewed once it can be");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+async fn certificates(cluster: &RemoteCluster) -> Vec<CertificateRecord> {
+    let listing = cluster.read(Kind::Certificate, None, SOON).await.expect("it answers");
+    let records = listing.objects.into_iter().filter_map(|object| match object {
+        Object::Certificate(record) => Some(*record),
+        _ => None,
+    });
+    records.collect()
+}
+
+async fn trust(cluster: &RemoteCluster) -> Trust {
+    let listing = cluster.read(Kind::Trust, None, SOON).await.expect("it answers");
+    match listing.objects.into_iter().next() {
+        Some(Object::Trust(trust)) => *trust,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Has a command applied once it is not refused as coming too early; what was said before.
+async fn once_safe(cluster: &RemoteCluster, command: Command) -> Vec<String> {
+    let (begun, mut refusals) = (Instant::now(), Vec::new());
+    loop {
+        let id = format!("once-{}-{}", refusals.len(), begun.elapsed().as_nanos());
+        match cluster.execute(id, command.clone(), SOON).await {
+            Ok(_) => return refusals,
+            Err(ClusterError::Command(CommandError::Unsafe { reason })) => refusals.push(reason),
+            Err(other) => panic!("{other}"),
+        }
+        assert!(begun.elapsed() < 2 * SOON, "{refusals:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_revoked_is_cut_and_refused_by_all_coordinators() {
+    let cluster = Cluster::of_three().await;
+    let mut worker = Kept::start(&cluster, Role::Worker, "w1");
+    let operator = Kept::start(&cluster, Role::Admin, "o1");
+    let answers = worker.live("w1").await;
+    goes_on(&answers).await;
+    // Certificates that were made by hand are known once the leader has seen them.
+    let begun = Instant::now();
+    let known = loop {
+        let known = certificates(&operator.cluster).await;
+        let holders = ["worker/w1", "admin/o1", "coordinator/c1", "coordinator/c2", "coordinator/c3"];
+        if holders.iter().all(|holder| known.iter().any(|record| record.holder() == *holder)) {
+            break known;
+        }
+        assert!(begun.elapsed() < SOON, "{known:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    let serials = |role: Role| known.iter().filter(|record| record.role == role).map(|record| record.serial.clone()).collect();
+    let revoke = |role| Command::RevokeCertificates { serials: serials(role), force: false };
+    for role in [Role::Admin, Role::Coordinator] {
+        match operator.cluster.execute(format!("revoke-{role}"), revoke(role), SOON).await {
+            Err(ClusterError::Command(CommandError::Unsafe { reason })) => assert!(reason.contains("--force"), "{reason}"),
+            other => panic!("{role}: {other:?}"),
+        }
+    }
+    execute(&operator.cluster, revoke(Role::Worker)).await;
+    until("its session is cut", || answers.load(Ordering::Relaxed) == u64::MAX).await;
+    for address in cluster.addresses() {
+        let alone = RemoteCluster::new(&[address], worker.cluster.credentials()).expect("a client");
+        let begun = Instant::now();
+        loop {
+            match alone.read(Kind::Member, None, Duration::from_secs(3)).await {
+                Err(ClusterError::Forbidden { reason }) if reason.contains("was revoked") && reason.contains("new token") => break,
+                other => assert!(begun.elapsed() < SOON, "{other:?}"),
+            }
+        }
+    }
+    operator.cluster.read(Kind::Member, None, SOON).await.expect("others go on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ca_is_rotated_under_load_and_the_old_one_is_worth_nothing_afterwards() {
+    let mut cluster = Cluster::of_three().await;
+    let mut worker = Kept::start(&cluster, Role::Worker, "w1");
+    let operator = Kept::start(&cluster, Role::Admin, "o1");
+    worker.live("w1").await;
+    // Known to the cluster, and off.
+    Kept::start(&cluster, Role::Worker, "w2").live("w2").await;
+    let old_token = cluster.token(Role::Worker, 1).await;
+    let old = cluster.admin();
+    old.read(Kind::Member, None, SOON).await.expect("it is still good");
+
+    let load = operator.cluster.clone();
+    let (written, is_over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (count, over) = (written.clone(), is_over.clone());
+    let load = tokio::spawn(async move {
+        while over.load(Ordering::Relaxed) == 0 {
+            let cordoned = count.fetch_add(1, Ordering::Relaxed) % 2 == 0;
+            execute(&load, Command::CordonNode { node: "w1".into(), cordoned }).await;
+        }
+    });
+
+    let new_sha256 = operator.cluster.begin_ca_rotation(SOON).await.expect("begun");
+    let begun = Instant::now();
+    let refusal = loop {
+        match operator.cluster.execute(format!("switch-{:?}", begun.elapsed()), Command::SwitchCa { force: false }, SOON).await {
+            Err(ClusterError::Command(CommandError::Unsafe { reason })) if reason.contains("shut out: worker/w2, admin/operator;") => {
+                break reason;
+            }
+            other => assert!(begun.elapsed() < SOON, "{other:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    assert!(refusal.contains("--force"), "{refusal}");
+    // What lags comes back, or is taken out.
+    let _late = Kept::start(&cluster, Role::Worker, "w2");
+    let gone: std::collections::BTreeSet<String> = certificates(&operator.cluster)
+        .await
+        .into_iter()
+        .filter(|record| record.holder() == "admin/operator")
+        .map(|record| record.serial)
+        .collect();
+    execute(&operator.cluster, Command::RevokeCertificates { serials: gone, force: false }).await;
+    once_safe(&operator.cluster, Command::SwitchCa { force: false }).await;
+    once_safe(&operator.cluster, Command::FinishCaRotation { force: false }).await;
+    let trust = trust(&operator.cluster).await;
+    assert!(trust.rotation.is_none() && trust.cas.len() == 1 && trust.cas[0].sha256 == new_sha256, "{trust:?}");
+
+    let before = written.load(Ordering::Relaxed);
+    until("commands go on", || written.load(Ordering::Relaxed) > before + 5).await;
+    is_over.store(1, Ordering::Relaxed);
+    load.await.expect("no command failed");
+    worker.cluster.read(Kind::Member, None, SOON).await.expect("it has followed");
+    let live = worker.live("w1").await;
+    goes_on(&live).await;
+
+    // The old CA: its certificates and its tokens.
+    let late = SharedCredentials::new(credentials(&cluster.ca, Role::Admin, "late", now_s(), NODE_LIFETIME));
+    let late = RemoteCluster::new(&cluster.addresses(), &late).expect("a client");
+    match late.read(Kind::Member, None, Duration::from_secs(3)).await {
+        Err(ClusterError::Forbidden { reason }) => assert!(reason.contains("not of this cluster's CA"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    let wish = JoinWish { role: Role::Worker, name: "w3".into(), address: String::new() };
+    let old_token = JoinTokenText::parse(&old_token).expect("a token");
+    match join(&old_token, &wish, Duration::from_secs(2)).await {
+        Err(ClusterError::Forbidden { reason }) => assert!(reason.contains("CA"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    let digest = ca_digest(&trust.cas[0].certificate_pem).expect("a CA");
+    let token = JoinTokenText::generate(digest, cluster.addresses()).expect("a token");
+    let record = token.record(Role::Worker, (now_s() + 600) * 1000, 1);
+    execute(&operator.cluster, Command::PutJoinToken { token: record }).await;
+    join(&token, &wish, SOON).await.expect("let in by the new CA");
+
+    // Files are those of the new CA alone, and a coordinator starts from them.
+    let old_key = cluster.ca.key_pem();
+    for name in ["c1", "c2", "c3"] {
+        let keys = cluster.path(&format!("{name}/tls")).join(CA_KEY_FILE);
+        until("the old key is gone", || !std::fs::read_to_string(&keys).expect("there").contains(old_key.trim())).await;
+    }
+    let third = cluster.members.pop().expect("three");
+    let address = third.address.clone();
+    third.stop().await;
+    let options = forge_coordinator::RunOptions { listen: address.parse().expect("one"), address, ..cluster.options("c3").await };
+    let again = start(options).await;
+    until("it is heard again", || again.coordinator.readiness().is_ok()).await;
+    cluster.members.push(again);
 }

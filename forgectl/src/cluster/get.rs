@@ -183,7 +183,7 @@ pub fn describe(args: &DescribeArgs) -> Result<()> {
                 let (columns, rows) = table(Listed::Placements, std::slice::from_ref(object));
                 print_list(OutputFormat::Wide, &rows, columns, Clone::clone)?;
             }
-            Object::Key(_) | Object::Notice(_) | Object::Member(_) | Object::Token(_) => {
+            Object::Key(_) | Object::Notice(_) | Object::Member(_) | Object::Token(_) | Object::Certificate(_) | Object::Trust(_) => {
                 let (columns, rows) = table(kind, std::slice::from_ref(object));
                 let facts: Vec<(&str, String)> = columns.iter().map(|column| column.name).zip(rows.into_iter().flatten()).collect();
                 print_facts(args.output, &(), &facts)?;

@@ -31,11 +31,13 @@ impl Picture {
                 drop(self.services.insert(service.service.metadata.name.clone(), *service));
             }
             Change::Put { object: Object::Key(key) } => drop(self.keys.insert(key.name.clone(), *key)),
-            Change::Put { object: Object::Member(_) | Object::Token(_) | Object::Notice(_) } => {}
+            Change::Put {
+                object: Object::Member(_) | Object::Token(_) | Object::Notice(_) | Object::Certificate(_) | Object::Trust(_),
+            } => {}
             Change::Deleted { kind: Kind::Node, name } => drop(self.nodes.remove(&NodeId(name))),
             Change::Deleted { kind: Kind::Service, name } => drop(self.services.remove(&name)),
             Change::Deleted { kind: Kind::Key, name } => drop(self.keys.remove(&name)),
-            Change::Deleted { kind: Kind::Member | Kind::Token | Kind::Notice, .. } => {}
+            Change::Deleted { kind: Kind::Member | Kind::Token | Kind::Notice | Kind::Certificate | Kind::Trust, .. } => {}
         }
     }
 }

@@ -34,6 +34,7 @@ pub fn to_status(error: &ClusterError, leader: Option<&str>) -> Status {
                 CommandError::Stale { .. } => Code::Aborted,
                 CommandError::TooMany { .. } => Code::ResourceExhausted,
                 CommandError::Token { .. } => Code::PermissionDenied,
+                CommandError::Unsafe { .. } => Code::FailedPrecondition,
             };
             (code, false, serde_json::to_vec(command).unwrap_or_default())
         }

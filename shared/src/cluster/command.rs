@@ -5,7 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use std::collections::BTreeSet;
+
 use super::Revision;
+use super::certificate::{CaRecord, CertificateRecord};
 use super::node::{NodeSpec, Role};
 use super::service::ReplicaReport;
 use crate::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
@@ -90,6 +93,20 @@ pub enum Command {
     PutKey { key: Box<ApiKeyRecord> },
     /// No longer good.
     RevokeKey { name: String },
+
+    /// A certificate was signed, or seen. One that is known changes nothing.
+    RecordCertificate { certificate: Box<CertificateRecord> },
+    /// Certificates are believed no more. Refused where it shuts out the last operator or a coordinator that votes, unless
+    /// `force`.
+    RevokeCertificates { serials: BTreeSet<String>, force: bool },
+    /// A CA is believed beside the one that signs.
+    BeginCaRotation { from: CaRecord, to: CaRecord },
+    /// The new CA signs. Refused while somebody has not said that it believes it, unless `force`.
+    SwitchCa { force: bool },
+    /// The old CA is believed no more. Refused while somebody's newest certificate is of it, unless `force`.
+    FinishCaRotation { force: bool },
+    /// The new CA, which does not sign yet, is believed no more.
+    AbandonCaRotation,
 
     /// Remembers what an idempotent request was, so that another gateway can give its answer again.
     RecordIdempotency { record: IdempotencyRecord },
@@ -206,7 +223,7 @@ pub enum CommandError {
     /// There is no such object.
     #[error("there is no {kind} {name:?}{}", nearest_help(.nearest))]
     NotFound {
-        /// `service`, `node`, `key`, `join token`, `member`.
+        /// `service`, `node`, `key`, `join token`, `member`, `certificate`.
         kind: String,
         /// What was asked for.
         name: String,
@@ -236,6 +253,12 @@ pub enum CommandError {
         kind: String,
         /// The bound.
         limit: usize,
+    },
+    /// It would shut out somebody who is needed, or comes before its turn.
+    #[error("refused: {reason}")]
+    Unsafe {
+        /// Whom or why, and what to do.
+        reason: String,
     },
     /// A token that lets nobody in.
     #[error("join token refused: {reason}")]

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Revision;
+use super::certificate::{CertificateRecord, Trust};
 use super::command::{ApiKeyRecord, JoinToken, MemberRecord};
 use super::node::NodeRecord;
 use super::service::ServiceRecord;
@@ -23,6 +24,10 @@ pub enum Kind {
     Token,
     /// [`Notice`]: what happened, in words, for `forgectl get events`.
     Notice,
+    /// [`CertificateRecord`].
+    Certificate,
+    /// [`Trust`]: there is one.
+    Trust,
 }
 
 /// An object of the state.
@@ -41,6 +46,10 @@ pub enum Object {
     Token(JoinToken),
     /// Something that happened.
     Notice(Notice),
+    /// A certificate.
+    Certificate(Box<CertificateRecord>),
+    /// What every process believes.
+    Trust(Box<Trust>),
 }
 
 impl Object {
@@ -53,6 +62,8 @@ impl Object {
             Object::Member(_) => Kind::Member,
             Object::Token(_) => Kind::Token,
             Object::Notice(_) => Kind::Notice,
+            Object::Certificate(_) => Kind::Certificate,
+            Object::Trust(_) => Kind::Trust,
         }
     }
 
@@ -65,6 +76,8 @@ impl Object {
             Object::Member(member) => member.name.clone(),
             Object::Token(token) => token.id.clone(),
             Object::Notice(notice) => notice.number.to_string(),
+            Object::Certificate(certificate) => certificate.serial.clone(),
+            Object::Trust(_) => Trust::NAME.to_owned(),
         }
     }
 }

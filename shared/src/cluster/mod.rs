@@ -5,6 +5,7 @@
 //!
 //! Invariant: everything here survives serde's round trip unchanged, and unknown keys are refused by name.
 
+pub mod certificate;
 pub mod command;
 pub mod event;
 pub mod node;

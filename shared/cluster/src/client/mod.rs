@@ -14,6 +14,7 @@ mod route;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod trust;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +39,7 @@ use channels::Channels;
 
 pub use operator::{LogSource, MemberAction};
 pub use renewal::keep_renewed;
+pub use trust::{believe, keep_certificates};
 
 /// Largest message that is taken from a coordinator: a listing of a thousand nodes has a few MiB.
 const MAX_REPLY_BYTES: usize = 64 << 20;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forge_proto::cluster::change_members_request::Change;
-use forge_proto::cluster::{BackupRequest, ChangeMembersRequest, LogLine, LogsRequest};
-use forge_proto::node::RenewRequest;
+use forge_proto::cluster::{BackupRequest, BeginCaRotationRequest, ChangeMembersRequest, LogLine, LogsRequest};
+use forge_proto::node::{RenewRequest, SigningKeyRequest};
 use futures::StreamExt;
 use tokio::sync::mpsc;
 use tonic::{Request, Streaming};
@@ -107,7 +107,10 @@ impl RemoteCluster {
     pub async fn renew(&self, timeout: Duration) -> Result<Credentials, ClusterError> {
         let protocol = |error: crate::tls::TlsError| ClusterError::Protocol { reason: format!("renewal: {error}") };
         let key = NodeKey::generate().map_err(protocol)?;
-        let request = RenewRequest { signing_request_der: key.signing_request_der().map_err(protocol)?.into() };
+        let request = RenewRequest {
+            signing_request_der: key.signing_request_der().map_err(protocol)?.into(),
+            believed_ca_sha256: self.credentials().believed_cas(),
+        };
         let attempt = |address: String, wait: Duration| {
             let (client, message) = (self.channels.nodes(&address), request.clone());
             async move {
@@ -129,6 +132,34 @@ impl RemoteCluster {
             self.channels.learn(address);
         }
         Ok(renewed)
+    }
+
+    /// A CA's key, which only coordinators are given, from one that has it.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    pub async fn signing_key(&self, ca_sha256: &str, timeout: Duration) -> Result<String, ClusterError> {
+        let request = SigningKeyRequest { ca_sha256: ca_sha256.to_owned() };
+        let attempt = |address: String, wait: Duration| {
+            let (client, message) = (self.channels.nodes(&address), request.clone());
+            async move {
+                let mut request = Request::new(message);
+                request.set_timeout(wait);
+                Ok(client?.signing_key(request).await?.into_inner())
+            }
+        };
+        Ok(self.channels.attempts(Patience::reading(timeout), attempt).await?.key_pem)
+    }
+
+    /// Has the leader make a new CA, believed beside the one that signs; hex of its digest.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    pub async fn begin_ca_rotation(&self, timeout: Duration) -> Result<String, ClusterError> {
+        let send = |mut client: forge_proto::cluster::cluster_client::ClusterClient<_>, request| async move {
+            client.begin_ca_rotation(request).await
+        };
+        Ok(self.channels.call(Patience::changing(timeout), send, BeginCaRotationRequest {}).await?.ca_sha256)
     }
 }
 

@@ -28,7 +28,8 @@ pub async fn keep_renewed(cluster: RemoteCluster, directory: PathBuf, left: impl
         let credentials = cluster.credentials();
         let held = credentials.get();
         left(credentials.left_s());
-        if credentials.clock().now_s() < held.renew_at_s() {
+        let wish = credentials.wish();
+        if wish.is_none() && credentials.clock().now_s() < held.renew_at_s() {
             tokio::time::sleep(jittered(LOOK_INTERVAL)).await;
             continue;
         }
@@ -36,6 +37,7 @@ pub async fn keep_renewed(cluster: RemoteCluster, directory: PathBuf, left: impl
             Ok(()) => {
                 ::tracing::info!(identity = %held.identity(), left_s = credentials.left_s(), "renewed the certificate");
                 pause = FIRST_PAUSE;
+                wish.inspect(|wish| credentials.fulfil(*wish));
                 tokio::time::sleep(jittered(LOOK_INTERVAL)).await;
             }
             Err(error) => {

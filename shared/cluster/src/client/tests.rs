@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use forge_proto::cluster as wire;
 use forge_proto::cluster::cluster_server::{Cluster, ClusterServer};
 use forge_proto::node::nodes_server::{Nodes, NodesServer};
-use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp};
+use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest};
 use forge_shared::cluster::command::CommandError;
 use forge_shared::cluster::event::{Change, Event};
 use forge_shared::cluster::node::{NodeLoad, Role};
@@ -129,6 +129,10 @@ impl Cluster for Script {
         Ok(Response::new(wire::ChangeMembersReply {}))
     }
 
+    async fn begin_ca_rotation(&self, _: Request<wire::BeginCaRotationRequest>) -> Result<Response<wire::BeginCaRotationReply>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
     async fn loads(&self, request: Request<wire::LoadsRequest>) -> Result<Response<Self::LoadsStream>, Status> {
         self.not_leader()?;
         assert_eq!(request.into_inner().interval_ms, 50);
@@ -154,7 +158,12 @@ impl Nodes for Script {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
         let identity = Peer::of(&request)?;
         let certificate_pem = self.ca.sign(&request.into_inner().signing_request_der, &identity, NODE_LIFETIME, clock_s())?;
-        Ok(Response::new(RenewReply { certificate_pem, ..Default::default() }))
+        let ca_certificate_pem = self.ca.certificate_pem().into();
+        Ok(Response::new(RenewReply { certificate_pem, ca_certificate_pem, ..Default::default() }))
+    }
+
+    async fn signing_key(&self, _: Request<SigningKeyRequest>) -> Result<Response<SigningKeyReply>, Status> {
+        Err(Status::unimplemented("not in this test"))
     }
 
     async fn session(&self, request: Request<Streaming<SessionUp>>) -> Result<Response<Self::SessionStream>, Status> {

@@ -185,6 +185,15 @@ impl ClusterCa {
     }
 }
 
+/// SHA-256 over the DER of a CA's certificate in PEM: what a join token pins.
+///
+/// # Errors
+/// [`TlsError::Certificate`] for text that is none.
+pub fn ca_digest(pem: &str) -> Result<[u8; 32], TlsError> {
+    let certificates = certificates_of(pem)?;
+    Ok(certificates.first().map(|first| Sha256::digest(first).into()).unwrap_or_default())
+}
+
 /// Hex of SHA-256 over a certificate's DER.
 pub(super) fn digest_text(certificate: &CertificateDer<'_>) -> String {
     hex::encode(Sha256::digest(certificate))

@@ -18,6 +18,9 @@ use tonic::transport::server::Connected;
 use super::clock::CertificateClock;
 use super::peer::PeerCertificate;
 
+/// Certificates that are remembered of connections that have ended.
+const MAX_SEEN: usize = 4_096;
+
 /// What the server's calls learn of a connection.
 #[derive(Debug, Clone, Default)]
 pub struct Caller {
@@ -35,6 +38,8 @@ pub(super) struct Connections(Mutex<Table>);
 struct Table {
     next: u64,
     open: HashMap<u64, Open>,
+    /// By serial number: most of an operator's connections end before anybody looks.
+    seen: HashMap<String, Arc<PeerCertificate>>,
 }
 
 #[derive(Debug)]
@@ -71,6 +76,9 @@ impl Connections {
             let mut table = self.0.lock();
             let number = table.next;
             table.next += 1;
+            if table.seen.len() < MAX_SEEN {
+                table.seen.insert(peer.serial.clone(), peer.clone());
+            }
             table.open.insert(number, Open { peer, cut: cut.clone() });
             Place { number, connections: self.clone() }
         });
@@ -88,10 +96,11 @@ impl Connections {
         .collect()
     }
 
-    /// Certificates at the other ends, each once.
+    /// Certificates at the other ends, and those that were there since somebody asked last; each once.
     pub(super) fn peers(&self) -> Vec<Arc<PeerCertificate>> {
-        let table = self.0.lock();
-        let mut peers: Vec<_> = table.open.values().map(|open| open.peer.clone()).collect();
+        let mut table = self.0.lock();
+        let seen = std::mem::take(&mut table.seen);
+        let mut peers: Vec<_> = table.open.values().map(|open| open.peer.clone()).chain(seen.into_values()).collect();
         peers.sort_by(|a, b| a.serial.cmp(&b.serial));
         peers.dedup_by(|a, b| a.serial == b.serial);
         peers

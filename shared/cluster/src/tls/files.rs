@@ -70,6 +70,14 @@ pub(super) fn read_private(path: &Path) -> Result<String, TlsError> {
     read(path)
 }
 
+/// The keys in a coordinator's `ca.key`, in PEM, one after the other.
+///
+/// # Errors
+/// [`TlsError::File`].
+pub fn read_keys(directory: &Path) -> Result<String, TlsError> {
+    read_private(&directory.join(CA_KEY_FILE))
+}
+
 pub(super) fn file_error(path: &Path, reason: String) -> TlsError {
     TlsError::File { path: path.display().to_string(), reason }
 }

@@ -26,7 +26,7 @@ mod tests;
 mod token;
 mod trusted;
 
-pub use ca::{CA_LIFETIME, ClusterCa, NODE_LIFETIME};
+pub use ca::{CA_LIFETIME, ClusterCa, NODE_LIFETIME, ca_digest};
 pub use clock::CertificateClock;
 #[cfg(test)]
 pub(crate) use clock::clock_s;
@@ -34,7 +34,7 @@ pub use connections::Guarded;
 pub use connector::{ChannelOptions, PeerName, RenewedChannel, channel, pinned_channel};
 pub use credentials::{Credentials, NodeKey, issued_s};
 pub use error::{TlsError, diagnose};
-pub use files::{CA_CERTIFICATE_FILE, CA_KEY_FILE, NODE_FILE, write_private, write_public};
+pub use files::{CA_CERTIFICATE_FILE, CA_KEY_FILE, NODE_FILE, read_keys, write_private, write_public};
 pub use identity::{Identity, check_name};
 pub use join::{JoinWish, Joined, join};
 pub use listener::{TlsIncoming, TlsStream};

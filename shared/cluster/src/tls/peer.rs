@@ -2,6 +2,7 @@
 
 use forge_shared::cluster::node::Role;
 use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use tonic::Request;
 
 use super::connections::Caller;
@@ -24,6 +25,15 @@ pub struct PeerCertificate {
 }
 
 impl PeerCertificate {
+    /// Of a certificate in PEM.
+    ///
+    /// # Errors
+    /// [`TlsError::Certificate`] for one that is none of Forge's.
+    pub fn from_pem(pem: &str) -> Result<Self, TlsError> {
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes());
+        PeerCertificate::read(&certificate.map_err(|error| TlsError::Certificate { reason: error.to_string() })?)
+    }
+
     /// # Errors
     /// [`TlsError::Certificate`] for one that is none of Forge's.
     pub(super) fn read(certificate: &CertificateDer<'_>) -> Result<Self, TlsError> {

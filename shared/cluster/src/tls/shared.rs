@@ -26,6 +26,9 @@ struct Inner {
     trusted: RwLock<Arc<Trusted>>,
     /// Counts replacements.
     generation: AtomicU64,
+    /// Counts wishes for a new certificate, and those that were fulfilled.
+    wished: AtomicU64,
+    fulfilled: AtomicU64,
     connections: Arc<Connections>,
     clock: CertificateClock,
 }
@@ -42,6 +45,8 @@ impl SharedCredentials {
             trusted: RwLock::new(credentials.trusted().clone()),
             held: RwLock::new(Arc::new(credentials)),
             generation: AtomicU64::new(0),
+            wished: AtomicU64::new(0),
+            fulfilled: AtomicU64::new(0),
             connections: Arc::default(),
             clock,
         }))
@@ -107,6 +112,27 @@ impl SharedCredentials {
     /// Grows with each replacement: a connection made before shows what was there before.
     pub fn generation(&self) -> u64 {
         self.0.generation.load(Ordering::Acquire)
+    }
+
+    /// Asks for a new certificate before it is time: the CA changes.
+    pub fn renew_soon(&self) {
+        self.0.wished.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether it was asked for, and the number to name when it has come.
+    pub(crate) fn wish(&self) -> Option<u64> {
+        let wished = self.0.wished.load(Ordering::Acquire);
+        (wished != self.0.fulfilled.load(Ordering::Acquire)).then_some(wished)
+    }
+
+    /// A certificate came that was asked for after this wish.
+    pub(crate) fn fulfil(&self, wish: u64) {
+        self.0.fulfilled.fetch_max(wish, Ordering::AcqRel);
+    }
+
+    /// Hex of SHA-256 over the certificates of the CAs that are believed.
+    pub fn believed_cas(&self) -> Vec<String> {
+        self.trusted().cas().iter().map(|ca| super::ca::digest_text(ca)).collect()
     }
 
     pub(super) fn trusted(&self) -> Arc<Trusted> {

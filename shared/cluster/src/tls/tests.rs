@@ -1,11 +1,14 @@
 //! Certificates, tokens and handshakes over real sockets.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use forge_proto::node::admission_server::{Admission, AdmissionServer};
 use forge_proto::node::nodes_client::NodesClient;
 use forge_proto::node::nodes_server::{Nodes, NodesServer};
-use forge_proto::node::{JoinReply, JoinRequest, RenewReply, RenewRequest, SessionDown, SessionUp};
+use forge_proto::node::{JoinReply, JoinRequest, RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest};
 use forge_shared::cluster::node::Role;
 use futures::stream::BoxStream;
 use tokio::net::TcpListener;
@@ -28,6 +31,8 @@ fn issue(ca: &ClusterCa, role: Role, name: &str, lifetime: Duration, now_s: u64)
 struct Echo {
     ca: ClusterCa,
     token: JoinTokenText,
+    /// Tokens that were shown.
+    shown: Arc<AtomicUsize>,
 }
 
 #[tonic::async_trait]
@@ -39,6 +44,10 @@ impl Nodes for Echo {
         Ok(Response::new(RenewReply { certificate_pem: caller.uri(), ..Default::default() }))
     }
 
+    async fn signing_key(&self, _: Request<SigningKeyRequest>) -> Result<Response<SigningKeyReply>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
     async fn session(&self, _: Request<Streaming<SessionUp>>) -> Result<Response<Self::SessionStream>, Status> {
         Err(Status::unimplemented("not in this test"))
     }
@@ -47,6 +56,7 @@ impl Nodes for Echo {
 #[tonic::async_trait]
 impl Admission for Echo {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
+        self.shown.fetch_add(1, Ordering::Relaxed);
         let request = request.into_inner();
         let record = self.token.record(Role::Worker, u64::MAX, 1);
         if request.token_id != record.id || !secret_matches(&record, &request.token_secret) {
@@ -65,17 +75,23 @@ impl Admission for Echo {
 
 /// Serves with these credentials; gives the address.
 async fn serve(ca: ClusterCa, server: Credentials) -> (String, JoinTokenText) {
+    let (address, token, _) = serve_shared(ca, &SharedCredentials::new(server)).await;
+    (address, token)
+}
+
+async fn serve_shared(ca: ClusterCa, server: &SharedCredentials) -> (String, JoinTokenText, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let token = JoinTokenText::generate(ca.digest(), vec![address.clone()]).unwrap();
-    let incoming = TlsIncoming::new(listener, &SharedCredentials::new(server)).unwrap();
+    let incoming = TlsIncoming::new(listener, server).unwrap();
+    let shown = Arc::new(AtomicUsize::new(0));
     let (nodes, admission) = (
-        Echo { ca: ClusterCa::from_pem(ca.certificate_pem(), &ca.key_pem()).unwrap(), token: token.clone() },
-        Echo { ca, token: token.clone() },
+        Echo { ca: ClusterCa::from_pem(ca.certificate_pem(), &ca.key_pem()).unwrap(), token: token.clone(), shown: shown.clone() },
+        Echo { ca, token: token.clone(), shown: shown.clone() },
     );
     let router = tonic::transport::Server::builder().add_service(NodesServer::new(nodes)).add_service(AdmissionServer::new(admission));
     tokio::spawn(router.serve_with_incoming(incoming));
-    (address, token)
+    (address, token, shown)
 }
 
 async fn call(address: &str, peer: PeerName, credentials: Credentials) -> Result<String, ClusterError> {
@@ -160,6 +176,83 @@ async fn a_token_lets_in_and_pins_the_ca() {
     let forged = JoinTokenText::generate(digest, vec![address]).unwrap();
     let error = join(&forged, &wish, Duration::from_secs(5)).await.unwrap_err();
     assert!(matches!(&error, ClusterError::Forbidden { reason } if reason.contains("join token")), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_token_is_not_shown_to_a_man_in_the_middle() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let evil = ClusterCa::create("c1", clock_s()).unwrap();
+    let server = issue(&evil, Role::Coordinator, "a", DAY, clock_s());
+    // The cluster's CA is no secret: whoever is in between can show it beside a certificate of another.
+    let chained = [evil.certificate_pem(), ca.certificate_pem()].concat();
+    for cas in [evil.certificate_pem(), &chained] {
+        let server = SharedCredentials::new(server.with_cas(cas).unwrap());
+        let (address, _, shown) = serve_shared(ClusterCa::from_pem(evil.certificate_pem(), &evil.key_pem()).unwrap(), &server).await;
+        let token = JoinTokenText::generate(ca.digest(), vec![address]).unwrap();
+        let wish = JoinWish { role: Role::Worker, name: "w9".into(), address: String::new() };
+        let error = join(&token, &wish, Duration::from_millis(300)).await.unwrap_err();
+        assert!(matches!(&error, ClusterError::Forbidden { reason } if reason.contains("is not of this cluster's CA")), "{error:?}");
+        assert_eq!(shown.load(Ordering::Relaxed), 0, "the secret went to a stranger");
+    }
+}
+
+#[tokio::test]
+async fn whoever_is_revoked_is_cut_and_refused_whichever_end_it_is() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let pem = ca.certificate_pem().to_owned();
+    let server = SharedCredentials::new(issue(&ca, Role::Coordinator, "a", DAY, clock_s()));
+    let [w1, w2] = ["w1", "w2"].map(|name| SharedCredentials::new(issue(&ca, Role::Worker, name, DAY, clock_s())));
+    let (address, ..) = serve_shared(ca, &server).await;
+    let client = |credentials: &SharedCredentials| {
+        NodesClient::new(channel(&address, &coordinator(), credentials, ChannelOptions::default()).unwrap())
+    };
+    let (mut first, mut second) = (client(&w1), client(&w2));
+    first.renew(RenewRequest::default()).await.unwrap();
+    second.renew(RenewRequest::default()).await.unwrap();
+    assert_eq!(server.peers().len(), 2);
+
+    let serial = w1.get().serial().unwrap();
+    assert_eq!(server.trust(&pem, BTreeSet::from([serial])).unwrap(), ["worker w1 of cluster c1"]);
+    let refused = async |client: &mut NodesClient<tonic::transport::Channel>| {
+        // The call that finds the connection cut may only learn that it broke.
+        let mut found = String::new();
+        for _ in 0..3 {
+            found = from_status(&client.renew(RenewRequest::default()).await.unwrap_err(), "coordinator.forge").error.to_string();
+        }
+        found
+    };
+    let error = refused(&mut first).await;
+    assert!(error.contains("this process was revoked") && error.contains("join"), "{error}");
+    second.renew(RenewRequest::default()).await.unwrap();
+
+    let serial = server.get().serial().unwrap();
+    assert_eq!(w2.trust(&pem, BTreeSet::from([serial])).unwrap(), ["coordinator a of cluster c1"]);
+    let error = refused(&mut second).await;
+    assert!(error.contains("the server was revoked"), "{error}");
+}
+
+#[tokio::test]
+async fn two_cas_are_believed_until_the_old_one_is_dropped() {
+    let (old, new) = (ClusterCa::create("c1", clock_s()).unwrap(), ClusterCa::create("c1", clock_s()).unwrap());
+    let both = [old.certificate_pem(), new.certificate_pem()].concat();
+    let server = SharedCredentials::new(issue(&old, Role::Coordinator, "a", DAY, clock_s()).with_cas(&both).unwrap());
+    let (of_old, of_new) = (issue(&old, Role::Worker, "w1", DAY, clock_s()), issue(&new, Role::Worker, "w2", DAY, clock_s()));
+    let renewed = issue(&new, Role::Coordinator, "a", DAY, clock_s());
+    let (new_pem, new_digest) = (new.certificate_pem().to_owned(), new.digest());
+    let (address, ..) = serve_shared(old, &server).await;
+    for client in [&of_old, &of_new] {
+        call(&address, coordinator(), client.with_cas(&both).unwrap()).await.unwrap();
+    }
+    server.replace(renewed.with_cas(&both).unwrap()).unwrap();
+    assert_eq!(server.get().ca_digest(), new_digest);
+    for client in [&of_old, &of_new] {
+        call(&address, coordinator(), client.with_cas(&both).unwrap()).await.unwrap();
+    }
+    server.trust(&new_pem, BTreeSet::new()).unwrap();
+    call(&address, coordinator(), of_new.clone()).await.unwrap();
+    let error = reason(call(&address, coordinator(), of_old.with_cas(&both).unwrap()).await);
+    assert!(error.contains("this process is not of this cluster's CA") && error.contains("rotated"), "{error}");
+    assert!(server.trust("", BTreeSet::new()).is_err(), "believing nobody is no choice");
 }
 
 #[tokio::test]

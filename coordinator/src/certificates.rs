@@ -1,0 +1,162 @@
+//! A coordinator's certificates: it carries out what the log says is believed, and writes down whom it sees.
+//!
+//! Invariant: a certificate that is given out stands in the log before its holder has it, where the log takes it; any other,
+//! as those made by hand with the CA's key, stands there once the leader has seen it.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forge_cluster::client::{RemoteCluster, believe};
+use forge_cluster::tls::{ClusterCa, PeerCertificate, SharedCredentials, TlsError, issued_s};
+use forge_shared::cluster::certificate::{CertificateRecord, Trust};
+use forge_shared::cluster::command::{Command, CommandError};
+
+use crate::coordinator::Coordinator;
+use crate::error::CoordinatorError;
+use crate::server::Shared;
+use crate::signing::{SigningCas, ca_record};
+
+/// How often the leader looks at who is connected.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Certificates written down at one look.
+const AT_ONCE: usize = 64;
+/// For a CA's key from another coordinator.
+const FETCH_WITHIN: Duration = Duration::from_secs(5);
+/// For one of them.
+const RECORD_WITHIN: Duration = Duration::from_secs(5);
+
+/// What the log keeps of a certificate. `cas_pem` are the CAs that may have signed it.
+pub(crate) fn record_of(certificate: &PeerCertificate, cas_pem: &str, believes: Vec<String>) -> Option<CertificateRecord> {
+    Some(CertificateRecord {
+        serial: certificate.serial.clone(),
+        role: certificate.identity.role,
+        name: certificate.identity.name.clone(),
+        issued_s: issued_s(certificate.begins_s, certificate.ends_s),
+        expires_s: certificate.ends_s,
+        ca_sha256: certificate.issuer_sha256(cas_pem)?,
+        believes,
+        revoked_s: None,
+    })
+}
+
+impl Coordinator {
+    /// Writes a certificate down.
+    pub(crate) async fn record_certificate(&self, certificate: CertificateRecord, timeout: Duration) -> Result<(), CoordinatorError> {
+        let id = format!("certificate-{}", certificate.serial);
+        self.submit(self.own(id, Command::RecordCertificate { certificate: Box::new(certificate) }), timeout).await?;
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Makes a CA, keeps its key here, and has it believed beside the one that signs; hex of its digest.
+    pub(crate) async fn begin_ca_rotation(&self, timeout: Duration) -> Result<String, CoordinatorError> {
+        let coordinator = &self.coordinator;
+        let term = coordinator.leading()?.term;
+        coordinator.0.raft.read_index(timeout).await.map_err(|error| coordinator.raft_error(error))?;
+        let trust = coordinator.0.replicated.read().trust().clone();
+        if trust.rotation.is_some() {
+            let reason = "a CA is rotated already: `forgectl cluster certs rotate-ca` goes on with it".into();
+            return Err(CoordinatorError::Command(CommandError::Unsafe { reason }));
+        }
+        let from = ca_record(&*self.cas.signing(&trust)?);
+        let wrong = |error: TlsError| CoordinatorError::message("ca", error);
+        let new = ClusterCa::create(&coordinator.0.options.cluster_id, self.credentials.clock().now_s()).map_err(wrong)?;
+        let to = ca_record(&new);
+        // Before anybody believes it: a leader that dies in between leaves a key that means nothing.
+        self.cas.add(new).map_err(wrong)?;
+        let sha256 = to.sha256.clone();
+        let id = format!("rotate-ca-{term}-{}", &sha256[..16]);
+        coordinator.submit(coordinator.own(id, Command::BeginCaRotation { from, to }), timeout).await?;
+        Ok(sha256)
+    }
+}
+
+/// What a coordinator carries the cluster's trust out on.
+pub(crate) struct Keeper {
+    pub(crate) credentials: SharedCredentials,
+    pub(crate) cas: Arc<SigningCas>,
+    /// Of its certificate and the CAs.
+    pub(crate) directory: PathBuf,
+}
+
+/// Follows what the log says is believed, until the coordinator stops. Revocations count at once; a new CA is believed, and
+/// that said, only when its key is here too: every coordinator can sign with it by the time that it signs.
+pub(crate) async fn follow_trust(coordinator: Coordinator, keeper: Keeper) {
+    let mut changes = coordinator.0.replicated.changes();
+    let mut done: Option<Trust> = None;
+    loop {
+        changes.borrow_and_update();
+        let trust = coordinator.0.replicated.read().trust().clone();
+        let mut is_done = done.as_ref() == Some(&trust);
+        if !is_done {
+            match carry_out(&coordinator, &keeper, &trust).await {
+                Ok(()) => is_done = true,
+                Err(reason) => tracing::warn!(reason, "what the cluster believes is not carried out here yet"),
+            }
+            done = is_done.then_some(trust);
+        }
+        let again = async { if is_done { std::future::pending().await } else { tokio::time::sleep(LOOK_INTERVAL).await } };
+        tokio::select! {
+            () = coordinator.0.stop.cancelled() => return,
+            changed = changes.changed() => if changed.is_err() { return },
+            () = again => {}
+        }
+    }
+}
+
+async fn carry_out(coordinator: &Coordinator, keeper: &Keeper, trust: &Trust) -> Result<(), String> {
+    let Keeper { credentials, cas, directory } = keeper;
+    let said = |error: TlsError| error.to_string();
+    for whose in credentials.trust(credentials.get().ca_pem(), trust.revoked.clone()).map_err(said)? {
+        tracing::warn!(whose, "cut a connection: its certificate was revoked");
+    }
+    for missing in cas.adopt(trust).map_err(said)? {
+        let key = fetch_key(coordinator, credentials, &missing.sha256).await?;
+        cas.add(ClusterCa::from_pem(&missing.certificate_pem, &key).map_err(said)?).map_err(said)?;
+        tracing::info!(ca = missing.sha256, "the key of a CA came from another coordinator");
+    }
+    believe(credentials, trust, directory).map_err(said)?;
+    if trust.rotation.is_none() { cas.retain(trust).map_err(said) } else { Ok(()) }
+}
+
+async fn fetch_key(coordinator: &Coordinator, credentials: &SharedCredentials, sha256: &str) -> Result<String, String> {
+    let own = &coordinator.0.options.address;
+    let members = coordinator.group_status().members.into_iter().map(|member| member.address);
+    let others: Vec<String> = members.filter(|address| !address.is_empty() && address != own).collect();
+    let others = RemoteCluster::new(&others, credentials).map_err(|error| error.to_string())?;
+    others.signing_key(sha256, FETCH_WITHIN).await.map_err(|error| format!("the key of CA {sha256}: {error}"))
+}
+
+/// While this coordinator leads, writes down certificates that it sees and the log does not have: its own, and those that
+/// were made with the CA's key.
+pub(crate) async fn record_seen(coordinator: Coordinator, credentials: SharedCredentials) {
+    loop {
+        tokio::select! {
+            () = coordinator.0.stop.cancelled() => return,
+            () = tokio::time::sleep(LOOK_INTERVAL) => {}
+        }
+        if coordinator.leading().is_err() {
+            continue;
+        }
+        let held = credentials.get();
+        let own = PeerCertificate::from_pem(held.certificate_pem());
+        let mut seen: Vec<PeerCertificate> = credentials.peers().iter().map(|peer| PeerCertificate::clone(peer)).collect();
+        seen.extend(own.inspect_err(|error| tracing::error!(%error, "this coordinator's own certificate")));
+        let unknown: Vec<PeerCertificate> = {
+            let state = coordinator.0.replicated.read();
+            let now_s = credentials.clock().now_s();
+            let mut serials = BTreeSet::new();
+            let is_new = |peer: &PeerCertificate| state.certificate(&peer.serial).is_none() && peer.ends_s > now_s;
+            seen.into_iter().filter(|peer| is_new(peer) && serials.insert(peer.serial.clone())).take(AT_ONCE).collect()
+        };
+        for peer in unknown {
+            let Some(record) = record_of(&peer, held.ca_pem(), Vec::new()) else { continue };
+            if let Err(error) = coordinator.record_certificate(record, RECORD_WITHIN).await {
+                tracing::debug!(%error, "a certificate that was seen is not written down yet");
+            }
+        }
+    }
+}
