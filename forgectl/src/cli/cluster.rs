@@ -55,6 +55,12 @@ pub enum ClusterCommand {
         #[command(subcommand)]
         command: MembersCommand,
     },
+    /// Show certificates, take them back, change the CA that signs them
+    Certs {
+        /// What to do.
+        #[command(subcommand)]
+        command: CertsCommand,
+    },
     /// Write the cluster's state to a file
     Backup {
         /// File to write; must not exist
@@ -80,6 +86,50 @@ pub struct RestoreArgs {
     /// One key of the configuration, over the file
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub assignments: Vec<String>,
+}
+
+/// Commands of `cluster certs`.
+#[derive(Debug, Subcommand)]
+pub enum CertsCommand {
+    /// List who has which certificate
+    #[command(visible_alias = "ls")]
+    List {
+        /// Those too that have ended or were replaced by newer ones
+        #[arg(short, long)]
+        all: bool,
+        #[command(flatten)]
+        list: ListArgs,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Refuse a certificate from now on, and cut its connections
+    Revoke {
+        /// Its serial number or the beginning of it, or NAME or ROLE/NAME for all that this process or person has
+        target: String,
+        /// Even the last operator's, or that of a coordinator which votes
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Put a new CA in the place of the one that signs, step by step; goes on where it was stopped
+    RotateCa(RotateCaArgs),
+}
+
+/// `cluster certs rotate-ca`.
+#[derive(Debug, Args)]
+pub struct RotateCaArgs {
+    /// Longest wait at each step for all processes to follow, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub timeout: u64,
+    /// After that wait, go on without those that have not followed: they must join anew
+    #[arg(long)]
+    pub force: bool,
+    /// Take the new CA back, as long as it does not sign
+    #[arg(long, conflicts_with = "force")]
+    pub abandon: bool,
+    #[command(flatten)]
+    pub server: ServerArgs,
 }
 
 /// Commands of `cluster members`.

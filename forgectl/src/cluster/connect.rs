@@ -1,13 +1,16 @@
 //! From flags, variables and contexts to a connection.
 
 use std::future::Future;
+use std::path::Path;
 use std::time::Duration;
 
 use forge_cluster::api::ClusterApi;
-use forge_cluster::client::RemoteCluster;
+use forge_cluster::client::{RemoteCluster, believe};
 use forge_cluster::tls::SharedCredentials;
+use forge_shared::cluster::event::{Kind, Object};
 use uuid::Uuid;
 
+use super::certs::read_trust;
 use super::contexts::{ContextStore, LOCAL_CONTEXT, is_local};
 use crate::cli::cluster::ServerArgs;
 use crate::failure::{Exit, Failure, Result};
@@ -17,7 +20,7 @@ use crate::runtime;
 pub const TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Longest wait for what a command does not need itself.
-const LEARN_TIMEOUT: Duration = Duration::from_secs(2);
+pub const LEARN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The cluster that is meant: `--context`, the current context, or the one of a `forgectl serve` on this machine;
 /// `--server` gives other addresses for the same certificate.
@@ -69,22 +72,46 @@ async fn learn(store: &ContextStore, args: &ServerArgs, cluster: &RemoteCluster)
     }
 }
 
-/// Renews the context's certificate once two thirds of its life are over: whoever uses it now and then never needs another.
-/// A renewal that fails does not fail the command, and is told each time.
-async fn renew(store: &ContextStore, args: &ServerArgs, cluster: &RemoteCluster) {
-    let credentials = cluster.credentials();
-    if credentials.clock().now_s() < credentials.get().renew_at_s() {
-        return;
-    }
-    let renewed = async {
-        let renewed = cluster.renew(LEARN_TIMEOUT).await?;
-        store.keep(&context(store, args)?, &renewed)?;
-        Ok::<_, Failure>(credentials.replace(renewed)?)
+/// Keeps the context's certificate and its CAs fresh: who uses it now and then never needs another, also over a change of the
+/// CA. What fails does not fail the command, and is told each time.
+pub async fn freshen(args: &ServerArgs, cluster: &RemoteCluster) {
+    let kept = async {
+        let store = ContextStore::open()?;
+        let folder = store.folder_of(&context(&store, args)?);
+        let credentials = cluster.credentials();
+        if is_renewal_due(cluster, &folder).await? || credentials.clock().now_s() >= credentials.get().renew_at_s() {
+            let renewed = cluster.renew(LEARN_TIMEOUT).await?;
+            renewed.save(&folder)?;
+            credentials.replace(renewed)?;
+        }
+        Ok::<_, Failure>(())
     };
-    if let Err(failure) = renewed.await {
-        let days = credentials.left_s() / (24 * 3600);
+    if let Err(failure) = kept.await {
+        let days = cluster.credentials().left_s() / (24 * 3600);
         eprintln!("warning: your certificate ends in {days} days and could not be renewed: {failure}");
     }
+}
+
+/// Takes over which CAs are believed; whether a change of the CA waits for this operator's next certificate.
+async fn is_renewal_due(cluster: &RemoteCluster, folder: &Path) -> Result<bool> {
+    let trust = match read_trust(cluster, LEARN_TIMEOUT).await {
+        Ok(trust) => trust,
+        // A coordinator of an older version, which has no CAs to change.
+        Err(failure) => {
+            tracing::debug!(%failure, "which CAs are believed was not told");
+            return Ok(false);
+        }
+    };
+    let credentials = cluster.credentials();
+    believe(credentials, &trust, folder)?;
+    if trust.rotation.is_none() {
+        return Ok(false);
+    }
+    let serial = credentials.get().serial()?;
+    let record = cluster.read(Kind::Certificate, Some(serial), LEARN_TIMEOUT).await?.objects.into_iter().next();
+    let Some(Object::Certificate(record)) = record else { return Ok(true) };
+    let believes_all = trust.cas.iter().all(|ca| record.believes.contains(&ca.sha256));
+    Ok(!believes_all || trust.signing().is_some_and(|ca| ca.sha256 != record.ca_sha256))
 }
 
 /// Runs a command against the cluster that is meant. Ctrl-C ends it.
@@ -102,7 +129,7 @@ pub fn with_cluster<T, F: Future<Output = Result<T>>>(args: &ServerArgs, work: i
         };
         if done.is_ok() {
             learn(&store, args, &cluster).await;
-            renew(&store, args, &cluster).await;
+            freshen(args, &cluster).await;
         }
         done
     })

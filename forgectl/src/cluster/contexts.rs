@@ -164,12 +164,9 @@ impl ContextStore {
         self.write(name, servers)
     }
 
-    /// Keeps a renewed certificate for a cluster.
-    ///
-    /// # Errors
-    /// If its files cannot be written.
-    pub fn keep(&self, name: &str, renewed: &Credentials) -> Result<()> {
-        Ok(renewed.save(&self.folder.join(name))?)
+    /// Where a context's files lie.
+    pub fn folder_of(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
     }
 
     fn write(&self, name: &str, servers: &[String]) -> Result<()> {

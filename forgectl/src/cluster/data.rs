@@ -34,6 +34,8 @@ fn one(object: &Object) -> Result<Value> {
         Object::Key(key) => value(&ShownKey::from(&KeyRecord::from((**key).clone()))),
         Object::Notice(notice) => value(notice),
         Object::Member(member) => value(member),
+        Object::Certificate(certificate) => value(certificate),
+        Object::Trust(trust) => value(trust),
         // Not listed by any command; its secret's hash would be in it.
         Object::Token(token) => {
             Ok(json!({ "id": token.id, "role": token.role, "expiresMs": token.expires_ms, "usesLeft": token.uses_left }))

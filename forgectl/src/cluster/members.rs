@@ -8,7 +8,7 @@ use std::time::Duration;
 use forge_cluster::api::{ClusterApi, GroupStatus};
 use forge_cluster::client::{MemberAction, RemoteCluster};
 use forge_cluster::config::{CoordinatorConfig, load};
-use forge_cluster::tls::JoinTokenText;
+use forge_cluster::tls::{JoinTokenText, ca_digest};
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::node::Role;
 
@@ -29,7 +29,17 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(60);
 /// # Errors
 /// No coordinator answers.
 pub fn status(output: OutputFormat, server: &ServerArgs) -> Result<()> {
-    with_cluster(server, |cluster| async move { show_status(&cluster.status(TIMEOUT).await?, output) })
+    with_cluster(server, |cluster| async move {
+        show_status(&cluster.status(TIMEOUT).await?, output)?;
+        if !matches!(output, OutputFormat::Table | OutputFormat::Wide) {
+            return Ok(());
+        }
+        match super::certs::summary(&cluster).await {
+            Ok(lines) => print_text(&format!("\n{}\n", lines.join("\n"))),
+            // Nobody leads: what the status says is all there is.
+            Err(failure) => print_text(&format!("\ncertificates: unknown ({failure})\n")),
+        }
+    })
 }
 
 fn show_status(status: &GroupStatus, output: OutputFormat) -> Result<()> {
@@ -123,7 +133,7 @@ pub fn join_token(args: &JoinTokenArgs) -> Result<()> {
     with_cluster(&args.server, |cluster| async move {
         let members = cluster.status(TIMEOUT).await?.members;
         let addresses: Vec<String> = members.into_iter().map(|member| member.address).filter(|address| !address.is_empty()).collect();
-        let token = JoinTokenText::generate(cluster.credentials().get().ca_digest(), addresses)?;
+        let token = JoinTokenText::generate(signing_ca(&cluster).await?, addresses)?;
         let expires_ms = (Utc::now().0 + u64::from(args.minutes) * 60) * 1000;
         let command = Command::PutJoinToken { token: token.record(args.role, expires_ms, args.uses) };
         cluster.execute(request_id(), command, TIMEOUT).await?;
@@ -133,6 +143,14 @@ pub fn join_token(args: &JoinTokenArgs) -> Result<()> {
         );
         print_text(&format!("{}\n", token.to_text()))
     })
+}
+
+/// SHA-256 of the CA that coordinators show: what a token pins.
+async fn signing_ca(cluster: &RemoteCluster) -> Result<[u8; 32]> {
+    let own = cluster.credentials().get().ca_digest();
+    let trust = super::certs::read_trust(cluster, TIMEOUT).await?;
+    let Some(signing) = trust.signing() else { return Ok(own) };
+    Ok(ca_digest(&signing.certificate_pem)?)
 }
 
 /// A new file for its owner alone: a backup holds what keys and tokens are checked against.

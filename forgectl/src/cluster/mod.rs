@@ -5,6 +5,7 @@
 //! Invariant: a command that changes something carries one request id over all its tries.
 
 mod apply;
+mod certs;
 mod connect;
 mod contexts;
 mod data;
@@ -13,6 +14,7 @@ mod get;
 mod init;
 mod keys;
 mod members;
+mod rotate;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -44,6 +46,7 @@ pub fn cluster(args: &ClusterArgs) -> Result<()> {
         ClusterCommand::Admin(args) => admin(args),
         ClusterCommand::Status { list, server } => status(list.output, server),
         ClusterCommand::Members { command } => change_members(command),
+        ClusterCommand::Certs { command } => certs::certs(command),
         ClusterCommand::Backup { file, server } => backup(file, server),
         ClusterCommand::Restore(args) => restore(args),
     }
