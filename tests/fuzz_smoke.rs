@@ -133,6 +133,11 @@ fn raft_messages() {
 }
 
 #[test]
+fn frames_of_the_data_plane() {
+    smoke("frames", fuzzing::frames);
+}
+
+#[test]
 fn raft_chunks() {
     smoke("raft_chunks", fuzzing::raft_chunks);
 }

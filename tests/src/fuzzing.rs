@@ -148,6 +148,11 @@ pub fn raft_messages(bytes: &[u8]) {
     forge_coordinator::raft::fuzz::messages(bytes);
 }
 
+/// One stream of the data plane: frames or a refusal, and what is read is written back as the same bytes.
+pub fn frames(bytes: &[u8]) {
+    forge_net::fuzz::frames(bytes);
+}
+
 /// A coordinator's snapshot, in chunks: taken or refused.
 pub fn raft_chunks(bytes: &[u8]) {
     forge_coordinator::raft::fuzz::chunks(bytes);

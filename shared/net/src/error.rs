@@ -1,9 +1,13 @@
 //! What can go wrong between ranks.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use forge_kernels::KernelError;
-use forge_shared::ids::Epoch;
+use forge_shared::ids::{Epoch, NodeId};
+
+use crate::frame::FrameError;
+use crate::group::GroupError;
 
 /// Errors of the net crate. After any of them the group is of no more use: form another at the next epoch.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +77,77 @@ pub enum NetError {
         /// What was expected.
         expected: String,
     },
+    /// The data plane's port cannot be had.
+    #[error("cannot listen on {address} for the data plane: {reason}; choose another address or port")]
+    Bind {
+        /// The address asked for.
+        address: SocketAddr,
+        /// Why.
+        reason: String,
+    },
+    /// Something the data plane needs cannot be had.
+    #[error("cannot set up the data plane: {what}: {reason}")]
+    Setup {
+        /// What.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// A node that does not answer, or is not the one it should be.
+    #[error("cannot reach the data plane of node {node} at {address}: {reason}")]
+    Unreachable {
+        /// The node.
+        node: NodeId,
+        /// Where it should be.
+        address: SocketAddr,
+        /// Why not.
+        reason: String,
+    },
+    /// A peer that was there and is not heard any more, or has left.
+    #[error("{operation}: node {node} (rank {rank}) is lost: {reason}")]
+    PeerLost {
+        /// The operation it was needed in.
+        operation: &'static str,
+        /// The node.
+        node: NodeId,
+        /// Its rank.
+        rank: usize,
+        /// What was seen.
+        reason: String,
+    },
+    /// A peer that does not take this rank as a member.
+    #[error("node {node} (rank {rank}) refuses: {reason}")]
+    Refused {
+        /// The node.
+        node: NodeId,
+        /// Its rank.
+        rank: usize,
+        /// Why, in its words.
+        reason: String,
+    },
+    /// A peer sent what is no frame, or not the next one.
+    #[error("{operation}: node {node} (rank {rank}) sent a frame that cannot be: {error}")]
+    Frame {
+        /// The operation.
+        operation: &'static str,
+        /// The node.
+        node: NodeId,
+        /// Its rank.
+        rank: usize,
+        /// What is wrong with it.
+        error: FrameError,
+    },
+    /// A message that does not fit a frame.
+    #[error("a message of {bytes} bytes; at most {limit_bytes} fit: send it in parts")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+        /// The longest.
+        limit_bytes: usize,
+    },
+    /// The group cannot be, or not with these members.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// The backend refused to read or write a buffer.
     #[error(transparent)]
     Kernel(#[from] KernelError),

@@ -1,0 +1,250 @@
+//! TCP with TLS, for networks that carry no UDP.
+//!
+//! Each stream is a TLS connection of its own, so that a peer that does not read one holds up no other; one more per pair of
+//! nodes, made by the one with the lower id, shows by pings that both live and carries what must go ahead of bulk.
+//!
+//! Invariants: as with QUIC, whoever connects has shown a certificate that names its node; when the pings stop, all streams
+//! with that node fail.
+
+mod pipe;
+mod session;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use forge_shared::ids::{Epoch, NodeId};
+use parking_lot::Mutex;
+use rustls::pki_types::ServerName;
+
+use crate::frame::{Frame, FrameReader, Head, Kind};
+use crate::stream::{Failure, Inbox, Stream};
+use crate::tls::{self, PeerVerifier};
+use crate::transport::{Carrier, Events, Lost};
+use crate::{NetError, Result};
+use pipe::{Pipe, PipeWire};
+pub(crate) use session::Session;
+
+/// Handshakes of peers at once; more are turned away.
+const MAX_HANDSHAKES: usize = 64;
+/// Longest step of a handshake, and longest wait for a peer's first frame.
+const HANDSHAKE: Duration = Duration::from_secs(2);
+/// Pause after a failed accept: out of file descriptors, which others must give back first.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The process's listener and its sessions.
+pub(crate) struct TcpDriver {
+    listener: TcpListener,
+    verifier: Arc<dyn PeerVerifier>,
+    silence: Duration,
+    events: OnceLock<Weak<dyn Events>>,
+    sessions: Mutex<Vec<Weak<Session>>>,
+    handshakes: AtomicUsize,
+    stopped: AtomicBool,
+}
+
+impl TcpDriver {
+    pub(crate) fn bind(address: SocketAddr, verifier: Arc<dyn PeerVerifier>, silence: Duration) -> Result<Arc<Self>> {
+        let listener = TcpListener::bind(address).map_err(|error| NetError::Bind { address, reason: error.to_string() })?;
+        tls::server_config(&*verifier).map_err(|reason| NetError::Setup { what: "certificate", reason })?;
+        Ok(Arc::new(TcpDriver {
+            listener,
+            verifier,
+            silence,
+            events: OnceLock::new(),
+            sessions: Mutex::default(),
+            handshakes: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
+        }))
+    }
+
+    pub(crate) fn local_address(&self) -> Result<SocketAddr> {
+        self.listener.local_addr().map_err(|error| NetError::Setup { what: "address", reason: error.to_string() })
+    }
+
+    pub(crate) fn begin(self: &Arc<Self>, events: Weak<dyn Events>) -> Result<()> {
+        if self.events.set(events).is_err() {
+            return Err(NetError::Setup { what: "thread", reason: "it runs already".to_owned() });
+        }
+        let driver = Arc::clone(self);
+        spawn("forge-net", move || driver.accept())
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        let sessions: Vec<_> = self.sessions.lock().iter().filter_map(Weak::upgrade).collect();
+        for session in sessions {
+            session.end("the process ends");
+        }
+        // Wakes the thread that accepts.
+        if let Ok(address) = self.listener.local_addr() {
+            let _ = TcpStream::connect_timeout(&address, HANDSHAKE);
+        }
+    }
+
+    fn events(&self) -> Option<Arc<dyn Events>> {
+        self.events.get().and_then(Weak::upgrade)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn accept(self: Arc<Self>) {
+        while !self.is_stopped() {
+            let Ok((socket, from)) = self.listener.accept() else {
+                std::thread::sleep(ACCEPT_PAUSE);
+                continue;
+            };
+            if self.handshakes.fetch_add(1, Ordering::AcqRel) >= MAX_HANDSHAKES {
+                self.handshakes.fetch_sub(1, Ordering::AcqRel);
+                tracing::warn!(%from, "refused a connection to the data plane: too many handshakes");
+                continue;
+            }
+            let driver = Arc::clone(&self);
+            let spawned = spawn("forge-net-in", move || {
+                let shaken = driver.shake_hands(socket);
+                driver.handshakes.fetch_sub(1, Ordering::AcqRel);
+                match shaken {
+                    Ok((pipe, node, inbox, first)) => driver.take_in(pipe, node, inbox, first),
+                    Err(error) => tracing::warn!(%from, %error, "refused a connection to the data plane"),
+                }
+            });
+            if spawned.is_err() {
+                self.handshakes.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// A peer's connection up to its first frame.
+    fn shake_hands(&self, socket: TcpStream) -> io::Result<(Arc<Pipe>, NodeId, Arc<Inbox>, Frame)> {
+        let config = tls::server_config(&*self.verifier).map_err(io::Error::other)?;
+        let connection = rustls::ServerConnection::new(Arc::new(config)).map_err(io::Error::other)?;
+        let pipe = Pipe::new(socket, connection.into(), HANDSHAKE)?;
+        let node = pipe.peer(&*self.verifier).map_err(io::Error::other)?;
+        let inbox = Inbox::new(FrameReader::opened_by_peer());
+        let until = Instant::now() + HANDSHAKE;
+        loop {
+            match inbox.take() {
+                Some(Ok((first, _))) => {
+                    pipe.set_epoch(first.epoch);
+                    return Ok((pipe, node, inbox, first));
+                }
+                Some(Err(failure)) => return Err(io::Error::other(format!("{failure:?}"))),
+                None if Instant::now() >= until => return Err(io::ErrorKind::TimedOut.into()),
+                None => {
+                    pipe.read_into(&inbox, HANDSHAKE)?;
+                }
+            }
+        }
+    }
+
+    /// What a peer's first frame makes of its connection.
+    fn take_in(self: &Arc<Self>, pipe: Arc<Pipe>, node: NodeId, inbox: Arc<Inbox>, first: Frame) {
+        let Some(events) = self.events() else { return };
+        if first.head.kind == Kind::Ping {
+            let session = self.add_session(node, pipe, inbox);
+            session.run(self, &*events);
+            return;
+        }
+        let sessions = self.sessions.lock();
+        let session = sessions.iter().rev().filter_map(Weak::upgrade).find(|session| *session.node() == node && !session.is_lost());
+        drop(sessions);
+        let Some(session) = session else { return };
+        session.add(&inbox, &pipe);
+        let wire = PipeWire::new(Arc::clone(&pipe), false);
+        events.opened(Stream { node, inbox: Arc::clone(&inbox), wire: Arc::<PipeWire>::clone(&wire) }, first);
+        drop(events);
+        if wire.wait_until_accepted() {
+            drop(wire);
+            pipe.read_on(&inbox);
+        }
+    }
+
+    fn add_session(&self, node: NodeId, control: Arc<Pipe>, inbox: Arc<Inbox>) -> Arc<Session> {
+        let session = Session::new(node, control, inbox);
+        let mut sessions = self.sessions.lock();
+        sessions.retain(|session| session.strong_count() > 0);
+        sessions.push(Arc::downgrade(&session));
+        session
+    }
+
+    fn connect(&self, node: &NodeId, address: SocketAddr, until: Instant, epoch: Epoch) -> std::result::Result<Arc<Pipe>, Lost> {
+        let silent = |error: io::Error| Lost { reason: error.to_string(), silent: true };
+        let refused = |reason: String| Lost { reason, silent: false };
+        let left = until.saturating_duration_since(Instant::now()).min(HANDSHAKE).max(Duration::from_millis(1));
+        let socket = TcpStream::connect_timeout(&address, left).map_err(|error| {
+            // Nobody listens yet: the peer may still start.
+            std::thread::sleep(ACCEPT_PAUSE);
+            silent(error)
+        })?;
+        let config = tls::client_config(&*self.verifier).map_err(refused)?;
+        let name = ServerName::try_from(self.verifier.server_name(node)).map_err(|error| refused(error.to_string()))?;
+        let connection = rustls::ClientConnection::new(Arc::new(config), name).map_err(|error| refused(error.to_string()))?;
+        let pipe = Pipe::new(socket, connection.into(), HANDSHAKE).map_err(|error| {
+            let certificate = error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
+            Lost { reason: error.to_string(), silent: !certificate }
+        })?;
+        match pipe.peer(&*self.verifier) {
+            Ok(found) if found == *node => {
+                pipe.set_epoch(epoch);
+                Ok(pipe)
+            }
+            Ok(found) => Err(refused(format!("node {found} answers where node {node} was expected"))),
+            Err(reason) => Err(refused(reason)),
+        }
+    }
+
+    /// Connects to a node: the connection that shows that both live.
+    pub(crate) fn dial(self: &Arc<Self>, node: &NodeId, address: SocketAddr, until: Instant) -> std::result::Result<Arc<Session>, Lost> {
+        let pipe = self.connect(node, address, until, Epoch(0))?;
+        let lost = |failure: Failure| Lost { reason: format!("{failure:?}"), silent: false };
+        pipe.write(Head::bytes(Kind::Ping), &[], until).map_err(lost)?;
+        let inbox = Inbox::new(FrameReader::new(Epoch(0)));
+        // The first ping back says that the peer has taken the session, so that streams may follow.
+        while inbox.take().transpose().map_err(lost)?.is_none() {
+            let read = pipe.read_into(&inbox, HANDSHAKE);
+            // A refused certificate shows here, after the handshake is done on this side.
+            read.map_err(|error| Lost { reason: error.to_string(), silent: false })?;
+        }
+        let session = self.add_session(node.clone(), pipe, inbox);
+        let (running, driver) = (Arc::clone(&session), Arc::clone(self));
+        let spawned = spawn("forge-net-peer", move || {
+            if let Some(events) = driver.events() {
+                running.run(&driver, &*events);
+            }
+        });
+        spawned.map_err(|error| Lost { reason: error.to_string(), silent: false })?;
+        // Whoever dialed finds it among its peers.
+        if let Some(events) = self.events() {
+            events.connected(Carrier::Tcp(Arc::clone(&session)));
+        }
+        Ok(session)
+    }
+
+    /// Opens a stream: a connection of its own.
+    pub(crate) fn open(
+        &self,
+        session: &Arc<Session>,
+        address: Option<SocketAddr>,
+        epoch: Epoch,
+        until: Instant,
+    ) -> std::result::Result<Stream, Failure> {
+        let node = session.node();
+        let address = address.ok_or_else(|| Failure::Lost("over TCP the addresses of all members must be named".to_owned()))?;
+        let pipe = self.connect(node, address, until, epoch).map_err(|lost| Failure::Lost(lost.reason))?;
+        let inbox = Inbox::new(FrameReader::new(epoch));
+        session.add(&inbox, &pipe);
+        let stream = Stream { node: node.clone(), inbox: Arc::clone(&inbox), wire: PipeWire::new(Arc::clone(&pipe), true) };
+        let spawned = spawn("forge-net-in", move || pipe.read_on(&inbox));
+        spawned.map_err(|error| Failure::Lost(error.to_string()))?;
+        Ok(stream)
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(work);
+    spawned.map(drop).map_err(|error| NetError::Setup { what: "thread", reason: error.to_string() })
+}

@@ -1,0 +1,183 @@
+//! One exchange: rows to some ranks, rows from some ranks, in chunks.
+
+use std::time::Instant;
+
+use super::WiredRank;
+use crate::frame::{Frame, Head, Kind, WireDType};
+use crate::hello::Lane;
+use crate::{NetError, Result};
+
+/// Bytes of rows in one frame. Less than half an inbox: see the parent's invariant.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// What goes to one rank: a matrix, or a run of one's values.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Outgoing<'a> {
+    pub(super) rows: usize,
+    pub(super) width: usize,
+    pub(super) values: &'a [f32],
+}
+
+impl<'a> Outgoing<'a> {
+    pub(super) fn part(rows: usize, width: usize, values: &'a [f32]) -> Self {
+        Outgoing { rows, width, values }
+    }
+}
+
+/// A chunk that came: part of what one rank sent.
+#[derive(Debug)]
+pub(super) struct Part<'a> {
+    pub(super) from: usize,
+    pub(super) rows: usize,
+    pub(super) width: usize,
+    /// Values of this rank that came before.
+    pub(super) offset: usize,
+    body: &'a [u8],
+}
+
+impl Part<'_> {
+    pub(super) fn values(&self) -> impl Iterator<Item = f32> {
+        self.body.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.body.len() / 4
+    }
+
+    /// Puts the values where they belong in the whole, whose length was checked.
+    pub(super) fn copy_to(&self, whole: &mut [f32]) {
+        let place = &mut whole[self.offset..self.offset + self.len()];
+        place.iter_mut().zip(self.values()).for_each(|(place, value)| *place = value);
+    }
+}
+
+/// What is expected of one rank.
+struct Incoming {
+    from: usize,
+    /// Values in all, known from the first frame: the last frame is the first that is not full.
+    received: usize,
+    done: bool,
+}
+
+impl WiredRank {
+    /// Sends to each rank what is there for it, and takes what comes from the ranks in `from`, which is a matrix each.
+    /// A matrix ends with its first frame that is not a full chunk.
+    pub(super) fn exchange(
+        &self,
+        operation: &'static str,
+        kind: Kind,
+        outgoing: &[Option<Outgoing<'_>>],
+        from: &[usize],
+        mut take: impl FnMut(Part<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let until = self.mesh.until();
+        let mut incoming: Vec<Incoming> = from.iter().map(|&from| Incoming { from, received: 0, done: false }).collect();
+        let mut sending: Vec<(usize, Outgoing<'_>)> =
+            outgoing.iter().enumerate().filter_map(|(rank, outgoing)| outgoing.map(|outgoing| (rank, outgoing))).collect();
+        for chunk in 0.. {
+            for &(rank, outgoing) in &sending {
+                self.send_chunk((operation, kind, Lane::Group), rank, outgoing, chunk, until)?;
+            }
+            sending.retain(|(_, outgoing)| chunk < last_chunk(outgoing.values.len()));
+            for incoming in incoming.iter_mut().filter(|incoming| !incoming.done) {
+                let frame = self.mesh.recv(operation, Lane::Group, incoming.from, until)?;
+                self.take_frame((operation, kind), incoming, &frame, &mut take)?;
+            }
+            if sending.is_empty() && incoming.iter().all(|incoming| incoming.done) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows for one rank, outside the group's operations.
+    pub(super) fn send_rows(&self, outgoing: Outgoing<'_>, to: usize) -> Result<()> {
+        let until = self.mesh.until();
+        for chunk in 0..=last_chunk(outgoing.values.len()) {
+            self.send_chunk(("send", Kind::Rows, Lane::Pair), to, outgoing, chunk, until)?;
+        }
+        Ok(())
+    }
+
+    /// Rows of one rank, outside the group's operations.
+    pub(super) fn recv_rows(&self, from: usize, mut take: impl FnMut(Part<'_>) -> Result<()>) -> Result<()> {
+        let until = self.mesh.until();
+        let mut incoming = Incoming { from, received: 0, done: false };
+        while !incoming.done {
+            let frame = self.mesh.recv("recv", Lane::Pair, from, until)?;
+            self.take_frame(("recv", Kind::Rows), &mut incoming, &frame, &mut take)?;
+        }
+        Ok(())
+    }
+
+    fn send_chunk(
+        &self,
+        (operation, kind, lane): (&'static str, Kind, Lane),
+        to: usize,
+        outgoing: Outgoing<'_>,
+        chunk: usize,
+        until: Instant,
+    ) -> Result<()> {
+        let Outgoing { rows, width, values } = outgoing;
+        let count = |what: &str, number: usize| {
+            u32::try_from(number).map_err(|_| self.mismatch(operation, format!("{number} {what}"), "less than 2^32".to_owned()))
+        };
+        let head = Head { kind, dtype: WireDType::F32, rows: count("rows", rows)?, width: count("columns", width)? };
+        let start = (chunk * CHUNK_BYTES / 4).min(values.len());
+        let end = (start + CHUNK_BYTES / 4).min(values.len());
+        self.mesh.send(operation, lane, to, head, wire_bytes(&values[start..end]), until)
+    }
+
+    fn take_frame(
+        &self,
+        (operation, kind): (&'static str, Kind),
+        incoming: &mut Incoming,
+        frame: &Frame,
+        take: &mut impl FnMut(Part<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let Head { kind: found, dtype, rows, width } = frame.head;
+        if found != kind || dtype != WireDType::F32 {
+            let actual = format!("{kind:?} of F32");
+            return Err(self.mismatch(operation, actual, format!("{found:?} of {dtype:?} (rank {})", incoming.from)));
+        }
+        let (rows, width) = (rows as usize, width as usize);
+        let part = Part { from: incoming.from, rows, width, offset: incoming.received, body: &frame.body };
+        incoming.received += part.len();
+        // The head was checked frame by frame; the sum of all must fit too.
+        if incoming.received > rows.saturating_mul(width) {
+            let expected = format!("{} values in {rows} rows × {width} columns (rank {})", incoming.received, incoming.from);
+            return Err(self.mismatch(operation, "room for the matrix".to_owned(), expected));
+        }
+        incoming.done = frame.body.len() < CHUNK_BYTES;
+        take(part)
+    }
+
+    pub(super) fn mismatch(&self, operation: &'static str, actual: String, expected: String) -> NetError {
+        NetError::Mismatch { operation, rank: self.own(), actual, expected }
+    }
+
+    /// Checks a whole matrix's shape.
+    pub(super) fn same_shape(&self, operation: &'static str, own: (usize, usize), part: &Part<'_>) -> Result<()> {
+        self.same_part(operation, own, own.0 * own.1, part)
+    }
+
+    /// Checks a part of a matrix of this shape, of which `length` values come.
+    pub(super) fn same_part(&self, operation: &'static str, own: (usize, usize), length: usize, part: &Part<'_>) -> Result<()> {
+        if (part.rows, part.width) == own && part.offset + part.len() <= length {
+            return Ok(());
+        }
+        let actual = format!("{} rows × {} columns", own.0, own.1);
+        Err(self.mismatch(operation, actual, format!("{} rows × {} columns (rank {})", part.rows, part.width, part.from)))
+    }
+}
+
+/// Number of the last chunk: a frame that is not full ends a matrix, so one of full chunks is followed by an empty one.
+fn last_chunk(values: usize) -> usize {
+    values / (CHUNK_BYTES / 4)
+}
+
+/// Values as they go over the wire: little endian, as they lie in memory.
+fn wire_bytes(values: &[f32]) -> &[u8] {
+    const { assert!(cfg!(target_endian = "little"), "the data plane sends values as they lie in memory") };
+    bytemuck::cast_slice(values)
+}
