@@ -338,6 +338,27 @@ mod tests {
         assert_eq!(core.lease_left_ms(900), Some(2_610));
     }
 
+    /// Found by the simulator: the search was counted as the connection's silence, and what was found was let go at once.
+    #[test]
+    fn a_connection_that_was_long_looked_for_is_kept() {
+        let mut core = SessionCore::new(0);
+        assert_eq!(core.handle(0, SessionInput::Tick), [Connect]);
+        assert_eq!(core.handle(5_000, SessionInput::Connected(true)), []);
+        assert_eq!(core.handle(5_005, WELCOME), [Heartbeat(1)]);
+        assert_eq!(core.lease_left_ms(5_005), Some(0), "the lease still counts from before the hello");
+        assert!(core.next_tick_ms() > 5_005, "it would turn without a pause");
+        assert_eq!(core.handle(5_006, SessionInput::Tick), []);
+        core.handle(5_010, SessionInput::Ack { number: 1, lease_ms: 3_000 });
+        assert_eq!(core.lease_left_ms(5_010), Some(2_995));
+        // One that says nothing is let go all the same.
+        let mut core = SessionCore::new(0);
+        core.handle(0, SessionInput::Tick);
+        core.handle(5_000, SessionInput::Connected(true));
+        core.handle(5_005, WELCOME);
+        assert!(!core.handle(6_499, SessionInput::Tick).contains(&Disconnect));
+        assert!(core.handle(6_500, SessionInput::Tick).contains(&Disconnect));
+    }
+
     #[test]
     fn a_lost_leader_is_looked_for_with_growing_pauses() {
         let mut core = welcome();
