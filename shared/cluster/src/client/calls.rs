@@ -154,7 +154,7 @@ impl Channels {
         let mut tally = Tally::default();
         loop {
             let left = timeout.saturating_sub(begun.elapsed());
-            let address = match route.next() {
+            let address = match route.next_step() {
                 Next::Ask(address) if !left.is_zero() => address,
                 Next::Pause(pause) if pause < left => {
                     if let Some(refusal) = tally.everyone_refuses() {

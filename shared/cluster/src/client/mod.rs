@@ -10,7 +10,7 @@ mod channels;
 pub mod fuzz;
 mod operator;
 mod renewal;
-mod route;
+pub mod route;
 mod streams;
 #[cfg(test)]
 mod tests;

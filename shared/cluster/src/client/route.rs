@@ -13,13 +13,14 @@ const MAX_ADDRESSES: usize = 16;
 const MAX_HINTS: u32 = 3;
 
 /// Addresses of the coordinators, the one that served last first.
-#[derive(Debug, Clone)]
-pub(super) struct Addresses {
+#[derive(Debug, Clone, Default)]
+pub struct Addresses {
     known: Vec<String>,
 }
 
 impl Addresses {
-    pub(super) fn new(known: &[String]) -> Self {
+    /// These, in this order.
+    pub fn new(known: &[String]) -> Self {
         let mut addresses = Addresses { known: Vec::new() };
         for address in known {
             addresses.learn(address);
@@ -28,34 +29,35 @@ impl Addresses {
     }
 
     /// Another one, named by a coordinator.
-    pub(super) fn learn(&mut self, address: &str) {
+    pub fn learn(&mut self, address: &str) {
         if !self.known.iter().any(|known| known == address) && self.known.len() < MAX_ADDRESSES {
             self.known.push(address.to_owned());
         }
     }
 
     /// This one answered: it is asked first from now on.
-    pub(super) fn prefer(&mut self, address: &str) {
+    pub fn prefer(&mut self, address: &str) {
         if let Some(place) = self.known.iter().position(|known| known == address) {
             self.known[..=place].rotate_right(1);
         }
     }
 
     /// This one gave no answer: it is asked last from now on, until it answers again.
-    pub(super) fn demote(&mut self, address: &str) {
+    pub fn demote(&mut self, address: &str) {
         if let Some(place) = self.known.iter().position(|known| known == address) {
             self.known[place..].rotate_left(1);
         }
     }
 
-    pub(super) fn all(&self) -> &[String] {
+    /// All of them, in the order in which to ask.
+    pub fn all(&self) -> &[String] {
         &self.known
     }
 }
 
 /// What to do after a failed try.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Next {
+pub enum Next {
     /// Ask this one.
     Ask(String),
     /// Everyone was asked: wait, then begin a new round.
@@ -64,7 +66,7 @@ pub(super) enum Next {
 
 /// One call's way through the coordinators.
 #[derive(Debug)]
-pub(super) struct Route {
+pub struct Route {
     round: Vec<String>,
     hints: u32,
     pause: Duration,
@@ -72,14 +74,14 @@ pub(super) struct Route {
 
 impl Route {
     /// Begins with the address that served last.
-    pub(super) fn new(addresses: &Addresses) -> Self {
+    pub fn new(addresses: &Addresses) -> Self {
         let mut route = Route { round: Vec::new(), hints: 0, pause: FIRST_PAUSE };
         route.begin_round(addresses);
         route
     }
 
     /// The first or next address of the round.
-    pub(super) fn next(&mut self) -> Next {
+    pub fn next_step(&mut self) -> Next {
         match self.round.pop() {
             Some(address) => Next::Ask(address),
             None => {
@@ -91,12 +93,12 @@ impl Route {
     }
 
     /// Whether the round has somebody left to ask.
-    pub(super) fn has_more(&self) -> bool {
+    pub fn has_more(&self) -> bool {
         !self.round.is_empty()
     }
 
     /// `failed` answered that `leader` leads.
-    pub(super) fn follow(&mut self, failed: &str, leader: &str) {
+    pub fn follow(&mut self, failed: &str, leader: &str) {
         if leader != failed && self.hints < MAX_HINTS {
             self.hints += 1;
             self.round.retain(|address| address != leader);
@@ -105,7 +107,7 @@ impl Route {
     }
 
     /// After a pause.
-    pub(super) fn begin_round(&mut self, addresses: &Addresses) {
+    pub fn begin_round(&mut self, addresses: &Addresses) {
         self.hints = 0;
         self.round = addresses.all().iter().rev().cloned().collect();
     }
@@ -125,13 +127,13 @@ mod tests {
     fn a_named_leader_is_asked_next_and_others_after() {
         let known = addresses(3);
         let mut route = Route::new(&known);
-        assert_eq!(route.next(), Next::Ask("host0:1".into()));
+        assert_eq!(route.next_step(), Next::Ask("host0:1".into()));
         route.follow("host0:1", "host2:1");
-        assert_eq!(route.next(), Next::Ask("host2:1".into()));
-        assert_eq!(route.next(), Next::Ask("host1:1".into()));
-        assert_eq!(route.next(), Next::Pause(FIRST_PAUSE));
+        assert_eq!(route.next_step(), Next::Ask("host2:1".into()));
+        assert_eq!(route.next_step(), Next::Ask("host1:1".into()));
+        assert_eq!(route.next_step(), Next::Pause(FIRST_PAUSE));
         route.begin_round(&known);
-        assert_eq!(route.next(), Next::Ask("host0:1".into()));
+        assert_eq!(route.next_step(), Next::Ask("host0:1".into()));
     }
 
     #[test]
@@ -156,7 +158,7 @@ mod tests {
             let mut route = Route::new(&known);
             let mut asked = Vec::new();
             let mut hints = hints.into_iter();
-            while let Next::Ask(address) = route.next() {
+            while let Next::Ask(address) = route.next_step() {
                 if let Some((_, leader)) = hints.next() {
                     route.follow(&address, &format!("host{leader}:1"));
                 }
