@@ -22,7 +22,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::contact::{Contact, follow_contact};
 use crate::error::CoordinatorError;
-use crate::leader::{self, Leading};
+use crate::leader;
+use crate::leading::Leading;
 use crate::raft::{self, MemberChange, PeerTransport, RaftError, RaftHandle, RaftOptions, RaftStatus};
 use crate::replicated::{Machine, Replicated, decode_reply, encode_envelope, name_of};
 use crate::state::ClusterState;

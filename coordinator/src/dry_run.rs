@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::control::plan_service;
 use crate::coordinator::Coordinator;
 use crate::error::CoordinatorError;
-use crate::leader::INSPECT_WITHIN;
+use crate::leading::INSPECT_WITHIN;
 use crate::sessions::{Inspection, Purpose};
 
 /// Sessions of workers begin within this time after a leader's election, or there are none.
@@ -75,7 +75,8 @@ impl Coordinator {
                 let (answer, answered) = oneshot::channel::<Inspection>();
                 let asked = Instant::now();
                 let within = until.saturating_duration_since(asked).min(INSPECT_WITHIN);
-                if !leading.sessions.ask(node, service.clone(), Purpose::DryRun(answer), within, asked) {
+                let within_ms = within.as_millis() as u64;
+                if !leading.sessions.ask(node, service.clone(), Purpose::DryRun(answer), within_ms, self.now_ms()) {
                     continue;
                 }
                 match tokio::time::timeout(within, answered).await {

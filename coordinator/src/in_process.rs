@@ -104,7 +104,7 @@ impl ClusterApi for Coordinator {
         self.0.tasks.spawn(async move {
             loop {
                 if let Ok(leading) = coordinator.leading() {
-                    let now = leading.sessions.loads(Instant::now());
+                    let now = leading.sessions.loads(coordinator.now_ms());
                     if loads.send(now).await.is_err() {
                         return;
                     }

@@ -1,29 +1,21 @@
-//! What a coordinator does while it leads: looks after leases, lets the controller decide, proposes what it decided, tells
-//! workers what to run.
+//! What a coordinator does while it leads: lets [`Leading`] decide, and proposes what it decided.
 //!
-//! Invariants: it acts only in a term that is its own and after everything of earlier terms is applied here; a new leader
-//! gives every known node two leases' time before it believes one lost; with the leadership all sessions end.
+//! What it is not: it decides nothing itself; it waits, and carries out.
+//!
+//! Invariants: it acts only in a term that is its own and after everything of earlier terms is applied here; with the
+//! leadership all sessions end.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Command, MemberRecord};
-use forge_shared::cluster::node::{NodePhase, Role};
-use forge_shared::cluster::session::NodeDown;
-use forge_shared::ids::ServiceName;
 use futures::StreamExt;
-use parking_lot::Mutex;
-use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior};
-use tokio_util::sync::CancellationToken;
 
-use crate::control::{Controller, Intent, LeaseTable, ShareTable, assignments};
 use crate::coordinator::Coordinator;
 use crate::error::CoordinatorError;
+use crate::leading::{LeaderOptions, Leading, learner_to_promote, missing_record};
 use crate::raft::{MemberChange, RaftStatus};
-use crate::sessions::{Purpose, Sessions};
 
 /// How often leases are looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -33,54 +25,19 @@ const PASS_INTERVAL: Duration = Duration::from_millis(10);
 const PROPOSE_WITHIN: Duration = Duration::from_secs(2);
 /// The leader's own commands in flight.
 const PROPOSALS_AT_ONCE: usize = 64;
-/// For a worker to look at a model: headers over the network.
-pub(crate) const INSPECT_WITHIN: Duration = Duration::from_secs(120);
-/// A learner that is within so many entries of the leader's is made a voter.
-const CAUGHT_UP_ENTRIES: u64 = 100;
 /// How often learners are looked at.
 const PROMOTE_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What a leader holds in memory, for one term.
-pub(crate) struct Leading {
-    pub(crate) term: u64,
-    pub(crate) sessions: Sessions,
-    pub(crate) leases: Mutex<LeaseTable>,
-    pub(crate) shares: Mutex<ShareTable>,
-    pub(crate) controller: Mutex<Controller>,
-    /// Asks for a pass of the controller.
-    pub(crate) wake: Notify,
-    /// Cancelled with the leadership.
-    pub(crate) ended: CancellationToken,
-    counter: AtomicU64,
-}
-
-impl Leading {
-    /// A leader's memory at the beginning of a term: it gives every known node one full lease.
-    pub(crate) fn new(coordinator: &Coordinator, term: u64) -> Leading {
-        let mut leases = LeaseTable::new(coordinator.0.options.lease.as_millis() as u64);
-        leases.follow(coordinator.now_ms(), &coordinator.0.replicated.read());
-        Leading {
-            term,
-            sessions: Sessions::default(),
-            leases: Mutex::new(leases),
-            shares: Mutex::new(ShareTable::new()),
-            controller: Mutex::new(Controller::default()),
-            wake: Notify::new(),
-            ended: CancellationToken::new(),
-            counter: AtomicU64::new(0),
-        }
-    }
-
-    /// Ends every session, saying where to go. The token first: a session that begins meanwhile looks at it once it is in the
-    /// table, so that either it or this finds the other.
-    pub(crate) fn end(&self, leader: Option<String>) {
-        self.ended.cancel();
-        self.sessions.end_all(leader);
-    }
-
-    /// A request id of the leader's own, never given out before.
-    pub(crate) fn request_id(&self, what: &str) -> String {
-        format!("leader-{}-{what}-{}", self.term, self.counter.fetch_add(1, Ordering::Relaxed))
+impl Coordinator {
+    /// A leader's memory for a term that begins now.
+    pub(crate) fn begin_to_lead(&self, term: u64) -> Leading {
+        let options = &self.0.options;
+        let options = LeaderOptions {
+            history: options.raft.cluster_id.clone(),
+            lease_ms: options.lease.as_millis() as u64,
+            heartbeat_ms: options.heartbeat.as_millis() as u64,
+        };
+        Leading::new(options, term, self.now_ms(), &self.0.replicated.read())
     }
 }
 
@@ -123,7 +80,7 @@ async fn lead(coordinator: &Coordinator, term: u64) {
         tracing::debug!(%error, "the new leader waits for its first word");
         tokio::time::sleep(TICK).await;
     }
-    let leading = Arc::new(Leading::new(coordinator, term));
+    let leading = Arc::new(coordinator.begin_to_lead(term));
     *coordinator.0.leading.write() = Some(leading.clone());
     tracing::info!(term, "leading");
 
@@ -136,14 +93,8 @@ async fn lead(coordinator: &Coordinator, term: u64) {
 /// Says all the time that this process runs, also while a pass waits for the group.
 async fn pulses(coordinator: &Coordinator, leading: &Leading) {
     loop {
-        pulse(leading, coordinator.now_ms());
+        leading.pulse(coordinator.now_ms());
         tokio::time::sleep(TICK).await;
-    }
-}
-
-fn pulse(leading: &Leading, now_ms: u64) {
-    if let Some(still_ms) = leading.leases.lock().pulse(now_ms) {
-        tracing::warn!(still_ms, "this process stood still: nodes have a lease's time to be heard again");
     }
 }
 
@@ -151,7 +102,7 @@ async fn passes(coordinator: &Coordinator, leading: &Arc<Leading>) {
     let mut changes = coordinator.0.replicated.changes();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut pass = Pass { coordinator, leading, assigned: None, promoted: Instant::now(), was_stalled: false };
+    let mut pass = Pass { coordinator, leading, promoted: Instant::now() };
     loop {
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
@@ -168,82 +119,22 @@ async fn passes(coordinator: &Coordinator, leading: &Arc<Leading>) {
 struct Pass<'a> {
     coordinator: &'a Coordinator,
     leading: &'a Arc<Leading>,
-    /// Revision of the last assignments.
-    assigned: Option<Revision>,
     promoted: Instant,
-    /// Raft's thread stood still at the last pass.
-    was_stalled: bool,
 }
 
 impl Pass<'_> {
     async fn run(&mut self) {
-        if self.coordinator.is_stalled() {
-            // Sessions have ended, and what would be proposed now of the nodes' silence would be carried out afterwards.
-            if !std::mem::replace(&mut self.was_stalled, true) {
-                tracing::warn!("the raft thread stands still: is the disk slow? Nothing is decided until it goes on");
-            }
-            return;
-        }
-        if std::mem::take(&mut self.was_stalled) {
-            self.leading.leases.lock().begin_anew(self.coordinator.now_ms());
-        }
-        let mut commands = Vec::new();
-        for intent in self.decide() {
-            match intent {
-                Intent::Propose(command) => commands.push(command),
-                Intent::Inspect { node, service, .. } => {
-                    let purpose = Purpose::Service { name: ServiceName(service.metadata.name.clone()) };
-                    self.leading.sessions.ask(&node, *service, purpose, INSPECT_WITHIN, Instant::now());
-                }
-            }
-        }
-        commands.extend(self.unanswered());
+        let commands = {
+            let state = self.coordinator.0.replicated.read();
+            self.leading.pass(self.coordinator.now_ms(), &state, self.coordinator.is_stalled())
+        };
+        let Some(commands) = commands else { return };
         futures::stream::iter(commands).for_each_concurrent(PROPOSALS_AT_ONCE, |command| self.propose(command)).await;
         self.keep_own_record().await;
         if self.promoted.elapsed() >= PROMOTE_INTERVAL {
             self.promoted = Instant::now();
             self.promote_learner().await;
         }
-    }
-
-    /// Tells the controller of questions that nobody will answer.
-    fn unanswered(&self) -> Vec<Command> {
-        let unanswered = self.leading.sessions.take_unanswered(Instant::now());
-        if unanswered.is_empty() {
-            return Vec::new();
-        }
-        let state = self.coordinator.0.replicated.read();
-        let mut controller = self.leading.controller.lock();
-        let now_ms = self.coordinator.now_ms();
-        unanswered.iter().filter_map(|(node, name)| controller.inspected(now_ms, &state, (node, name), None)).collect()
-    }
-
-    /// Reads the state once: ends sessions of nodes that are lost, tells workers their assignments, asks the controller.
-    fn decide(&mut self) -> Vec<Intent> {
-        let state = self.coordinator.0.replicated.read();
-        let sessions = &self.leading.sessions;
-        if self.assigned != Some(state.revision()) {
-            sessions.end_where(|spec| match state.nodes().get(&spec.id) {
-                // Forgotten while it was away, and welcome again.
-                None if spec.role == Role::Gateway => Some(NodeDown::Moved { leader: None }),
-                None => Some(NodeDown::Refused { reason: format!("node {} was removed: join it anew", spec.id) }),
-                Some(record) if record.spec.incarnation > spec.incarnation => {
-                    Some(NodeDown::Refused { reason: format!("a newer process joined as {}", spec.id) })
-                }
-                // It may come again: its replicas are elsewhere by then.
-                Some(record) if record.phase == NodePhase::Lost => Some(NodeDown::Moved { leader: None }),
-                Some(_) => None,
-            });
-            self.assigned = Some(state.revision());
-        }
-        let history = &self.coordinator.0.options.raft.cluster_id;
-        sessions.assign((history, state.revision()), |node| assignments(&state, node));
-        let now_ms = self.coordinator.now_ms();
-        // Before anybody is given up: the clock may have gone on while this process did not.
-        pulse(self.leading, now_ms);
-        let mut leases = self.leading.leases.lock();
-        leases.follow(now_ms, &state);
-        self.leading.controller.lock().decide(now_ms, &state, &leases)
     }
 
     async fn propose(&self, command: Command) {
@@ -257,24 +148,20 @@ impl Pass<'_> {
         }
     }
 
-    /// The first member of a group is in nobody's list before it writes itself there.
     async fn keep_own_record(&self) {
         let options = &self.coordinator.0.options;
         let record = MemberRecord { id: options.raft.member_id, name: options.name.clone(), address: options.address.clone() };
-        let is_known = self.coordinator.0.replicated.read().members().get(&record.id) == Some(&record);
-        if !is_known && !options.address.is_empty() {
-            self.propose(Command::PutMember { member: record }).await;
+        let missing = missing_record(&self.coordinator.0.replicated.read(), record);
+        if let Some(command) = missing {
+            self.propose(command).await;
         }
     }
 
     async fn promote_learner(&self) {
-        let status = self.coordinator.raft_status();
-        let is_ready = |matched: u64| matched + CAUGHT_UP_ENTRIES >= status.commit_index;
-        let learner = status.members.iter().find(|member| !member.is_voter && member.is_active && is_ready(member.matched_index));
-        if let Some(learner) = learner {
-            match self.coordinator.0.raft.change_members(MemberChange::Promote(learner.id), PROPOSE_WITHIN).await {
-                Ok(()) => tracing::info!(member = learner.id, "a coordinator caught up and votes now"),
-                Err(error) => tracing::warn!(member = learner.id, %error, "a learner was not made a voter"),
+        if let Some(learner) = learner_to_promote(&self.coordinator.raft_status()) {
+            match self.coordinator.0.raft.change_members(MemberChange::Promote(learner), PROPOSE_WITHIN).await {
+                Ok(()) => tracing::info!(member = learner, "a coordinator caught up and votes now"),
+                Err(error) => tracing::warn!(member = learner, %error, "a learner was not made a voter"),
             }
         }
     }

@@ -22,27 +22,29 @@ const KINDS: [Kind; 8] = [Kind::Trust, Kind::Member, Kind::Node, Kind::Service, 
 
 /// The applied state of this member, shared between raft's thread and everything that reads.
 #[derive(Debug)]
-pub(crate) struct Replicated {
+pub struct Replicated {
     state: RwLock<ClusterState>,
-    pub(crate) hub: Arc<Hub>,
+    /// Tells of its changes.
+    pub hub: Arc<Hub>,
     /// The state's revision; changes wake the leader's loop.
     changed: watch::Sender<Revision>,
 }
 
 impl Replicated {
-    pub(crate) fn new(state: ClusterState) -> Arc<Replicated> {
+    /// The state of a member that has applied nothing since.
+    pub fn new(state: ClusterState) -> Arc<Replicated> {
         let revision = state.revision();
         let hub = Hub::new(HistoryBounds::default(), revision);
         Arc::new(Replicated { state: RwLock::new(state), hub, changed: watch::Sender::new(revision) })
     }
 
     /// The state now. Hold it briefly: applying waits.
-    pub(crate) fn read(&self) -> RwLockReadGuard<'_, ClusterState> {
+    pub fn read(&self) -> RwLockReadGuard<'_, ClusterState> {
         self.state.read()
     }
 
     /// Follows the revision.
-    pub(crate) fn changes(&self) -> watch::Receiver<Revision> {
+    pub fn changes(&self) -> watch::Receiver<Revision> {
         self.changed.subscribe()
     }
 }
@@ -55,7 +57,8 @@ impl Source for Replicated {
 }
 
 /// The end that raft holds.
-pub(crate) struct Machine(pub(crate) Arc<Replicated>);
+#[derive(Debug)]
+pub struct Machine(pub Arc<Replicated>);
 
 impl StateMachine for Machine {
     fn apply(&mut self, index: u64, data: &[u8]) -> Vec<u8> {
@@ -103,12 +106,18 @@ impl StateMachine for Machine {
 }
 
 /// An envelope as the log holds it.
-pub(crate) fn encode_envelope(envelope: &Envelope) -> Result<Bytes, CommandError> {
+///
+/// # Errors
+/// It has no JSON.
+pub fn encode_envelope(envelope: &Envelope) -> Result<Bytes, CommandError> {
     serde_json::to_vec(envelope).map(Bytes::from).map_err(|error| unreadable(&error))
 }
 
 /// What a proposal answered.
-pub(crate) fn decode_reply(reply: &[u8]) -> Result<Result<Applied, CommandError>, serde_json::Error> {
+///
+/// # Errors
+/// It is no reply of this version.
+pub fn decode_reply(reply: &[u8]) -> Result<Result<Applied, CommandError>, serde_json::Error> {
     serde_json::from_slice(reply)
 }
 

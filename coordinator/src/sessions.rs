@@ -5,8 +5,7 @@
 //!
 //! Invariants: a node has one session, the newest; a question has one answer or runs out; everything is bounded.
 
-use std::collections::HashMap;
-use std::time::Duration;
+use std::collections::BTreeMap;
 
 use forge_cluster::api::ClusterLoads;
 use forge_shared::cluster::Revision;
@@ -17,7 +16,6 @@ use forge_shared::plan::ModelFacts;
 use forge_shared::spec::ModelService;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Sessions of one leader.
@@ -41,7 +39,7 @@ pub(crate) enum Purpose {
 struct Question {
     node: NodeId,
     purpose: Purpose,
-    until: Instant,
+    until_ms: u64,
 }
 
 #[derive(Debug)]
@@ -51,15 +49,15 @@ struct Entry {
     down: mpsc::Sender<NodeDown>,
     ended: CancellationToken,
     load: NodeLoad,
-    heard: Instant,
+    heard_ms: u64,
     /// The last assignments that were sent; `None` before the first.
     sent: Option<Vec<Assignment>>,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
-    sessions: HashMap<NodeId, Entry>,
-    questions: HashMap<u64, Question>,
+    sessions: BTreeMap<NodeId, Entry>,
+    questions: BTreeMap<u64, Question>,
     /// Questions that ended without an answer.
     unanswered: Vec<(NodeId, ServiceName)>,
     next_session: u64,
@@ -69,7 +67,7 @@ struct Inner {
 impl Inner {
     /// Ends questions without an answer.
     fn give_up(&mut self, is_over: impl Fn(&Question) -> bool) {
-        for (_, question) in self.questions.extract_if(|_, question| is_over(question)) {
+        for (_, question) in self.questions.extract_if(.., |_, question| is_over(question)) {
             if let Purpose::Service { name } = question.purpose {
                 self.unanswered.push((question.node, name));
             }
@@ -79,11 +77,18 @@ impl Inner {
 
 /// A session's place in the table.
 #[derive(Debug, Clone)]
-pub(crate) struct Handle {
+pub struct Handle {
     pub(crate) node: NodeId,
     pub(crate) number: u64,
     /// Cancelled when the session must end.
     pub(crate) ended: CancellationToken,
+}
+
+impl Handle {
+    /// Whether the session must end.
+    pub fn is_over(&self) -> bool {
+        self.ended.is_cancelled()
+    }
 }
 
 /// See the module.
@@ -92,7 +97,7 @@ pub(crate) struct Sessions(Mutex<Inner>);
 
 impl Sessions {
     /// Takes a node in; an older session of it ends. `None` where there is no room.
-    pub(crate) fn begin(&self, spec: NodeSpec, down: mpsc::Sender<NodeDown>, now: Instant) -> Option<Handle> {
+    pub(crate) fn begin(&self, spec: NodeSpec, down: mpsc::Sender<NodeDown>, now_ms: u64) -> Option<Handle> {
         let mut inner = self.0.lock();
         let node = spec.id.clone();
         if inner.sessions.len() >= MAX_SESSIONS && !inner.sessions.contains_key(&node) {
@@ -100,8 +105,15 @@ impl Sessions {
         }
         inner.next_session += 1;
         let handle = Handle { node: node.clone(), number: inner.next_session, ended: CancellationToken::new() };
-        let entry =
-            Entry { number: handle.number, down, ended: handle.ended.clone(), load: NodeLoad::default(), heard: now, sent: None, spec };
+        let entry = Entry {
+            number: handle.number,
+            down,
+            ended: handle.ended.clone(),
+            load: NodeLoad::default(),
+            heard_ms: now_ms,
+            sent: None,
+            spec,
+        };
         let incarnation = entry.spec.incarnation;
         if let Some(old) = inner.sessions.insert(node.clone(), entry) {
             if old.spec.incarnation < incarnation {
@@ -128,7 +140,7 @@ impl Sessions {
     /// Ends every session, saying where to go.
     pub(crate) fn end_all(&self, leader: Option<String>) {
         let mut inner = self.0.lock();
-        for (_, entry) in inner.sessions.drain() {
+        for entry in std::mem::take(&mut inner.sessions).into_values() {
             let _ = entry.down.try_send(NodeDown::Moved { leader: leader.clone() });
             entry.ended.cancel();
         }
@@ -152,10 +164,10 @@ impl Sessions {
     }
 
     /// Notes a heartbeat.
-    pub(crate) fn heard(&self, handle: &Handle, load: NodeLoad, now: Instant) {
+    pub(crate) fn heard(&self, handle: &Handle, load: NodeLoad, now_ms: u64) {
         if let Some(entry) = self.0.lock().sessions.get_mut(&handle.node).filter(|entry| entry.number == handle.number) {
             entry.load = load;
-            entry.heard = now;
+            entry.heard_ms = now_ms;
         }
     }
 
@@ -178,9 +190,9 @@ impl Sessions {
         }
     }
 
-    /// Asks a worker to look at a model; its answer counts for `within`. False where it has no session, or where as many
+    /// Asks a worker to look at a model; its answer counts for `within_ms`. False where it has no session, or where as many
     /// questions are open as may be.
-    pub(crate) fn ask(&self, node: &NodeId, service: ModelService, purpose: Purpose, within: Duration, now: Instant) -> bool {
+    pub(crate) fn ask(&self, node: &NodeId, service: ModelService, purpose: Purpose, within_ms: u64, now_ms: u64) -> bool {
         let mut inner = self.0.lock();
         let is_full = inner.questions.len() >= MAX_QUESTIONS;
         let message = |number| NodeDown::Inspect { number, service: Box::new(service) };
@@ -193,21 +205,21 @@ impl Sessions {
             return false;
         }
         inner.next_question += 1;
-        inner.questions.insert(number, Question { node: node.clone(), purpose, until: now + within });
+        inner.questions.insert(number, Question { node: node.clone(), purpose, until_ms: now_ms.saturating_add(within_ms) });
         true
     }
 
     /// A worker's answer: why it was asked, if it was and in time.
-    pub(crate) fn answered(&self, handle: &Handle, number: u64, now: Instant) -> Option<Purpose> {
+    pub(crate) fn answered(&self, handle: &Handle, number: u64, now_ms: u64) -> Option<Purpose> {
         let mut inner = self.0.lock();
-        let is_asked = inner.questions.get(&number).is_some_and(|question| question.node == handle.node && question.until > now);
+        let is_asked = inner.questions.get(&number).is_some_and(|question| question.node == handle.node && question.until_ms > now_ms);
         if is_asked { inner.questions.remove(&number).map(|question| question.purpose) } else { None }
     }
 
     /// Questions about services that ended without an answer since the last call: of whom, about what.
-    pub(crate) fn take_unanswered(&self, now: Instant) -> Vec<(NodeId, ServiceName)> {
+    pub(crate) fn take_unanswered(&self, now_ms: u64) -> Vec<(NodeId, ServiceName)> {
         let mut inner = self.0.lock();
-        inner.give_up(|question| question.until <= now);
+        inner.give_up(|question| question.until_ms <= now_ms);
         std::mem::take(&mut inner.unanswered)
     }
 
@@ -227,10 +239,10 @@ impl Sessions {
     }
 
     /// What every node last said of itself, by name.
-    pub(crate) fn loads(&self, now: Instant) -> ClusterLoads {
+    pub(crate) fn loads(&self, now_ms: u64) -> ClusterLoads {
         let inner = self.0.lock();
         let load = |entry: &Entry| {
-            let silent_ms = now.saturating_duration_since(entry.heard).as_millis() as u64;
+            let silent_ms = now_ms.saturating_sub(entry.heard_ms);
             (entry.spec.clone(), entry.load.clone(), silent_ms)
         };
         let mut nodes: Vec<_> = inner.sessions.values().map(load).collect();
@@ -260,7 +272,7 @@ mod tests {
 
     fn begin(sessions: &Sessions, id: &str, incarnation: u64) -> (Handle, mpsc::Receiver<NodeDown>) {
         let (down, received) = mpsc::channel(4);
-        (sessions.begin(spec(id, incarnation), down, Instant::now()).expect("there is room"), received)
+        (sessions.begin(spec(id, incarnation), down, 0).expect("there is room"), received)
     }
 
     fn service() -> ModelService {
@@ -323,8 +335,8 @@ mod tests {
         let (a, mut down) = begin(&sessions, "a", 1);
         let (b, _b_down) = begin(&sessions, "b", 1);
         let purpose = || Purpose::Service { name: "s".into() };
-        let now = Instant::now();
-        let within = Duration::from_secs(5);
+        let now = 1_000;
+        let within = 5_000;
         assert!(sessions.ask(&a.node, service(), purpose(), within, now));
         let Ok(NodeDown::Inspect { number, .. }) = down.try_recv() else { panic!("it was asked") };
         assert!(sessions.answered(&b, number, now).is_none(), "b was not asked");

@@ -614,6 +614,12 @@ impl<D: Disk> Member<D> {
         }
     }
 
+    /// Whether the disk is full, so that this member takes no part.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.stalled.is_some()
+    }
+
     /// Proposals without an answer.
     #[must_use]
     pub fn open_proposals(&self) -> usize {

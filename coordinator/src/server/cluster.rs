@@ -17,7 +17,6 @@ use forge_shared::cluster::event::Kind;
 use forge_shared::cluster::node::Role;
 use forge_shared::spec::ModelService;
 use futures::{Stream, StreamExt};
-use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
@@ -150,7 +149,7 @@ impl Cluster for ClusterService {
             if !is_first {
                 tokio::time::sleep(interval).await;
             }
-            let loads = coordinator.leading().map_err(refuse).and_then(|leading| to_json(&leading.sessions.loads(Instant::now())));
+            let loads = coordinator.leading().map_err(refuse).and_then(|leading| to_json(&leading.sessions.loads(coordinator.now_ms())));
             Some((loads.map(|loads_json| LoadsReply { loads_json }), (coordinator, place, false)))
         });
         Ok(Response::new(Box::pin(loads.take_until(ended))))

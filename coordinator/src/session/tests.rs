@@ -6,6 +6,7 @@ use bytes::Bytes;
 use forge_proto::raft::Message;
 use forge_shared::cluster::node::NodeLoad;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::*;
 use crate::coordinator::CoordinatorOptions;
@@ -52,10 +53,10 @@ impl World {
             assert!(Instant::now() < until, "it leads: {error}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        let leading = Arc::new(Leading::new(&coordinator, 1));
+        let leading = Arc::new(coordinator.begin_to_lead(1));
         let (down, received) = mpsc::channel(STREAM_DEPTH);
         let (up, sent) = mpsc::channel(STREAM_DEPTH);
-        let handle = leading.sessions.begin(spec.clone(), down.clone(), Instant::now()).expect("there is room");
+        let handle = leading.begin(coordinator.now_ms(), &coordinator.0.replicated.read(), &spec, down.clone()).expect("there is room");
         let running = Running { coordinator: coordinator.clone(), leading: leading.clone(), handle, spec, down, reports: Arc::default() };
         let task = tokio::spawn(running.run(sent));
         World { coordinator, peers, leading, up, down: received, task, _folder: folder }

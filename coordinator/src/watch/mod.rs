@@ -90,13 +90,18 @@ impl Hub {
         self.published.notify_one();
     }
 
+    /// Wakes watchers: everything published so far is theirs to read.
+    pub fn wake(&self) {
+        let end = self.history.read().end();
+        self.head.send_replace(end);
+    }
+
     /// Wakes watchers until `stop`; a burst is one wake.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         let wake = async {
             loop {
                 self.published.notified().await;
-                let end = self.history.read().end();
-                self.head.send_replace(end);
+                self.wake();
                 tokio::time::sleep(WAKE_INTERVAL).await;
             }
         };
