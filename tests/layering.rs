@@ -51,6 +51,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "forge-gateway",
         ],
     ),
+    ("forge-simulator", &["forge-proto", "forge-shared", "forge-cluster", "forge-coordinator", "forge-worker"]),
     (
         "forge-tests",
         &[

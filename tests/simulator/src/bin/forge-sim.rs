@@ -1,0 +1,57 @@
+//! `forge-sim`: runs seeds of the simulator, and replays one.
+
+use std::ops::Range;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use forge_simulator::report::{Totals, failure};
+use forge_simulator::shrink::shrink;
+use forge_simulator::simulation::{Plan, run};
+
+/// Runs that shrinking may take.
+const SHRINK_TRIES: usize = 200;
+
+/// Runs the simulated cluster. Ends with 1 at the first seed that breaks an invariant.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Seeds to run, as `0..1000`.
+    #[arg(long, value_parser = parse_seeds, default_value = "0..100")]
+    seeds: Range<u64>,
+    /// One seed alone.
+    #[arg(long, conflicts_with = "seeds")]
+    seed: Option<u64>,
+    /// Prints everything that happens.
+    #[arg(long)]
+    trace: bool,
+    /// Does not look for a smaller run of a failing seed.
+    #[arg(long)]
+    no_shrink: bool,
+}
+
+fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
+    let (from, to) = text.split_once("..").ok_or("write it as FROM..TO, as in 0..1000")?;
+    let number = |text: &str| text.parse::<u64>().map_err(|error| format!("{text:?}: {error}"));
+    Ok(number(from)?..number(to)?)
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let seeds = arguments.seed.map_or(arguments.seeds, |seed| seed..seed + 1);
+    let began = Instant::now();
+    let mut totals = Totals::default();
+    for seed in seeds {
+        let plan = Plan { prints: arguments.trace, ..Plan::of_seed(seed) };
+        let outcome = run(&plan);
+        totals.add(&outcome);
+        if outcome.violation.is_some() {
+            let quiet = Plan { prints: false, ..plan.clone() };
+            let tries = if arguments.no_shrink { 0 } else { SHRINK_TRIES };
+            let (small, came_to) = shrink(&quiet, &outcome, tries);
+            print!("{}", failure(&small, &came_to, plan.faults.len() - small.faults.len()));
+            return ExitCode::FAILURE;
+        }
+    }
+    print!("{}", totals.text(began.elapsed().as_secs_f64()));
+    ExitCode::SUCCESS
+}

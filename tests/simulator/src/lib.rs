@@ -1,0 +1,24 @@
+//! The control plane in a deterministic simulator: production's cores in one thread, with one world for time, network, disk
+//! and randomness, all from a seed.
+//!
+//! [`world`] is that world, [`faults`] what goes wrong in it, [`coordinators`], [`workers`] (with their [`tie`] to the leader) and [`clients`] are shells around cores,
+//! [`ledger`] compares what members apply, [`simulation`] is a run, [`mod@shrink`] and [`report`] are for people.
+//!
+//! What it is not: a second implementation. Where a shell of production decides something, that decision belongs into a core.
+//!
+//! Invariant: equal plans give equal runs, event by event.
+
+pub mod clients;
+pub mod coordinators;
+pub mod faults;
+pub mod host;
+pub mod ledger;
+pub mod message;
+pub mod random;
+pub mod report;
+pub mod shrink;
+pub mod simulation;
+pub mod tie;
+pub mod trace;
+pub mod workers;
+pub mod world;
