@@ -25,6 +25,16 @@ pub fn share(leaves: usize, rank: usize, size: usize) -> std::ops::Range<usize> 
     start..end
 }
 
+/// The part of a layer that tensor rank `rank` of `size` is counted with, as a fraction: its share of the query heads or of
+/// eight even leaves, whichever is larger.
+pub fn layer_share(heads: usize, kv_heads: usize, rank: usize, size: usize) -> (usize, usize) {
+    let bounds = attention_leaves(heads, kv_heads);
+    let leaves = share(bounds.len() - 1, rank, size);
+    let held = bounds[leaves.end] - bounds[leaves.start];
+    let even = share(MAX_LEAVES, rank, size).len();
+    if held * MAX_LEAVES > even * heads { (held, heads) } else { (even, MAX_LEAVES) }
+}
+
 /// Leaves of the attention output product over `heads` query heads in `kv_heads` groups, in units of query
 /// heads: heads when there are at most 8, else KV groups when at most 8, else 8 runs of whole groups.
 /// Returns boundaries in heads.

@@ -2,6 +2,7 @@
 //! and, where there is one, the remedy.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use forge_kernels::KernelError;
 use forge_net::NetError;
@@ -166,6 +167,52 @@ pub enum ModelError {
         plan: Epoch,
         /// This rank's epoch.
         current: Epoch,
+    },
+    /// A rank of a sharded model failed; the replica is of no more use.
+    #[error("rank {rank}: {source}")]
+    Rank {
+        /// Its number in the plan.
+        rank: usize,
+        /// What it met.
+        source: Box<ModelError>,
+    },
+    /// A rank's thread panicked.
+    #[error("it panicked: {reason}")]
+    RankPanicked {
+        /// With what.
+        reason: String,
+    },
+    /// A rank ended before one that waits for it.
+    #[error("{whom} has ended")]
+    RankGone {
+        /// Which.
+        whom: &'static str,
+    },
+    /// A rank was not there in time; its replica is of no more use.
+    #[error("{what} did not come within {waited:?}: the replica is given up")]
+    RankLate {
+        /// What was waited for.
+        what: String,
+        /// How long.
+        waited: Duration,
+    },
+    /// Ranks of one replica are not alike.
+    #[error("rank {rank} has {field} = {actual}, rank 0 has {expected}: all ranks need the same files and the same kind of device")]
+    RanksDiffer {
+        /// Which.
+        rank: usize,
+        /// In what.
+        field: &'static str,
+        /// What it has.
+        actual: String,
+        /// What the first has.
+        expected: String,
+    },
+    /// A sharded model that has failed was asked to go on.
+    #[error("the replica has ended: {reason}")]
+    Ended {
+        /// With what.
+        reason: String,
     },
     /// A backend operation failed.
     #[error(transparent)]

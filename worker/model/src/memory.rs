@@ -49,6 +49,21 @@ pub struct ModelParts {
     pub layer_bytes: Vec<usize>,
     /// Of these, what routed experts have.
     pub expert_bytes: Vec<usize>,
+    /// Where 2, 4 and 8 tensor ranks share a layer: the most that one has of any beyond its part
+    /// ([`forge_shared::tree::layer_share`]).
+    pub tensor_extra_bytes: Vec<usize>,
+}
+
+impl ModelParts {
+    /// The most that a rank with `part` has of a layer beyond its share of this whole.
+    pub(crate) fn extra_bytes(&self, part: &ModelParts, (numerator, denominator): (usize, usize)) -> usize {
+        let beyond = |part: usize, whole: usize| part.saturating_sub(whole * numerator / denominator.max(1));
+        let layers = self.layer_bytes.iter().zip(&self.expert_bytes).zip(part.layer_bytes.iter().zip(&part.expert_bytes));
+        layers
+            .map(|((all, routed), (part, part_routed))| beyond(part - part_routed, all - routed) + beyond(*part_routed, *routed))
+            .max()
+            .unwrap_or(0)
+    }
 }
 
 /// Counts the parts of a model by the same walk that loads it. `layout` is that of the whole model.
@@ -77,6 +92,7 @@ pub(crate) fn parts(architecture: &Architecture, refs: &DecoderRefs, layout: &La
         },
         layer_bytes,
         expert_bytes,
+        tensor_extra_bytes: Vec::new(),
     })
 }
 

@@ -4,14 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use forge_kernels::Backend;
-use forge_net::Collective;
+use forge_shared::tree::layer_share;
 use serde_json::Value;
 
 use crate::arch::{self, Architecture, Overrides, detect, families};
 use crate::checkpoint::{Checkpoint, Format, LoadMode, RawConfig};
-use crate::decoder::Decoder;
 use crate::decoder::layout::Layout;
 use crate::decoder::options::{DecoderOptions, Shard};
+use crate::decoder::{Decoder, Groups};
 use crate::error::{ModelError, Result, list};
 use crate::generation::GenerationDefaults;
 use crate::gguf::GgufTokenizerData;
@@ -181,16 +181,26 @@ impl Model {
     /// # Errors
     /// None that [`Self::memory`] has not.
     pub fn parts(&self) -> Result<ModelParts> {
-        memory::parts(&self.architecture, &self.refs, &Layout::new(&self.architecture, &self.refs, &Shard::default())?)
+        let of = |shard: &Shard| memory::parts(&self.architecture, &self.refs, &Layout::new(&self.architecture, &self.refs, shard)?);
+        let (mut whole, attention) = (of(&Shard::default())?, &self.architecture.attention);
+        for tp_size in [2, 4, 8] {
+            let mut extra_bytes = 0;
+            for tp_rank in 0..tp_size {
+                let share = layer_share(attention.heads, attention.kv_heads, tp_rank, tp_size);
+                let part = of(&Shard { tp_rank, tp_size, ..Shard::default() })?;
+                extra_bytes = extra_bytes.max(whole.extra_bytes(&part, share));
+            }
+            whole.tensor_extra_bytes.push(extra_bytes);
+        }
+        Ok(whole)
     }
 
-    /// Loads the weights and builds an unsharded decoder (`options.shard.tp_size` is 1).
+    /// Loads the weights and builds a decoder that shares nothing: the whole model, or one stage of it.
     ///
     /// # Errors
     /// As [`Decoder::new`].
     pub fn decoder<B: Backend>(&self, backend: Arc<B>, options: &DecoderOptions) -> Result<Decoder<B>> {
-        let collective: Arc<dyn Collective<B>> = Arc::new(forge_net::Solo { epoch: options.epoch });
-        Decoder::new(self, backend, options, collective)
+        Decoder::new(self, backend, options, Groups::alone(options.epoch))
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use common::{alone, assert_same_bits, chunked, options, run, sequences, together};
 use forge_kernels::{CpuBackend, CpuOptions};
-use forge_model::{Decoder, DecoderOptions, LoadMode, Model, Shard};
+use forge_model::{Decoder, DecoderOptions, Groups, LoadMode, Model, Shard};
 use forge_net::{Collective, GroupOptions, local};
 use forge_shared::ids::Epoch;
 
@@ -28,8 +28,8 @@ fn open() -> Option<Model> {
 
 fn rank(model: &Model, tp_rank: usize, tp_size: usize, collective: Arc<dyn Collective<CpuBackend>>) -> Decoder<CpuBackend> {
     let backend = Arc::new(CpuBackend::new(CpuOptions { threads: 1, ..CpuOptions::default() }).unwrap());
-    let shard = Shard { tp_rank, tp_size, layers: None };
-    Decoder::new(model, backend, &DecoderOptions { shard, scan_values: false, ..options() }, collective).unwrap()
+    let shard = Shard { tp_rank, tp_size, ..Shard::default() };
+    Decoder::new(model, backend, &DecoderOptions { shard, scan_values: false, ..options() }, Groups::of_tensor(collective)).unwrap()
 }
 
 #[test]

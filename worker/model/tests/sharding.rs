@@ -9,7 +9,7 @@ use common::build::{self, Shape};
 use common::ranks::{one_thread, run_group, run_stages};
 use common::{assert_same_bits, options, plans, run, sequences, together};
 use forge_kernels::CpuBackend;
-use forge_model::{Decoder, DecoderOptions, LoadMode, Model, ModelError, Shard, StepModel};
+use forge_model::{Decoder, DecoderOptions, Groups, LoadMode, Model, ModelError, Shard, StepModel};
 use forge_net::{Collective, GroupOptions, local};
 use forge_shared::ids::Epoch;
 
@@ -87,7 +87,7 @@ fn impossible_layouts_are_refused_with_the_nearest() {
     let (_folder, model) = open(&SHAPES[0], build::Q8_0);
     let with = |shard| model.memory(&DecoderOptions { shard, ..options() });
     for (size, expected) in [(3, "2"), (5, "4"), (16, "8")] {
-        match with(Shard { tp_rank: 0, tp_size: size, layers: None }) {
+        match with(Shard { tp_size: size, ..Shard::default() }) {
             Err(ModelError::Layout { nearest, .. }) => assert_eq!(nearest, expected),
             other => panic!("{other:?}"),
         }
@@ -96,8 +96,8 @@ fn impossible_layouts_are_refused_with_the_nearest() {
         assert!(matches!(with(Shard { layers: Some(layers), ..Shard::default() }), Err(ModelError::Layout { .. })));
     }
     let alone: Arc<dyn Collective<CpuBackend>> = Arc::new(forge_net::Solo::default());
-    let shard = Shard { tp_rank: 0, tp_size: 2, layers: None };
-    let refused = Decoder::new(&model, one_thread(), &DecoderOptions { shard, ..options() }, alone);
+    let shard = Shard { tp_size: 2, ..Shard::default() };
+    let refused = Decoder::new(&model, one_thread(), &DecoderOptions { shard, ..options() }, Groups::of_tensor(alone));
     assert!(matches!(refused.err(), Some(ModelError::Option { option: "shard.tp_size", .. })));
 }
 
@@ -108,8 +108,8 @@ fn a_rank_that_fails_wakes_its_peers() {
     let mut ranks = local::group(GroupOptions::new(2, Epoch::default())).unwrap();
     let gone = ranks.pop();
     let collective: Arc<dyn Collective<CpuBackend>> = Arc::new(ranks.remove(0));
-    let shard = Shard { tp_rank: 0, tp_size: 2, layers: None };
-    let mut decoder = Decoder::new(&model, one_thread(), &DecoderOptions { shard, ..options() }, collective).unwrap();
+    let shard = Shard { tp_size: 2, ..Shard::default() };
+    let mut decoder = Decoder::new(&model, one_thread(), &DecoderOptions { shard, ..options() }, Groups::of_tensor(collective)).unwrap();
     let plan = plans(decoder.info(), &tokens, &together(&tokens)).remove(0);
     let start = std::time::Instant::now();
     std::thread::scope(|scope| {
@@ -125,7 +125,7 @@ fn memory_of_the_ranks_adds_up() {
     for (shape, kind) in [(&SHAPES[0], build::Q4_1), (&SHAPES[5], build::F16)] {
         let (_folder, model) = open(shape, kind);
         let of = |tp_rank, tp_size| {
-            let shard = Shard { tp_rank, tp_size, layers: None };
+            let shard = Shard { tp_rank, tp_size, ..Shard::default() };
             model.memory(&DecoderOptions { shard, ..options() }).unwrap()
         };
         let whole = of(0, 1);

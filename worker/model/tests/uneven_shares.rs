@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::build::Random;
 use common::{assert_same_bits, options, run, sequences, together};
 use forge_kernels::{CpuBackend, CpuOptions};
-use forge_model::{Decoder, DecoderOptions, LoadMode, Model, Shard};
+use forge_model::{Decoder, DecoderOptions, Groups, LoadMode, Model, Shard};
 use forge_net::{Collective, GroupOptions, local};
 use forge_shared::ids::Epoch;
 use safetensors::Dtype;
@@ -56,10 +56,11 @@ fn run_group(model: &Model, size: usize, tokens: &[Vec<u32>]) -> Vec<Vec<Vec<f32
     std::thread::scope(|scope| {
         let start = |(tp_rank, rank)| {
             scope.spawn(move || {
-                let shard = Shard { tp_rank, tp_size: size, layers: None };
+                let shard = Shard { tp_rank, tp_size: size, ..Shard::default() };
                 let collective: Arc<dyn Collective<CpuBackend>> = Arc::new(rank);
                 let backend = Arc::new(CpuBackend::new(CpuOptions { threads: 1, ..CpuOptions::default() }).unwrap());
-                let mut decoder = Decoder::new(model, backend, &DecoderOptions { shard, ..options() }, collective).unwrap();
+                let mut decoder =
+                    Decoder::new(model, backend, &DecoderOptions { shard, ..options() }, Groups::of_tensor(collective)).unwrap();
                 run(&mut decoder, tokens, &together(tokens))
             })
         };

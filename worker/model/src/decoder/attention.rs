@@ -129,7 +129,7 @@ impl<B: Backend> Pass<'_, B> {
             (Some(segments), None) => backend.square_sums(x, rows, segments, sums)?,
             (None, _) => self.fill_neutral(sums, rows)?,
         }
-        Ok(self.collective.all_reduce(backend, sums, rows)?)
+        Ok(self.groups.tensor.all_reduce(backend, sums, rows)?)
     }
 
     fn scale_by_sums(&self, x: &mut B::Buffer, heads: usize, norm: &Norm<B>, spec: QkNormSpec, sums: &B::Buffer) -> Result<()> {
@@ -145,7 +145,7 @@ impl<B: Backend> Pass<'_, B> {
         let Some(sums) = norm_sums else { return Ok(()) };
         for _queries_then_keys in 0..2 {
             self.fill_neutral(sums, self.rows())?;
-            self.collective.all_reduce(self.backend, sums, self.rows())?;
+            self.groups.tensor.all_reduce(self.backend, sums, self.rows())?;
         }
         Ok(())
     }

@@ -1,13 +1,15 @@
-//! What the tokens of a step chose, sorted by expert, so that each expert sees its tokens as a run of rows.
+//! What the tokens of a step chose among the experts that a rank holds, sorted by expert, so that each expert sees its
+//! tokens as a run of rows.
 //!
-//! Invariant: every choice has one row; rows of an expert are in the order of tokens, entries of a token in the order
+//! Invariant: every choice of an expert held here has one row, however many tokens choose it; rows of an expert are in the order of tokens, entries of a token in the order
 //! of experts.
 
 use std::ops::Range;
 
 use forge_kernels::ExpertEntry;
 
-/// The choices of a step.
+/// The choices of a step that fall on a rank's experts. Rows and runs count experts from the rank's first, entries from
+/// the model's: the tree that adds them is over all.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Choices {
     tokens: Vec<u32>,
@@ -17,7 +19,7 @@ pub(crate) struct Choices {
     entries: Vec<ExpertEntry>,
 }
 
-/// The rows of an expert that was chosen.
+/// The rows of an expert that was chosen, counted from the rank's first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Run {
     pub expert: usize,
@@ -25,30 +27,38 @@ pub(crate) struct Run {
 }
 
 impl Choices {
-    /// Sorts `chosen`: experts and weights of `tokens` tokens, equally many for each.
-    pub fn new(chosen: &[(u32, f32)], tokens: usize, count: usize) -> Self {
+    /// Sorts those of `chosen` (experts and weights of `tokens` tokens, equally many for each) that are in `held`.
+    pub fn new(chosen: &[(u32, f32)], tokens: usize, held: &Range<usize>) -> Self {
         let per_token = chosen.len() / tokens.max(1);
+        let count = held.len();
+        let local = |expert: u32| held.contains(&(expert as usize)).then(|| expert as usize - held.start);
         // Where each expert's rows begin, then where its next one goes.
         let mut next = vec![0_u32; count + 1];
-        chosen.iter().for_each(|&(expert, _)| next[expert as usize + 1] += 1);
+        chosen.iter().filter_map(|&(expert, _)| local(expert)).for_each(|expert| next[expert + 1] += 1);
         for expert in 0..count {
             next[expert + 1] += next[expert];
         }
         let run = |expert: usize| Run { expert, rows: next[expert] as usize..next[expert + 1] as usize };
         let runs = (0..count).map(run).filter(|run| !run.rows.is_empty()).collect();
+        let rows = next[count] as usize;
         let mut sorted = Choices {
-            tokens: vec![0; chosen.len()],
-            experts: vec![0; chosen.len()],
+            tokens: vec![0; rows],
+            experts: vec![0; rows],
             runs,
-            starts: (0..=tokens).map(|token| (token * per_token) as u32).collect(),
-            entries: Vec::with_capacity(chosen.len()),
+            starts: Vec::with_capacity(tokens + 1),
+            entries: Vec::with_capacity(rows),
         };
-        for (index, &(expert, weight)) in chosen.iter().enumerate() {
-            let row = next[expert as usize];
-            next[expert as usize] += 1;
-            sorted.tokens[row as usize] = (index / per_token) as u32;
-            sorted.experts[row as usize] = expert;
-            sorted.entries.push(ExpertEntry { expert, row, weight });
+        sorted.starts.push(0);
+        for (token, of_token) in chosen.chunks(per_token.max(1)).enumerate() {
+            for &(expert, weight) in of_token {
+                let Some(own) = local(expert) else { continue };
+                let row = next[own];
+                next[own] += 1;
+                sorted.tokens[row as usize] = token as u32;
+                sorted.experts[row as usize] = own as u32;
+                sorted.entries.push(ExpertEntry { expert, row, weight });
+            }
+            sorted.starts.push(sorted.entries.len() as u32);
         }
         sorted
     }
@@ -58,7 +68,7 @@ impl Choices {
         &self.tokens
     }
 
-    /// The expert of every row.
+    /// The expert of every row, counted from the rank's first.
     pub fn experts(&self) -> &[u32] {
         &self.experts
     }
@@ -86,7 +96,7 @@ mod tests {
     #[test]
     fn rows_are_sorted_by_expert_then_token() {
         let chosen = [(1, 0.1), (3, 0.2), (0, 0.3), (3, 0.4), (1, 0.5), (3, 0.6)];
-        let choices = Choices::new(&chosen, 3, 5);
+        let choices = Choices::new(&chosen, 3, &(0..5));
         assert_eq!(choices.tokens(), [1, 0, 2, 0, 1, 2]);
         assert_eq!(choices.experts(), [0, 1, 1, 3, 3, 3]);
         let run = |expert, rows| Run { expert, rows };
@@ -100,8 +110,21 @@ mod tests {
     }
 
     #[test]
+    fn a_rank_sees_the_choices_that_fall_on_its_experts() {
+        let chosen = [(1, 0.1), (3, 0.2), (0, 0.3), (3, 0.4), (0, 0.5), (1, 0.6)];
+        let choices = Choices::new(&chosen, 3, &(2..4));
+        assert_eq!((choices.tokens(), choices.experts()), (&[0, 1][..], &[1, 1][..]));
+        assert_eq!(choices.runs(), [Run { expert: 1, rows: 0..2 }]);
+        assert_eq!(choices.starts(), [0, 1, 2, 2], "the last token is another rank's");
+        assert_eq!(choices.entries().iter().map(|entry| (entry.expert, entry.row)).collect::<Vec<_>>(), [(3, 0), (3, 1)]);
+        let elsewhere = Choices::new(&chosen, 3, &(4..6));
+        assert!(elsewhere.tokens().is_empty() && elsewhere.runs().is_empty());
+        assert_eq!(elsewhere.starts(), [0; 4]);
+    }
+
+    #[test]
     fn a_step_without_tokens_has_no_runs() {
-        let choices = Choices::new(&[], 0, 4);
+        let choices = Choices::new(&[], 0, &(0..4));
         assert!(choices.runs().is_empty() && choices.tokens().is_empty());
         assert_eq!(choices.starts(), [0]);
     }

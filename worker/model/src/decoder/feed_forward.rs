@@ -1,9 +1,13 @@
 //! The feed-forward part of a layer: an MLP, or a mixture of experts.
 //!
-//! Invariant: only the chosen experts' weights are touched; an expert's output is complete (summed over ranks, with its
-//! bias) before it is weighted.
+//! Where ranks hold different experts, each sees all tokens (what attention gives is whole on every one of them), takes
+//! those that chose its own, adds what they give in the tree over expert indices, and ranks add their subtrees. So no
+//! expert has a capacity, and no token is ever dropped.
+//!
+//! Invariant: only the chosen experts' weights are touched; an expert's output is complete (summed over tensor ranks, with
+//! its bias) before it is weighted; the shared expert comes last.
 
-use forge_kernels::{Backend, ExpertChoices, GroupProduct, Product, RowGroup};
+use forge_kernels::{Backend, ExpertChoices, ExpertEntry, GroupProduct, Product, RowGroup};
 
 use super::choices::Choices;
 use super::forward::{Pass, product};
@@ -88,25 +92,42 @@ impl<B: Backend> Pass<'_, B> {
         buffers: &mut ExpertsBuffers<B::Buffer>,
         delta: &mut B::Buffer,
     ) -> Result<()> {
-        let ExpertsBuffers { router, pairs, inner, shared } = buffers;
+        let ExpertsBuffers { router, pairs, inner, shared, subtree } = buffers;
         let choices = self.choose(weights, spec, input, router)?;
-        self.backend.gather_rows(input, choices.tokens(), pairs)?;
-        match (&weights.experts, inner) {
-            (Some(experts), Some(inner)) => self.expert_mlps(experts, &spec.expert, &choices, inner, pairs)?,
-            _ => self.fill_neutral(pairs, choices.tokens().len())?,
-        }
-        self.collective.all_reduce(self.backend, pairs, choices.tokens().len())?;
-        if let Some(biases) = &weights.biases {
-            self.backend.embed_add(biases, choices.experts(), pairs)?;
+        let pair_rows = choices.tokens().len();
+        // All tensor ranks of the same experts have the same pairs: where there are none, none of them waits for another.
+        if pair_rows > 0 {
+            self.backend.gather_rows(input, choices.tokens(), pairs)?;
+            match (&weights.experts, inner) {
+                (Some(experts), Some(inner)) => self.expert_mlps(experts, &spec.expert, &choices, inner, pairs)?,
+                _ => self.fill_neutral(pairs, pair_rows)?,
+            }
+            self.groups.tensor.all_reduce(self.backend, pairs, pair_rows)?;
+            if let Some(biases) = &weights.biases {
+                self.backend.embed_add(biases, choices.experts(), pairs)?;
+            }
         }
         let shared_weights = self.shared_expert(weights, spec, input, shared.as_mut())?;
-        let chosen = ExpertChoices {
-            leaves: spec.count,
-            starts: choices.starts(),
-            entries: choices.entries(),
-            shared_weights: shared_weights.as_deref(),
-        };
-        Ok(self.backend.combine_experts(pairs, shared.as_ref().map(|shared| &shared.out), chosen, delta)?)
+        let shared_weights = shared_weights.as_deref();
+        let shared = shared.as_ref().map(|shared| &shared.out);
+        let chosen = ExpertChoices { leaves: spec.count, starts: choices.starts(), entries: choices.entries(), shared_weights: None };
+        match subtree {
+            None => Ok(self.backend.combine_experts(pairs, shared, ExpertChoices { shared_weights, ..chosen }, delta)?),
+            Some(subtree) => {
+                self.backend.combine_experts(pairs, None, chosen, subtree)?;
+                self.groups.expert.all_reduce(self.backend, subtree, self.rows())?;
+                self.add_shared(subtree, shared, shared_weights, delta)
+            }
+        }
+    }
+
+    /// delta = the complete sum over experts, plus the shared one: the tree's last addition.
+    fn add_shared(&self, sum: &B::Buffer, shared: Option<&B::Buffer>, shared_weights: Option<&[f32]>, delta: &mut B::Buffer) -> Result<()> {
+        let rows = self.rows() as u32;
+        let starts: Vec<u32> = (0..=rows).collect();
+        let entries: Vec<ExpertEntry> = (0..rows).map(|row| ExpertEntry { expert: 0, row, weight: 1.0 }).collect();
+        let whole = ExpertChoices { leaves: 1, starts: &starts, entries: &entries, shared_weights };
+        Ok(self.backend.combine_experts(sum, shared, whole, delta)?)
     }
 
     /// Which experts every row goes through. All ranks have the same input, so all choose the same.
@@ -119,7 +140,7 @@ impl<B: Backend> Pass<'_, B> {
         for logits in logits.chunks(spec.count) {
             route(&spec.router, logits, weights.correction.as_deref(), &mut chosen);
         }
-        Ok(Choices::new(&chosen, rows, spec.count))
+        Ok(Choices::new(&chosen, rows, &self.layout.experts))
     }
 
     /// pairs = expert(pairs) of every run of rows, this rank's part of the sum.

@@ -5,8 +5,8 @@
 //! every rank adds the bias, so that the unsharded order of operations is the same.
 
 use forge_kernels::{Backend, NormParams, Product};
-use forge_net::Collective;
 
+use super::groups::Groups;
 use super::layout::Layout;
 use super::loaded::{Layer, Linear, Norm, Weights};
 use super::workspace::{LogitsBuffers, Workspace};
@@ -17,7 +17,7 @@ use crate::step::StepPlan;
 /// Everything a pass reads.
 pub(crate) struct Pass<'a, B: Backend> {
     pub backend: &'a B,
-    pub collective: &'a dyn Collective<B>,
+    pub groups: &'a Groups<B>,
     pub architecture: &'a Architecture,
     pub layout: &'a Layout,
     pub weights: &'a Weights<B>,
@@ -71,7 +71,7 @@ impl<B: Backend> Pass<'_, B> {
 
     /// Σ over ranks of delta, plus bias.
     pub(super) fn complete(&self, delta: &mut B::Buffer, bias: Option<&B::Weight>) -> Result<()> {
-        self.collective.all_reduce(self.backend, delta, self.rows())?;
+        self.groups.tensor.all_reduce(self.backend, delta, self.rows())?;
         if let Some(bias) = bias {
             self.backend.embed_add(bias, &self.zero_ids[..self.rows()], delta)?;
         }
@@ -111,7 +111,7 @@ impl<B: Backend> Pass<'_, B> {
             }
             _ => self.fill_neutral(out, self.rows())?,
         }
-        self.collective.all_reduce(self.backend, out, self.rows())?;
+        self.groups.tensor.all_reduce(self.backend, out, self.rows())?;
         match &self.weights.embedding_norm {
             // In place: a row is one head.
             Some(norm) => self.norm_in_place(out, 1, norm, self.architecture.norm),
@@ -196,7 +196,7 @@ impl<B: Backend> Pass<'_, B> {
             self.head(buffers, normed, count)?;
             let complete = match &mut buffers.gathered {
                 Some(gathered) => {
-                    self.collective.all_gather(self.backend, buffers.local.as_ref(), gathered, count)?;
+                    self.groups.tensor.all_gather(self.backend, buffers.local.as_ref(), gathered, count)?;
                     Some(&*gathered)
                 }
                 None => buffers.local.as_ref(),

@@ -40,7 +40,7 @@ pub(crate) struct Layout {
     pub expert: Inner,
     /// Inner units of the shared expert.
     pub shared: Inner,
-    /// Experts: all of them. (Where ranks hold different ones, this will say which.)
+    /// Experts of every layer that has any.
     pub experts: Range<usize>,
     /// Rows of embedding and head.
     pub vocabulary: Range<usize>,
@@ -71,6 +71,7 @@ impl Layout {
     /// [`ModelError::Layout`] for a degree or stage that cannot be had, naming the nearest that can.
     pub fn new(architecture: &Architecture, refs: &DecoderRefs, shard: &Shard) -> Result<Layout> {
         check_degree(shard)?;
+        check_experts(architecture, shard)?;
         let layers = stage(architecture, shard)?;
         let (group, head_dim) = (architecture.group_size(), architecture.attention.head_dim);
         // One set of leaves for all layers, by the coarsest block: the KV pool's shape is the same in all of them.
@@ -95,7 +96,7 @@ impl Layout {
             mlp: inner(Some(&architecture.mlp), blocks.mlp),
             expert: inner(experts.map(|experts| &experts.expert), blocks.expert),
             shared: inner(experts.and_then(|experts| experts.shared.as_ref()).map(|shared| &shared.mlp), blocks.shared),
-            experts: 0..experts.map_or(0, |experts| experts.count),
+            experts: tree::share(experts.map_or(0, |experts| experts.count), shard.ep_rank, shard.ep_size),
             vocabulary: vocabulary[0]..vocabulary[vocabulary.len() - 1],
         })
     }
@@ -189,6 +190,29 @@ fn check_degree(shard: &Shard) -> Result<()> {
     Ok(())
 }
 
+/// Experts are divided by whole subtrees of the tree over their indices, and each rank has at least one.
+fn check_experts(architecture: &Architecture, shard: &Shard) -> Result<()> {
+    let Shard { ep_rank, ep_size, .. } = *shard;
+    let count = architecture.experts.as_ref().map_or(0, |experts| experts.count);
+    let most = ep_size.clamp(1, count.max(1));
+    let nearest = 1_usize << most.ilog2();
+    if ep_size != nearest {
+        return Err(ModelError::Layout {
+            requested: format!("expert parallelism of {ep_size}"),
+            reason: match count {
+                0 => "the model has no experts to divide".to_owned(),
+                _ => format!("its {count} experts are divided over 1, 2, 4, … ranks, of which each has at least one"),
+            },
+            nearest: nearest.to_string(),
+        });
+    }
+    if ep_rank >= ep_size {
+        let value = ep_rank.to_string();
+        return Err(ModelError::Option { option: "shard.ep_rank", value, reason: format!("must be below ep_size = {ep_size}") });
+    }
+    Ok(())
+}
+
 fn stage(architecture: &Architecture, shard: &Shard) -> Result<Range<usize>> {
     let layers = shard.layers.clone().unwrap_or(0..architecture.layers);
     if layers.is_empty() || layers.end > architecture.layers {
@@ -253,7 +277,7 @@ mod tests {
     use super::*;
 
     fn shards(size: usize) -> impl Iterator<Item = Shard> {
-        (0..size).map(move |tp_rank| Shard { tp_rank, tp_size: size, layers: None })
+        (0..size).map(move |tp_rank| Shard { tp_rank, tp_size: size, ..Shard::default() })
     }
 
     fn of(bounds: &[usize], size: usize) -> Vec<Range<usize>> {
@@ -344,7 +368,7 @@ mod tests {
     #[test]
     fn impossible_degrees_name_the_nearest() {
         for (size, nearest) in [(3, "2"), (6, "4"), (7, "4"), (16, "8"), (0, "1")] {
-            match check_degree(&Shard { tp_rank: 0, tp_size: size, layers: None }) {
+            match check_degree(&Shard { tp_size: size, ..Shard::default() }) {
                 Err(ModelError::Layout { nearest: found, .. }) => assert_eq!(found, nearest, "{size}"),
                 other => panic!("{size}: {other:?}"),
             }

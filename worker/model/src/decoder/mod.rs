@@ -10,25 +10,26 @@ mod attention;
 mod choices;
 mod feed_forward;
 mod forward;
+mod groups;
 pub(crate) mod layout;
 pub(crate) mod load;
 mod loaded;
 pub mod options;
-mod plan;
+pub(crate) mod plan;
 pub(crate) mod store;
 pub(crate) mod workspace;
 
 use std::sync::Arc;
 
 use forge_kernels::Backend;
-use forge_net::Collective;
 use forge_shared::ids::Epoch;
 
 use crate::arch::{Architecture, PositionSpec};
 use crate::error::{ModelError, Result};
 use crate::model::Model;
-use crate::step::{StepModel, StepModelInfo, StepPlan};
+use crate::step::{StageInput, StageModel, StageOutput, StepModel, StepModelInfo, StepPlan};
 use forward::Pass;
+pub use groups::Groups;
 use layout::Layout;
 use load::Origin;
 use loaded::Weights;
@@ -38,7 +39,7 @@ use workspace::Workspace;
 /// One rank's decoder.
 pub struct Decoder<B: Backend> {
     backend: Arc<B>,
-    collective: Arc<dyn Collective<B>>,
+    groups: Groups<B>,
     architecture: Architecture,
     layout: Layout,
     weights: Weights<B>,
@@ -51,34 +52,16 @@ pub struct Decoder<B: Backend> {
     info: StepModelInfo,
 }
 
-/// What a pipeline stage starts from.
-#[derive(Debug, Clone, Copy)]
-pub enum StageInput<'a> {
-    /// The plan's tokens: the first stage.
-    Tokens,
-    /// The stage before's output, [rows, hidden_size].
-    Hidden(&'a [f32]),
-}
-
-/// What a pipeline stage gives.
-#[derive(Debug)]
-pub enum StageOutput<'a> {
-    /// Logits of the plan's rows: the last stage.
-    Logits(&'a mut Vec<f32>),
-    /// Hidden states for the next stage, [rows, hidden_size].
-    Hidden(&'a mut Vec<f32>),
-}
-
 impl<B: Backend> Decoder<B> {
     /// Loads this rank's share of the weights and allocates pool and workspace.
     ///
     /// # Errors
     /// [`ModelError::Option`] and [`ModelError::Layout`] for sizes or a degree that cannot be had,
     /// [`ModelError::NonFinite`] for damaged weights, the backend's errors when memory is short.
-    pub fn new(model: &Model, backend: Arc<B>, options: &DecoderOptions, collective: Arc<dyn Collective<B>>) -> Result<Self> {
+    pub fn new(model: &Model, backend: Arc<B>, options: &DecoderOptions, groups: Groups<B>) -> Result<Self> {
         let architecture = model.architecture().clone();
         options.check(&architecture)?;
-        check_group(options, &*collective)?;
+        groups.check(&options.shard)?;
         let refs = model.refs();
         let layout = Layout::new(&architecture, refs, &options.shard)?;
         let memory = model.memory(options)?;
@@ -102,7 +85,7 @@ impl<B: Backend> Decoder<B> {
         };
         let zero_ids = vec![0; options.max_step_rows];
         let epoch = options.epoch;
-        Ok(Decoder { backend, collective, architecture, layout, weights, rope_tables, workspace, pool, zero_ids, epoch, info })
+        Ok(Decoder { backend, groups, architecture, layout, weights, rope_tables, workspace, pool, zero_ids, epoch, info })
     }
 
     /// The backend.
@@ -113,21 +96,6 @@ impl<B: Backend> Decoder<B> {
     /// What the model is.
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
-    }
-
-    /// Runs this rank's stage. The plan is checked whole before anything is touched; if anything fails after that,
-    /// the group is aborted, so that no peer waits for this rank, and the KV state is undefined.
-    ///
-    /// # Errors
-    /// [`ModelError::Plan`], [`ModelError::StaleEpoch`]; errors of the backend and the collective.
-    pub fn run_stage(&mut self, plan: &StepPlan, input: StageInput<'_>, output: StageOutput<'_>) -> Result<()> {
-        if plan.epoch < self.epoch {
-            return Err(ModelError::StaleEpoch { plan: plan.epoch, current: self.epoch });
-        }
-        plan::check(plan, &self.info)?;
-        self.check_stage(plan, &input, &output)?;
-        self.epoch = plan.epoch;
-        self.compute(plan, input, output).inspect_err(|error| self.collective.abort(&error.to_string()))
     }
 
     fn check_stage(&self, plan: &StepPlan, input: &StageInput<'_>, output: &StageOutput<'_>) -> Result<()> {
@@ -147,6 +115,7 @@ impl<B: Backend> Decoder<B> {
         match output {
             StageOutput::Logits(_) if !self.layout.last_stage => wrong(format!("layers {layers:?} have no head: they give hidden states")),
             StageOutput::Hidden(_) if self.layout.last_stage => wrong(format!("layers {layers:?} end in logits")),
+            StageOutput::Nothing if !self.layout.last_stage => wrong(format!("the next stage needs what layers {layers:?} give")),
             _ => Ok(()),
         }
     }
@@ -159,7 +128,7 @@ impl<B: Backend> Decoder<B> {
         }
         let pass = Pass {
             backend: &*self.backend,
-            collective: &*self.collective,
+            groups: &self.groups,
             architecture: &self.architecture,
             layout: &self.layout,
             weights: &self.weights,
@@ -186,7 +155,23 @@ impl<B: Backend> Decoder<B> {
                 values.resize(rows * self.architecture.hidden_size, 0.0);
                 Ok(self.backend.read_rows(&self.workspace.x, 0..rows, values)?)
             }
+            StageOutput::Nothing => Ok(()),
         }
+    }
+}
+
+impl<B: Backend> StageModel for Decoder<B> {
+    fn stage_info(&self) -> &StepModelInfo {
+        &self.info
+    }
+
+    /// The plan is checked whole before anything is touched; if anything fails after that, the groups are aborted, so
+    /// that no peer waits for this rank.
+    fn run_stage(&mut self, plan: &StepPlan, input: StageInput<'_>, output: StageOutput<'_>) -> Result<()> {
+        plan::check(plan, &self.info, self.epoch)?;
+        self.check_stage(plan, &input, &output)?;
+        self.epoch = plan.epoch;
+        self.compute(plan, input, output).inspect_err(|error| self.groups.abort(&error.to_string()))
     }
 }
 
@@ -198,21 +183,6 @@ impl<B: Backend> StepModel for Decoder<B> {
     fn step(&mut self, plan: &StepPlan, logits: &mut Vec<f32>) -> Result<()> {
         self.run_stage(plan, StageInput::Tokens, StageOutput::Logits(logits))
     }
-}
-
-/// The group a rank is given must be the one its options speak of.
-fn check_group<B: Backend>(options: &DecoderOptions, collective: &dyn Collective<B>) -> Result<()> {
-    let shard = &options.shard;
-    let differs = |option, value: usize, actual: usize| {
-        Err(ModelError::Option { option, value: value.to_string(), reason: format!("the collective says {actual}") })
-    };
-    if collective.size() != shard.tp_size {
-        return differs("shard.tp_size", shard.tp_size, collective.size());
-    }
-    if collective.rank() != shard.tp_rank {
-        return differs("shard.tp_rank", shard.tp_rank, collective.rank());
-    }
-    Ok(())
 }
 
 /// Equal ids promise equal bits: device path, KV type, rope choice, architecture (which an operator may override) and

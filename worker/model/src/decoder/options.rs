@@ -9,13 +9,17 @@ use crate::arch::Architecture;
 use crate::error::{ModelError, Result};
 use crate::progress::LoadProgress;
 
-/// What a rank holds: a tensor-parallel share of some layers.
+/// What a rank holds: a tensor-parallel share of some layers, and some of their experts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shard {
     /// Rank within the tensor-parallel group.
     pub tp_rank: usize,
     /// Ranks of the tensor-parallel group: a power of two.
     pub tp_size: usize,
+    /// Rank among those that divide the experts.
+    pub ep_rank: usize,
+    /// How many divide them: a power of two, at most the number of experts.
+    pub ep_size: usize,
     /// Layers of this pipeline stage; all where `None`.
     pub layers: Option<Range<usize>>,
 }
@@ -23,7 +27,7 @@ pub struct Shard {
 impl Default for Shard {
     /// The whole model.
     fn default() -> Self {
-        Shard { tp_rank: 0, tp_size: 1, layers: None }
+        Shard { tp_rank: 0, tp_size: 1, ep_rank: 0, ep_size: 1, layers: None }
     }
 }
 

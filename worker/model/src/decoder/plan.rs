@@ -1,6 +1,8 @@
 //! Is a step plan one this decoder can run? Checked whole before anything is touched: a plan may come from another
 //! process, and kernels index by what it says.
 
+use forge_shared::ids::Epoch;
+
 use crate::error::{ModelError, Result};
 use crate::step::{StepModelInfo, StepPlan};
 
@@ -8,11 +10,15 @@ fn wrong<T>(field: &'static str, reason: String) -> Result<T> {
     Err(ModelError::Plan { field, reason })
 }
 
-/// Checks sizes, ids, positions, slots and tables against each other and against the model.
+/// Checks sizes, ids, positions, slots and tables against each other and against the model, and that the plan's epoch is
+/// not older than `current`.
 ///
 /// # Errors
-/// [`ModelError::Plan`], naming the field.
-pub(crate) fn check(plan: &StepPlan, info: &StepModelInfo) -> Result<()> {
+/// [`ModelError::Plan`], naming the field; [`ModelError::StaleEpoch`].
+pub(crate) fn check(plan: &StepPlan, info: &StepModelInfo, current: Epoch) -> Result<()> {
+    if plan.epoch < current {
+        return Err(ModelError::StaleEpoch { plan: plan.epoch, current });
+    }
     let rows = plan.tokens.len();
     if rows > info.max_step_rows {
         return wrong("tokens", format!("{rows} rows, the most is {}", info.max_step_rows));
@@ -124,8 +130,10 @@ mod tests {
 
     #[test]
     fn a_sound_plan_passes() {
-        check(&plan(), &info()).unwrap();
-        check(&StepPlan::default(), &info()).unwrap();
+        check(&plan(), &info(), Epoch(0)).unwrap();
+        check(&StepPlan::default(), &info(), Epoch(0)).unwrap();
+        let stale = check(&plan(), &info(), Epoch(1));
+        assert!(matches!(stale, Err(ModelError::StaleEpoch { plan: Epoch(0), current: Epoch(1) })), "{stale:?}");
     }
 
     #[test]
@@ -161,7 +169,7 @@ mod tests {
         for (expected, damage) in damages {
             let mut plan = plan();
             damage(&mut plan);
-            match check(&plan, &info()) {
+            match check(&plan, &info(), Epoch(0)) {
                 Err(ModelError::Plan { field, .. }) => assert_eq!(field, *expected, "{plan:?}"),
                 other => panic!("{expected}: {other:?} for {plan:?}"),
             }

@@ -210,7 +210,7 @@ mod tests {
             let model = Model::open(format!("{folder}/{row}"), LoadMode::Mmap).unwrap();
             let mut gathered_by_any = 0;
             for (tp_size, tp_rank) in [1, 2, 4, 8].into_iter().flat_map(|size| (0..size).map(move |rank| (size, rank))) {
-                let shard = Shard { tp_rank, tp_size, layers: None };
+                let shard = Shard { tp_rank, tp_size, ..Shard::default() };
                 let layout = Layout::new(model.architecture(), model.refs(), &shard).unwrap();
                 let mut count = ByteCount::default();
                 Loader { store: &mut count, architecture: model.architecture(), layout: &layout }.load(model.refs()).unwrap();

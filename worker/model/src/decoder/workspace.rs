@@ -63,6 +63,8 @@ pub(crate) struct ExpertsBuffers<T> {
     pub pairs: T,
     pub inner: Option<MlpBuffers<T>>,
     pub shared: Option<SharedBuffers<T>>,
+    /// The sum over this rank's experts, where others hold the rest.
+    pub subtree: Option<T>,
 }
 
 pub(crate) struct SharedBuffers<T> {
@@ -189,7 +191,8 @@ impl<T> MlpBuffers<T> {
 impl<T> ExpertsBuffers<T> {
     fn build(sizes: &Sizes<'_>, spec: &ExpertsSpec, buffer: Allocate<'_, T>) -> Result<Self> {
         let (layout, hidden, rows) = (sizes.layout, sizes.architecture.hidden_size, sizes.options.max_step_rows);
-        let pairs = rows.saturating_mul(spec.router.per_token);
+        // A token chooses an expert once: no more rows than this can be, and none is dropped.
+        let pairs = rows.saturating_mul(spec.router.per_token.min(layout.experts.len()));
         Ok(ExpertsBuffers {
             router: buffer(rows, spec.count)?,
             pairs: buffer(pairs, hidden)?,
@@ -202,6 +205,7 @@ impl<T> ExpertsBuffers<T> {
                 }),
                 None => None,
             },
+            subtree: if layout.experts.len() < spec.count { Some(buffer(rows, hidden)?) } else { None },
         })
     }
 }

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use forge_kernels::{CpuBackend, CpuOptions};
-use forge_model::decoder::{StageInput, StageOutput};
-use forge_model::{Decoder, DecoderOptions, Model, Shard, StepModel};
+use forge_model::{Decoder, DecoderOptions, Groups, Model, Shard, StageInput, StageModel, StageOutput, StepModel};
 use forge_net::{Collective, GroupOptions, local};
 use forge_shared::ids::Epoch;
 
@@ -23,10 +22,10 @@ pub fn run_group(model: &Model, options: &DecoderOptions, size: usize, tokens: &
             .enumerate()
             .map(|(tp_rank, rank)| {
                 scope.spawn(move || {
-                    let shard = Shard { tp_rank, tp_size: size, layers: None };
+                    let shard = Shard { tp_rank, tp_size: size, ..Shard::default() };
                     let collective: Arc<dyn Collective<CpuBackend>> = Arc::new(rank);
                     let options = DecoderOptions { shard, ..options.clone() };
-                    let mut decoder = Decoder::new(model, one_thread(), &options, collective).unwrap();
+                    let mut decoder = Decoder::new(model, one_thread(), &options, Groups::of_tensor(collective)).unwrap();
                     run(&mut decoder, tokens, schedule)
                 })
             })
