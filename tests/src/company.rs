@@ -133,9 +133,14 @@ pub fn run(model: &Model, setting: &Setting, requests: &[GenerateRequest]) -> Re
             core.submit(request.clone(), sender, Duration::from_millis(step as u64))?;
             streams.push(stream);
         }
-        if core.step(&mut decoder, &mut logits, Duration::from_millis(step as u64))? {
-            effects.most_rows = effects.most_rows.max(core.plan().tokens.len());
-            effects.most_sequences = effects.most_sequences.max(core.plan().sequences.len());
+        let now = Duration::from_millis(step as u64);
+        if core.begin_step(now)
+            && let Some(plan) = core.plan()
+        {
+            effects.most_rows = effects.most_rows.max(plan.tokens.len());
+            effects.most_sequences = effects.most_sequences.max(plan.sequences.len());
+            forge_model::StepModel::step(&mut decoder, plan, &mut logits)?;
+            core.finish_step(&mut logits, now)?;
         } else if core.is_idle() && streams.len() == requests.len() {
             let counts = core.scheduler().counts();
             effects.preemptions = counts.preemptions;

@@ -12,7 +12,7 @@
 //! never sent again; a request's failure ends that request alone; a request without a listener is gone, blocks and
 //! all, when the next step begins.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use forge_model::{StepModel, StepModelInfo, StepPlan};
@@ -44,7 +44,12 @@ pub struct EngineCore {
     requests: BTreeMap<u64, Active>,
     /// Ended requests whose last events did not fit in their channel yet.
     leaving: Vec<Outlet>,
-    plan: StepPlan,
+    /// Steps under way, oldest first.
+    plans: VecDeque<StepPlan>,
+    /// A plan whose memory is used again.
+    spare: StepPlan,
+    /// Steps begun.
+    steps: u64,
     retry: RetryEstimate,
     meter: Meter,
     listeners: Listeners,
@@ -68,7 +73,9 @@ impl EngineCore {
         Ok(EngineCore {
             samplers: Samplers::new(info.vocab_size)?,
             scheduler: Scheduler::new(limits, blocks),
-            plan: StepPlan { epoch: options.epoch, ..StepPlan::default() },
+            plans: VecDeque::new(),
+            spare: StepPlan::default(),
+            steps: 0,
             requests: BTreeMap::new(),
             leaving: Vec::new(),
             retry: RetryEstimate::default(),
@@ -79,6 +86,16 @@ impl EngineCore {
             options,
             tokenizer,
         })
+    }
+
+    /// Lets so many steps be under way at once: what a [`forge_model::Pipeline`] takes.
+    pub fn allow_under_way(&mut self, steps: usize) {
+        self.scheduler.allow_under_way(steps);
+    }
+
+    /// Steps that were begun and not finished.
+    pub fn under_way(&self) -> usize {
+        self.plans.len()
     }
 
     /// Admits a request; its events go to `events`. `now` is the time since the engine's start.
@@ -115,10 +132,12 @@ impl EngineCore {
         Ok(())
     }
 
-    /// Drops requests whose client went away, then plans a step. Returns whether there is one to run.
+    /// Drops requests whose client went away, then plans a step. Returns whether there is one to run; there is none while
+    /// as many are under way as may be.
     pub fn begin_step(&mut self, now: Duration) -> bool {
         self.sweep();
-        let planned = self.scheduler.plan(&mut self.plan);
+        let mut plan = std::mem::take(&mut self.spare);
+        let planned = self.scheduler.plan(&mut plan);
         for started in self.scheduler.take_started() {
             if let Some(active) = self.requests.get_mut(&started.arrival) {
                 active.cached_tokens = started.cached_tokens;
@@ -126,24 +145,30 @@ impl EngineCore {
             }
         }
         if planned {
-            self.plan.step += 1;
-            self.meter.planned(self.plan.tokens.len());
+            self.steps += 1;
+            (plan.epoch, plan.step) = (self.options.epoch, self.steps);
+            self.meter.planned(plan.tokens.len());
+            self.plans.push_back(plan);
+        } else {
+            self.spare = plan;
         }
         self.meter.observe(&self.scheduler);
         planned
     }
 
-    /// The step to run after [`Self::begin_step`] returned true.
-    pub fn plan(&self) -> &StepPlan {
-        &self.plan
+    /// The step to run after [`Self::begin_step`] returned true: the newest under way; `None` where none is.
+    pub fn plan(&self) -> Option<&StepPlan> {
+        self.plans.back()
     }
 
-    /// Takes the step's logits (`plan.logits_rows.len()` × `vocab_size`): scores, samples, sends.
+    /// Takes the oldest step's logits (`plan.logits_rows.len()` × `vocab_size`): scores, samples, sends.
     ///
     /// # Errors
     /// [`EngineError::LogitsCount`]; the engine cannot go on.
     pub fn finish_step(&mut self, logits: &mut [f32], now: Duration) -> Result<(), EngineError> {
-        let expected = self.plan.logits_rows.len() * self.info.vocab_size;
+        let plan = self.plans.pop_front().unwrap_or_default();
+        let expected = plan.logits_rows.len() * self.info.vocab_size;
+        self.spare = plan;
         if logits.len() != expected {
             return Err(EngineError::LogitsCount { expected, actual: logits.len() });
         }
@@ -164,7 +189,8 @@ impl EngineCore {
         if !self.begin_step(now) {
             return Ok(false);
         }
-        model.step(&self.plan, logits)?;
+        let Some(plan) = self.plan() else { return Ok(false) };
+        model.step(plan, logits)?;
         self.finish_step(logits, now)?;
         Ok(true)
     }

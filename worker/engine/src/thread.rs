@@ -77,10 +77,11 @@ impl EngineThread {
     /// # Errors
     /// [`EngineError::Option`], or [`EngineError::Thread`] if the system gives no thread.
     pub fn spawn(setup: EngineSetup) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), EngineError> {
-        let EngineSetup { model, tokenizer, card, replica, options, metrics } = setup;
+        let EngineSetup { mut model, tokenizer, card, replica, options, metrics } = setup;
         let event_capacity = options.event_capacity;
         let run = run_label(&card.name, &replica, options.epoch);
-        let core = EngineCore::new(model.info().clone(), tokenizer, options, &metrics, &run)?;
+        let mut core = EngineCore::new(model.info().clone(), tokenizer, options, &metrics, &run)?;
+        core.allow_under_way(model.pipeline().map_or(1, |pipeline| pipeline.depth()));
         let (commands, inbox) = sync_channel(COMMAND_CAPACITY);
         let (exit_sender, exit) = oneshot::channel();
         let shared = Arc::new(Shared::new(core.scheduler().blocks().total()));
@@ -150,10 +151,7 @@ impl Worker {
                 self.core.fail_all("the engine is shutting down");
                 return Ok(());
             }
-            let stepped = self.core.begin_step(begin - self.start);
-            if stepped {
-                self.run_step(begin)?;
-            }
+            let stepped = self.run_step(begin)?;
             self.shared.observe(&self.core);
             self.listener_behind = self.core.tell_listeners();
             if stepped {
@@ -167,16 +165,30 @@ impl Worker {
         }
     }
 
-    fn run_step(&mut self, begin: Instant) -> Result<(), EngineError> {
+    /// Begins a step where there is one to run; finishes the oldest under way once no more may begin. Returns whether
+    /// there was anything to do.
+    fn run_step(&mut self, begin: Instant) -> Result<bool, EngineError> {
+        let began = self.core.begin_step(begin - self.start);
         let model_begin = Instant::now();
-        self.model.step(self.core.plan(), &mut self.logits)?;
+        match (self.model.pipeline(), self.core.plan().filter(|_| began)) {
+            (Some(pipeline), Some(plan)) => {
+                pipeline.submit(plan)?;
+                if self.core.under_way() < pipeline.depth() {
+                    return Ok(true);
+                }
+                pipeline.complete(&mut self.logits)?;
+            }
+            (Some(pipeline), None) if self.core.under_way() > 0 => pipeline.complete(&mut self.logits)?,
+            (None, Some(plan)) => self.model.step(plan, &mut self.logits)?,
+            (_, None) => return Ok(false),
+        }
         let model_end = Instant::now();
         self.core.finish_step(&mut self.logits, model_end - self.start)?;
         let model = model_end - model_begin;
         let other = begin.elapsed().saturating_sub(model);
         self.core.count_time(model, other);
         self.shared.count_time(model, other);
-        Ok(())
+        Ok(true)
     }
 
     /// Takes all commands that are there, without waiting.

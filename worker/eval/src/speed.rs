@@ -3,10 +3,11 @@
 //! Prefill computes one prompt; decode goes on token by token, with one sequence and with a batch. Several rounds
 //! alternate the three, so that a machine that changes its pace meets all of them alike; the median counts.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use forge_kernels::SequenceSlice;
-use forge_model::{DecoderOptions, StepModel, StepPlan};
+use forge_model::{DecoderOptions, StepModel, StepModelInfo, StepPlan};
 use serde::Serialize;
 
 use crate::statistics::quantile;
@@ -137,11 +138,11 @@ pub fn measure_speed(model: &mut dyn StepModel, sizes: &SpeedSizes, mut progress
 fn round(model: &mut dyn StepModel, sizes: &SpeedSizes) -> Result<(f64, f64, f64)> {
     let mut logits = Vec::new();
     let prefill = Instant::now();
+    let pool = Pool::of(model.info(), 1);
     let step_rows = model.info().max_step_rows;
     for start in (0..sizes.prefill).step_by(step_rows) {
         let rows = step_rows.min(sizes.prefill - start);
-        let plan = plan(model, 1, start, rows);
-        model.step(&plan, &mut logits)?;
+        model.step(&pool.plan(0..1, start, rows), &mut logits)?;
     }
     let prefill = sizes.prefill as f64 / prefill.elapsed().as_secs_f64();
     let decode = decode_rate(model, 1, sizes.prefill, sizes.decode)?;
@@ -149,42 +150,75 @@ fn round(model: &mut dyn StepModel, sizes: &SpeedSizes) -> Result<(f64, f64, f64
     Ok((prefill, decode, batch))
 }
 
-/// Tokens per second over `steps` decode steps of `sequences` sequences that already hold `context` tokens.
+/// Tokens per second over `steps` decode steps of `sequences` sequences that already hold `context` tokens. Stages of a
+/// model that has several work at once, each on its part of the sequences, as an engine has it.
 fn decode_rate(model: &mut dyn StepModel, sequences: usize, context: usize, steps: usize) -> Result<f64> {
+    let pool = Pool::of(model.info(), sequences);
     let mut logits = Vec::new();
-    model.step(&plan(model, sequences, context, 1), &mut logits)?;
+    model.step(&pool.plan(0..sequences, context, 1), &mut logits)?;
     let start = Instant::now();
-    for step in 1..=steps {
-        model.step(&plan(model, sequences, context + step, 1), &mut logits)?;
+    match model.pipeline() {
+        None => {
+            for step in 1..=steps {
+                model.step(&pool.plan(0..sequences, context + step, 1), &mut logits)?;
+            }
+        }
+        Some(pipeline) => {
+            let part = sequences.div_ceil(pipeline.depth());
+            let mut under_way = 0;
+            for (step, first) in (1..=steps).flat_map(|step| (0..sequences).step_by(part).map(move |first| (step, first))) {
+                if under_way == pipeline.depth() {
+                    pipeline.complete(&mut logits)?;
+                    under_way -= 1;
+                }
+                pipeline.submit(&pool.plan(first..(first + part).min(sequences), context + step, 1))?;
+                under_way += 1;
+            }
+            for _ in 0..under_way {
+                pipeline.complete(&mut logits)?;
+            }
+        }
     }
     Ok((sequences * steps) as f64 / start.elapsed().as_secs_f64())
 }
 
-/// One step in which every sequence gets `rows` tokens from position `first` on. The pool is shared out evenly.
-fn plan(model: &dyn StepModel, sequences: usize, first: usize, rows: usize) -> StepPlan {
-    let info = model.info();
-    let blocks_each = info.kv_blocks / sequences;
-    let mut plan = StepPlan::default();
-    for sequence in 0..sequences {
-        let row_start = plan.tokens.len() as u32;
-        for position in first..first + rows {
-            // Any ids do: the work is the same. They differ, so that no row is another's copy.
-            plan.tokens.push(((sequence * 31 + position * 7) % info.vocab_size) as u32);
-            plan.positions.push(position as u32);
-            plan.slots.push((sequence * blocks_each * info.block_size + position) as u32);
-        }
-        let table_len = (first + rows).div_ceil(info.block_size);
-        plan.sequences.push(SequenceSlice {
-            row_start,
-            row_count: rows as u32,
-            first_position: first as u32,
-            table_start: plan.block_tables.len() as u32,
-            table_len: table_len as u32,
-        });
-        plan.block_tables.extend((sequence * blocks_each..sequence * blocks_each + table_len).map(|block| block as u32));
-        plan.logits_rows.push(row_start + rows as u32 - 1);
+/// A KV pool shared out evenly among sequences.
+struct Pool {
+    block_size: usize,
+    blocks_each: usize,
+    vocab_size: usize,
+}
+
+impl Pool {
+    fn of(info: &StepModelInfo, sequences: usize) -> Self {
+        Pool { block_size: info.block_size, blocks_each: info.kv_blocks / sequences, vocab_size: info.vocab_size }
     }
-    plan
+
+    /// A step in which each of these sequences gets `rows` tokens from position `first` on.
+    fn plan(&self, sequences: Range<usize>, first: usize, rows: usize) -> StepPlan {
+        let mut plan = StepPlan::default();
+        for sequence in sequences {
+            let row_start = plan.tokens.len() as u32;
+            let first_block = sequence * self.blocks_each;
+            for position in first..first + rows {
+                // Any ids do: the work is the same. They differ, so that no row is another's copy.
+                plan.tokens.push(((sequence * 31 + position * 7) % self.vocab_size) as u32);
+                plan.positions.push(position as u32);
+                plan.slots.push((first_block * self.block_size + position) as u32);
+            }
+            let table_len = (first + rows).div_ceil(self.block_size);
+            plan.sequences.push(SequenceSlice {
+                row_start,
+                row_count: rows as u32,
+                first_position: first as u32,
+                table_start: plan.block_tables.len() as u32,
+                table_len: table_len as u32,
+            });
+            plan.block_tables.extend((first_block..first_block + table_len).map(|block| block as u32));
+            plan.logits_rows.push(row_start + rows as u32 - 1);
+        }
+        plan
+    }
 }
 
 #[cfg(test)]

@@ -7,11 +7,15 @@
 //! when a seat and the blocks of all its known tokens are free, strictly in order, and takes them from
 //! sequences of lower priority if need be.
 //!
+//! Where the model's stages can work at once, several steps are under way ([`Scheduler::allow_under_way`]): each takes its
+//! part of the sequences, and those of a step that has not come back are left alone, neither planned nor preempted. The
+//! model runs steps in order, so a block that is given on is written by its new owner after its old one.
+//!
 //! What it is not: it has no clock, no channel and no logits; it does not know why a sequence ends.
 //!
-//! Invariants: the first running sequence gets on in every step, so among equals in priority every admitted one
-//! finishes (a lower priority waits for as long as higher ones keep coming); at most `max_batch_size` sequences hold
-//! blocks; a step touches blocks of running sequences only; what a sequence computes is a function of its own tokens
+//! Invariants: the first running sequence that is not under way gets on in every step, so among equals in priority every
+//! admitted one finishes (a lower priority waits for as long as higher ones keep coming); at most `max_batch_size`
+//! sequences hold blocks; a step touches blocks of running sequences only; what a sequence computes is a function of its own tokens
 //! (which blocks hold them is not visible to it).
 
 mod plan;
@@ -20,7 +24,7 @@ mod sequence;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use forge_text::PrefixHash;
@@ -93,7 +97,14 @@ pub struct Scheduler {
     /// Requests that are not to run for the moment: their client does not take what they have.
     stalled: BTreeSet<u64>,
     arrivals: u64,
+    /// Who is in the step that is being planned.
     planned: Vec<plan::Planned>,
+    /// Steps that were planned and have not come back, oldest first.
+    steps: VecDeque<Vec<plan::Planned>>,
+    /// Who is in them.
+    under_way: BTreeSet<SequenceId>,
+    /// Most of them.
+    max_under_way: usize,
     started: Vec<Started>,
     counts: SchedulerCounts,
 }
@@ -111,9 +122,22 @@ impl Scheduler {
             stalled: BTreeSet::new(),
             arrivals: 0,
             planned: Vec::new(),
+            steps: VecDeque::new(),
+            under_way: BTreeSet::new(),
+            max_under_way: 1,
             started: Vec::new(),
             counts: SchedulerCounts::default(),
         }
+    }
+
+    /// Lets so many steps be under way at once, 1 until then.
+    pub fn allow_under_way(&mut self, steps: usize) {
+        self.max_under_way = steps.max(1);
+    }
+
+    /// Steps that were planned and have not come back.
+    pub fn under_way(&self) -> usize {
+        self.steps.len()
     }
 
     /// Takes a request; its sequences wait. Ids are in the order of `answers`.
@@ -226,6 +250,9 @@ impl Scheduler {
             if sequence.state != State::Running && (!sequence.table.is_empty() || sequence.computed != 0) {
                 return Err(format!("{id:?} does not run and holds blocks"));
             }
+            if self.under_way.contains(id) && sequence.state != State::Running {
+                return Err(format!("{id:?} is under way and {:?}", sequence.state));
+            }
             if sequence.computed > sequence.len() {
                 return Err(format!("{id:?} computed {} of {} tokens", sequence.computed, sequence.len()));
             }
@@ -249,12 +276,14 @@ impl Scheduler {
         self.stalled.contains(&id.arrival)
     }
 
-    /// Who gives up its blocks for `requester`: a stalled sequence if there is one (none is ever planned), else the
-    /// last in order. A running requester may be its own victim; a waiting one only takes from lower priority.
+    /// Who gives up its blocks for `requester`: a stalled sequence if there is one, else the last in order; never one that
+    /// is under way. A running requester may be its own victim; a waiting one only takes from lower priority.
     fn victim(&self, requester: SequenceId, requester_runs: bool) -> Option<SequenceId> {
-        let stalled = self.running.iter().rev().find(|id| self.is_stalled(id)).copied();
+        let mut free = self.running.iter().rev().filter(|id| !self.under_way.contains(id));
+        let last = free.clone().next().copied();
+        let stalled = free.find(|id| self.is_stalled(id)).copied();
         stalled.or_else(|| {
-            let last = *self.running.last()?;
+            let last = last?;
             let allowed = if requester_runs { last >= requester } else { last.priority > requester.priority };
             allowed.then_some(last)
         })

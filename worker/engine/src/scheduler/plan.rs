@@ -34,6 +34,15 @@ pub struct LogitsUse {
 pub(super) struct Planned {
     id: SequenceId,
     rows: usize,
+    /// Rows of logits.
+    logits: usize,
+}
+
+#[cfg(test)]
+impl Planned {
+    pub(super) fn id(&self) -> SequenceId {
+        self.id
+    }
 }
 
 /// What is left of the step.
@@ -53,17 +62,22 @@ struct Behind {
 
 impl Scheduler {
     /// Makes the next step. Returns whether there is anything to compute; if so [`Self::complete`] must follow
-    /// once the model has run it. `plan.epoch` and `plan.step` are left alone.
+    /// once the model has run it, and the steps before it. `plan.epoch` and `plan.step` are left alone.
     pub fn plan(&mut self, plan: &mut StepPlan) -> bool {
         clear(plan);
         self.planned.clear();
+        if self.steps.len() >= self.max_under_way {
+            return false;
+        }
+        let most = self.part();
         let mut budget = Budget { rows: self.limits.max_step_rows, logits: self.limits.max_logits_rows };
-        let running: Vec<SequenceId> = self.running.iter().filter(|id| !self.is_stalled(id)).copied().collect();
+        let free = self.running.iter().filter(|id| !self.is_stalled(id) && !self.under_way.contains(id));
+        let running: Vec<SequenceId> = free.take(most).copied().collect();
         let mut next_running = running.iter().copied().peekable();
         let mut behind = running.len();
         let mut prefills = running.iter().filter(|id| self.sequences[id].pending() > 1).count();
         let mut may_start = true;
-        loop {
+        while self.planned.len() < most {
             let waiting = if may_start { self.first_waiting() } else { None };
             let visit_waiting = match (waiting, next_running.peek()) {
                 (None, None) => break,
@@ -89,7 +103,23 @@ impl Scheduler {
             // Who was just preempted must not start again in the same step.
             may_start &= preemptions == self.counts.preemptions;
         }
-        !self.planned.is_empty()
+        if self.planned.is_empty() {
+            return false;
+        }
+        let step = std::mem::take(&mut self.planned);
+        self.under_way.extend(step.iter().map(|planned| planned.id));
+        self.steps.push_back(step);
+        true
+    }
+
+    /// Most sequences of a step: all of them where one step is under way at a time, else an equal part for each.
+    fn part(&self) -> usize {
+        if self.max_under_way == 1 {
+            return usize::MAX;
+        }
+        let running = self.running.iter().filter(|id| !self.is_stalled(id)).count();
+        let waiting = self.waiting.iter().filter(|id| !self.is_stalled(id)).count();
+        (running + waiting).min(self.limits.max_batch_size).div_ceil(self.max_under_way).max(1)
     }
 
     fn first_waiting(&self) -> Option<SequenceId> {
@@ -166,7 +196,8 @@ impl Scheduler {
         }
         let sequence = &self.sequences[&id];
         budget.rows -= rows;
-        budget.logits -= sequence.logits_for(rows);
+        let logits = sequence.logits_for(rows);
+        budget.logits -= logits;
         let block_size = self.blocks.block_size();
         let (first, end) = (sequence.computed, sequence.computed + rows);
         let row_start = plan.tokens.len() as u32;
@@ -188,7 +219,7 @@ impl Scheduler {
         if sequence.generates && rows == sequence.pending() {
             plan.logits_rows.push(row_start + rows as u32 - 1);
         }
-        self.planned.push(Planned { id, rows });
+        self.planned.push(Planned { id, rows, logits });
     }
 
     /// Makes the next `rows` slots of a running sequence writable, preempting from the end of the order.
@@ -208,12 +239,19 @@ impl Scheduler {
         }
     }
 
-    /// Takes note that the planned step has run and says what its logits are for, in the order of rows. Answers
+    /// Takes note that the oldest planned step has run and says what its logits are for, in the order of rows. Answers
     /// that waited for a prompt fork from it here.
     pub fn complete(&mut self) -> Vec<LogitsUse> {
         let mut uses = Vec::new();
-        let mut row = 0;
-        for Planned { id, rows } in std::mem::take(&mut self.planned) {
+        let step = self.steps.pop_front().unwrap_or_default();
+        for planned in &step {
+            self.under_way.remove(&planned.id);
+        }
+        let mut next_row = 0;
+        for Planned { id, rows, logits } in step {
+            let mut row = next_row;
+            next_row += logits;
+            // Who ended meanwhile has no use for its rows.
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
             for position in sequence.scoring_rows(rows) {
                 uses.push(LogitsUse { row, id, purpose: LogitsPurpose::Score { position: position + 1 } });
@@ -233,7 +271,6 @@ impl Scheduler {
                 let samplers = self.fork(id);
                 uses.extend(samplers.into_iter().map(|id| LogitsUse { row, id, purpose: LogitsPurpose::Sample }));
             }
-            row += 1;
         }
         uses
     }

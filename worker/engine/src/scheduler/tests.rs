@@ -156,3 +156,57 @@ proptest! {
         prop_assert!(scheduler.is_empty() && scheduler.blocks().used() == 0);
     }
 }
+
+/// Plans a step, and says who is in it.
+fn begin(scheduler: &mut Scheduler) -> Vec<u64> {
+    let mut plan = StepPlan::default();
+    if !scheduler.plan(&mut plan) {
+        return Vec::new();
+    }
+    scheduler.check().unwrap();
+    scheduler.steps.back().unwrap().iter().map(|planned| planned.id().arrival).collect()
+}
+
+fn finish(scheduler: &mut Scheduler) {
+    for used in scheduler.complete() {
+        scheduler.append(used.id, 1);
+    }
+    scheduler.check().unwrap();
+}
+
+#[test]
+fn steps_under_way_share_the_sequences_and_leave_each_other_alone() {
+    let mut scheduler = scheduler(limits(), 100);
+    scheduler.allow_under_way(2);
+    let ids: Vec<_> = (0..5).map(|_| scheduler.submit(new_request(3))[0]).collect();
+    assert_eq!(begin(&mut scheduler), [0, 1, 2]);
+    assert_eq!(begin(&mut scheduler), [3, 4]);
+    assert!(begin(&mut scheduler).is_empty(), "no more than two");
+    finish(&mut scheduler);
+    assert_eq!(begin(&mut scheduler), [0, 1, 2]);
+    // Whoever ends while under way has no use for its rows, and the others of the step have theirs.
+    scheduler.remove(ids[3]);
+    let uses: Vec<_> = scheduler.complete().into_iter().map(|used| (used.row, used.id.arrival)).collect();
+    assert_eq!(uses, [(1, 4)]);
+    scheduler.append(ids[4], 1);
+    assert_eq!(begin(&mut scheduler), [4]);
+    assert_eq!(scheduler.under_way(), 2);
+}
+
+#[test]
+fn a_sequence_under_way_keeps_its_blocks() {
+    // Two blocks of four slots for each; growing takes a third.
+    let mut scheduler = scheduler(limits(), 5);
+    scheduler.allow_under_way(2);
+    scheduler.submit(new_request(4));
+    scheduler.submit(new_request(7));
+    assert_eq!(begin(&mut scheduler), [0]);
+    assert_eq!(begin(&mut scheduler), [1]);
+    for _ in 0..20 {
+        finish(&mut scheduler);
+        begin(&mut scheduler);
+    }
+    assert!(scheduler.counts().preemptions > 0, "there was not room for both");
+    let alone = scheduler.sequences.values().next().unwrap();
+    assert!(alone.computed > 12, "the first gets on: {}", alone.computed);
+}

@@ -7,7 +7,7 @@
 //! logits, and other tokens.
 #![allow(dead_code)]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -187,7 +187,10 @@ pub struct Harness {
     pub core: EngineCore,
     pub model: FakeModel,
     pub steps: u32,
-    logits: Vec<f32>,
+    /// Most steps under way.
+    depth: usize,
+    /// Logits of steps under way, oldest first: what a model of several stages would still hold.
+    done: VecDeque<Vec<f32>>,
 }
 
 impl Harness {
@@ -197,7 +200,14 @@ impl Harness {
 
     pub fn with_metrics(info: StepModelInfo, options: EngineOptions, metrics: &Metrics) -> Self {
         let core = EngineCore::new(info.clone(), tokenizer(), options, metrics, &run_label("fake", "fake/0", Epoch(1))).unwrap();
-        Harness { core, model: FakeModel::new(info), steps: 0, logits: Vec::new() }
+        Harness { core, model: FakeModel::new(info), steps: 0, depth: 1, done: VecDeque::new() }
+    }
+
+    /// With so many steps under way.
+    pub fn with_depth(mut self, depth: usize) -> Self {
+        self.core.allow_under_way(depth);
+        self.depth = depth;
+        self
     }
 
     fn now(&self) -> Duration {
@@ -214,7 +224,19 @@ impl Harness {
     pub fn step(&mut self) -> bool {
         self.steps += 1;
         let now = self.now();
-        let stepped = self.core.step(&mut self.model, &mut self.logits, now).unwrap();
+        let began = self.core.begin_step(now);
+        if began {
+            let mut logits = Vec::new();
+            self.model.step(self.core.plan().unwrap(), &mut logits).unwrap();
+            self.done.push_back(logits);
+            self.core.scheduler().check().unwrap();
+        }
+        assert_eq!(self.core.under_way(), self.done.len());
+        let finished = if !began || self.done.len() == self.depth { self.done.pop_front() } else { None };
+        let stepped = began || finished.is_some();
+        if let Some(mut logits) = finished {
+            self.core.finish_step(&mut logits, now).unwrap();
+        }
         self.core.scheduler().check().unwrap();
         stepped
     }
