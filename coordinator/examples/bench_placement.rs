@@ -64,6 +64,7 @@ fn facts(gib: u64) -> ModelFacts {
             head_bytes: bytes / 66,
             layer_bytes: vec![bytes / 66; 64],
             expert_bytes: Vec::new(),
+            tensor_extra_bytes: Vec::new(),
         },
     }
 }
@@ -102,7 +103,7 @@ fn plan_all(
             last_epoch: Epoch(stays.len() as u64),
             standing: &stays,
             avoided: &[],
-            max_ranks: usize::MAX,
+            on_one_node: false,
         };
         let Placement { plans: placed, refusal } = placement::plan(&mut cluster, &wish);
         if let Some(refusal) = refusal {

@@ -88,6 +88,7 @@ fn facts() -> ModelFacts {
             head_bytes: bytes / 66,
             layer_bytes: vec![bytes / 66; 64],
             expert_bytes: Vec::new(),
+            tensor_extra_bytes: Vec::new(),
         },
     }
 }
@@ -117,7 +118,7 @@ fn fill() -> Result<World, Failure> {
             last_epoch: record.last_epoch,
             standing: &[],
             avoided: &[],
-            max_ranks: 1,
+            on_one_node: true,
         };
         let Placement { plans, refusal } = placement::plan(&mut cluster, &wish);
         if let Some(refusal) = refusal {

@@ -56,6 +56,7 @@ fn facts() -> ModelFacts {
             head_bytes: table_bytes,
             layer_bytes: vec![layer_bytes; 80],
             expert_bytes: Vec::new(),
+            tensor_extra_bytes: Vec::new(),
         },
     }
 }

@@ -7,7 +7,6 @@
 use std::pin::Pin;
 use std::time::Duration;
 
-use forge_coordinator::control::EXECUTABLE_RANKS;
 use forge_coordinator::placement::{self, Cluster, Wish, plan_alone};
 use forge_model::{LoadProgress, ModelError};
 use forge_shared::cluster::node::DeviceInfo;
@@ -97,7 +96,7 @@ pub fn check(service: &ModelService, prepared: &PreparedModel, device: &DeviceIn
         last_epoch: Epoch(0),
         standing: &[],
         avoided: &[],
-        max_ranks: EXECUTABLE_RANKS,
+        on_one_node: true,
     };
     placement::plan(&mut Cluster::of_devices(&[view]), &wish).refusal.map_or(Ok(()), |refusal| Err(not_placeable(refusal)))
 }

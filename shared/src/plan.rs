@@ -169,6 +169,10 @@ pub struct ModelShape {
     /// without.
     #[serde(default)]
     pub expert_bytes: Vec<u64>,
+    /// Bytes of a layer that a tensor rank has beyond its part ([`crate::tree::layer_share`]), at most, where 2, 4 and 8
+    /// ranks share it: norms, routers, latents, heads that several ranks need. Nothing where that was not counted.
+    #[serde(default)]
+    pub tensor_extra_bytes: Vec<u64>,
 }
 
 /// A device that could take a rank.

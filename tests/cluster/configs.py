@@ -7,6 +7,7 @@ not in the way. What is typed is what the files and docs/cluster.md say. Exit co
 """
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -20,7 +21,7 @@ from cluster import Cluster, exchange
 from network import Failed, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FOLDERS = ["laptop", "one-host"]
+FOLDERS = ["laptop", "one-host", "two-devices"]
 
 
 class Copy:
@@ -29,10 +30,13 @@ class Copy:
     def __init__(self, name, programs, folder):
         self.programs, self.folder = pathlib.Path(programs).resolve(), folder
         self.host = f"127.78.{os.getpid() % 250 + 1}.{FOLDERS.index(name) + 1}"
-        self.files = {}
+        self.files, self.models = {}, []
         for file in sorted((ROOT / "cluster-configs" / name).iterdir()):
             (folder / file.name).write_text(file.read_text().replace("127.0.0.1", self.host))
-            self.files[file.stem] = file.name
+            if file.stem.startswith("model-"):
+                self.models.append(folder / file.name)
+            else:
+                self.files[file.stem] = file.name
         self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "FORGE_HOME": str(folder / "home"), "FORGE_OFFLINE": "1"}
         self.processes = []
 
@@ -90,21 +94,30 @@ def starts(copy, model):
         copy.join(stem)
     until("all nodes are ready", 90, lambda: copy.forgectl("get", "nodes").count(" ready ") == len(nodes))
     workers = sum(stem.startswith("worker") for stem in nodes)
-    document = copy.folder / "model.yaml"
-    document.write_text(
+    whole = copy.folder / "whole.yaml"
+    whole.write_text(
         "apiVersion: forge/v1\nkind: ModelService\nmetadata:\n  name: demo\n"
-        f"spec:\n  model: {model}\n  replicas: {workers}\n  maxModelLen: 256\n  threads: 1\n"
+        f"spec:\n  model: smollm2:135m\n  replicas: {workers}\n  maxModelLen: 256\n  threads: 1\n"
     )
-    copy.forgectl("apply", "-f", document, "--wait", "running", "--timeout", "120")
     address, body = f"{copy.host}:{copy.key('gateway', 'port')}", {"model": "demo", "prompt": "The capital of France is", "max_tokens": 8}
 
-    def answer():
+    answers = {}
+
+    def answer(name):
         status, text = exchange(address, "POST", "/v1/completions", body, {}, None)
         if status != 200:
             raise Failed(f"{status}: {text}")
-        return '"text"' in text
+        answers[name] = json.loads(text)["choices"][0]["text"]
+        return True
 
-    until("an answer", 60, answer)
+    for document in [whole, *copy.models]:
+        document.write_text(document.read_text().replace("smollm2:135m", str(model)))
+        copy.forgectl("apply", "-f", document, "--wait", "running", "--timeout", "120")
+        until(f"an answer of {document.stem}", 60, lambda name=document.stem: answer(name))
+        copy.forgectl("delete", "demo")
+        until(f"{document.stem} is gone", 60, lambda: "demo" not in copy.forgectl("get", "models"))
+    if len(set(answers.values())) != 1:
+        raise Failed(f"layouts answer differently: {answers}")
     codes = copy.stop()
     if any(codes):
         raise Failed(f"exit codes after SIGTERM: {codes}")

@@ -6,8 +6,8 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use forge_engine::{EngineExit, EngineHandle, EngineOptions, EngineSetup, EngineThread};
-use forge_kernels::{CpuBackend, CpuOptions};
-use forge_model::StepModel;
+use forge_model::Shard;
+use forge_model::sharded::RankLayout;
 use forge_shared::cluster::service::ReplicaPhase;
 use forge_shared::cluster::session::Assignment;
 use forge_shared::ids::NodeId;
@@ -18,10 +18,10 @@ use tokio::sync::oneshot;
 
 use crate::WorkerError;
 use crate::actors::{Launch, LaunchWatch, Launched};
-use crate::ledger::{Ledger, LedgerDevice, Patience};
+use crate::ledger::{Ledger, Patience, Reservation};
 use crate::models::{ProvideModel, ProvidedModel, ServedNames};
 use crate::prepare::{DecoderSizes, PreparedModel};
-use crate::threads;
+use crate::ranks::{self, RankCores};
 use crate::time::now_s;
 
 /// How often a load is looked at.
@@ -32,7 +32,7 @@ const SHORTAGE: Patience = Patience { wait: Duration::from_secs(5), pause: Durat
 
 /// See the module documentation.
 pub struct ModelLauncher {
-    /// This node: a plan's rank must be on it.
+    /// This node: a plan's ranks must be on it.
     pub node: NodeId,
     /// Where models come from.
     pub models: Arc<dyn ProvideModel>,
@@ -45,33 +45,34 @@ pub struct ModelLauncher {
 impl Launch for ModelLauncher {
     fn launch(&self, assignment: &Assignment, watch: &LaunchWatch) -> Result<Launched, WorkerError> {
         let plan = &assignment.plan;
-        let rank = self.only_rank(plan)?;
+        let layout = ranks::layout(plan, &self.node)?;
         let ProvidedModel { model, names, lease } = self.models.provide(assignment, watch)?;
         if watch.cancel.is_cancelled() {
             return Err(forge_store::StoreError::Cancelled.into());
         }
         (watch.progress)(ReplicaPhase::Loading, 0);
         let started = Instant::now();
-        let sizes = sizes(plan);
-        let needed_bytes = model.needed_bytes(sizes)?;
-        if needed_bytes > rank.memory.total_bytes() {
-            return Err(WorkerError::Memory {
-                device: rank.device,
-                needed_bytes,
-                free_bytes: rank.memory.total_bytes(),
-                found_bytes: None,
-            });
-        }
-        let is_cancelled = || watch.cancel.is_cancelled();
-        let mut reservation = self.ledger.reserve_patiently(rank.device, rank.memory.total_bytes(), SHORTAGE, is_cancelled)?;
+        ranks::check(plan, &layout, &model, sizes(plan))?;
+        let mut reservations = self.reserve(plan, watch)?;
         let card = card(&model, plan, names)?;
-        let load = LoadRun { model: model.clone(), card: card.clone(), assignment: assignment.clone(), metrics: self.metrics.clone() };
-        let (handle, exit) = load.on_own_thread(rank, reservation.device(), watch)?;
-        reservation.loaded();
+        let cores = ranks::cores(plan, &reservations);
+        let load = LoadRun {
+            model: model.clone(),
+            card: card.clone(),
+            assignment: assignment.clone(),
+            metrics: self.metrics.clone(),
+            layout,
+            cores,
+        };
+        let (handle, exit) = load.on_own_thread(watch)?;
+        reservations.iter_mut().for_each(Reservation::loaded);
         let load_s = started.elapsed().as_secs_f64();
         let label = run_label(&card.name, &plan.replica.to_string(), plan.epoch);
         self.metrics.model_load_s.get_or_create(&label).set(load_s);
-        tracing::info!(replica = %plan.replica, epoch = plan.epoch.0, model = card.name, load_s, threads = rank.threads, "model loaded");
+        let threads: usize = plan.ranks.iter().map(|rank| rank.threads).sum();
+        tracing::info!(
+            replica = %plan.replica, epoch = plan.epoch.0, model = card.name, ranks = plan.ranks.len(), load_s, threads, "model loaded"
+        );
         let (engine, prefixes, counted) = (handle.clone(), handle.clone(), handle.clone());
         Ok(Launched {
             engine: Arc::new(handle),
@@ -82,7 +83,7 @@ impl Launch for ModelLauncher {
                     Err(_) => Some("its thread ended without a word".into()),
                 };
                 // Both are held exactly as long as the engine's memory is.
-                drop((reservation, lease));
+                drop((reservations, lease));
                 end
             }),
             stop: Box::new(move |timeout| engine.drain(timeout)),
@@ -94,16 +95,11 @@ impl Launch for ModelLauncher {
 }
 
 impl ModelLauncher {
-    fn only_rank<'a>(&self, plan: &'a Plan) -> Result<&'a RankPlan, WorkerError> {
-        let [rank] = plan.ranks.as_slice() else {
-            let reason = format!("a worker of this release holds one rank, and the plan has {}", plan.ranks.len());
-            return Err(WorkerError::Setting { field: "spec.layout", reason });
-        };
-        if rank.node != self.node {
-            let reason = format!("the plan's rank is on {}, and this is {}", rank.node, self.node);
-            return Err(WorkerError::Setting { field: "plan.ranks.node", reason });
-        }
-        Ok(rank)
+    /// Takes the memory of every rank, in the plan's order; of all or of none.
+    fn reserve(&self, plan: &Plan, watch: &LaunchWatch) -> Result<Vec<Reservation>, WorkerError> {
+        let is_cancelled = || watch.cancel.is_cancelled();
+        let reserve = |rank: &RankPlan| self.ledger.reserve_patiently(rank.device, rank.memory.total_bytes(), SHORTAGE, is_cancelled);
+        plan.ranks.iter().map(reserve).collect()
     }
 }
 
@@ -125,28 +121,25 @@ struct LoadRun {
     card: ModelCard,
     assignment: Assignment,
     metrics: Metrics,
+    layout: RankLayout,
+    /// For each rank.
+    cores: Vec<RankCores>,
 }
 
 impl LoadRun {
-    /// Loads on a thread of its own, whose cores and priority the kernels' and the engine's threads inherit.
-    fn on_own_thread(
-        self,
-        rank: &RankPlan,
-        device: &LedgerDevice,
-        watch: &LaunchWatch,
-    ) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
-        let threads = match device.cores.len() {
-            0 => rank.threads,
-            cores => rank.threads.min(cores),
-        };
-        let (cores, niceness, progress) = (device.cores.clone(), device.niceness, self.model.progress.clone());
+    /// Loads on a thread of its own, whose cores and priority the engine's threads inherit, and the kernels' of a single
+    /// rank; where there are several, each has a thread and cores of its own.
+    fn on_own_thread(self, watch: &LaunchWatch) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
+        let progress = self.model.progress.clone();
         let died = |reason: String| WorkerError::EngineDied { reason: format!("while loading: {reason}") };
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::Builder::new().name("forge-load".into()).spawn(move || {
             // Dropped at the thread's end, whichever way it ends.
             let _end = end;
-            threads::settle(&cores, niceness);
-            self.load(threads)
+            if let Some(leading) = self.cores.first() {
+                leading.settle();
+            }
+            self.load()
         });
         let thread = thread.map_err(|error| died(error.to_string()))?;
         while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(PROGRESS_INTERVAL) {
@@ -160,12 +153,11 @@ impl LoadRun {
         }
     }
 
-    fn load(self, threads: usize) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
-        let LoadRun { model, card, assignment, metrics } = self;
+    fn load(self) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
+        let LoadRun { model, card, assignment, metrics, layout, cores } = self;
         let (plan, spec) = (&assignment.plan, &assignment.service.spec);
-        let backend = Arc::new(CpuBackend::new(CpuOptions { threads, ..CpuOptions::default() })?);
-        let options = model.decoder_options(sizes(plan));
-        let decoder: Box<dyn StepModel> = Box::new(model.model.decoder(backend, &options)?);
+        let options = model.decoder_options(sizes(plan), Shard::default());
+        let decoder = ranks::load(&model, &options, &layout, cores)?;
         #[cfg(debug_assertions)]
         let decoder = crate::fault::inject(decoder)?;
         let card = Arc::new(ModelCard { numerics_id: decoder.info().numerics_id.clone(), ..card });

@@ -20,6 +20,7 @@ pub mod node;
 pub mod prepare;
 pub mod probe;
 pub mod process;
+pub mod ranks;
 pub mod service;
 pub mod session;
 pub mod threads;

@@ -57,18 +57,18 @@ impl PreparedModel {
         })
     }
 
-    /// Options of the rank that holds everything.
-    pub fn decoder_options(&self, sizes: DecoderSizes) -> DecoderOptions {
+    /// Options of the rank that holds this shard.
+    pub fn decoder_options(&self, sizes: DecoderSizes, shard: Shard) -> DecoderOptions {
         let progress = self.progress.clone();
-        DecoderOptions { weights_digest: self.digest.clone(), scan_values: self.check_weights, progress, ..sizes.options() }
+        DecoderOptions { weights_digest: self.digest.clone(), scan_values: self.check_weights, progress, shard, ..sizes.options() }
     }
 
-    /// Bytes a rank that holds everything takes: weights, keys and values, workspace.
+    /// Bytes a rank that holds this shard takes: weights, keys and values, workspace.
     ///
     /// # Errors
-    /// Sizes this model cannot have.
-    pub fn needed_bytes(&self, sizes: DecoderSizes) -> Result<u64, WorkerError> {
-        let memory = self.model.memory(&sizes.options())?;
+    /// Sizes or a shard that this model cannot have.
+    pub fn needed_bytes(&self, sizes: DecoderSizes, shard: Shard) -> Result<u64, WorkerError> {
+        let memory = self.model.memory(&DecoderOptions { shard, ..sizes.options() })?;
         Ok((memory.fixed_bytes() as u64).saturating_add((memory.kv_block_bytes as u64).saturating_mul(sizes.kv_blocks as u64)))
     }
 
@@ -175,6 +175,7 @@ fn model_shape(model: &Model) -> Result<ModelShape, WorkerError> {
         head_bytes: parts.head_bytes as u64,
         layer_bytes: parts.layer_bytes.into_iter().map(|bytes| bytes as u64).collect(),
         expert_bytes: parts.expert_bytes.into_iter().map(|bytes| bytes as u64).collect(),
+        tensor_extra_bytes: parts.tensor_extra_bytes.into_iter().map(|bytes| bytes as u64).collect(),
     })
 }
 

@@ -20,7 +20,7 @@ use super::failures::Failures;
 use super::inspect::Inspections;
 use super::lease::LeaseTable;
 use super::rollout::{Replaced, Work};
-use super::{EXECUTABLE_RANKS, drain_ms, present, wish_of};
+use super::{RUNS_ON_ONE_NODE, drain_ms, present, wish_of};
 use crate::placement::{self, Cluster, Placement, Wish};
 use crate::state::ClusterState;
 
@@ -347,7 +347,7 @@ impl Placing<'_> {
             last_epoch: self.epoch,
             standing: &standing,
             avoided: &avoided,
-            max_ranks: EXECUTABLE_RANKS,
+            on_one_node: RUNS_ON_ONE_NODE,
         };
         placement::plan(self.cluster, &wish)
     }

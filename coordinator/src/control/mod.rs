@@ -31,9 +31,9 @@ pub use shares::ShareTable;
 use crate::placement::{self, Cluster, Wish};
 use crate::state::{ClusterState, changes_replicas, check_wish, runs};
 
-/// Ranks of one replica that workers of this version run together. Layouts of more are planned (`--dry-run`) and stay
-/// pending with the reason when they are applied.
-pub const EXECUTABLE_RANKS: usize = 1;
+/// Whether all ranks of a replica must be on one worker. Layouts over several are planned (`--dry-run`), with a note, and not
+/// carried out.
+pub const RUNS_ON_ONE_NODE: bool = true;
 
 /// Everything a worker is to run: its ranks of placed replicas, and of leaving ones. What failed or has stopped is not in it.
 pub fn assignments(state: &ClusterState, node: &NodeId) -> Vec<Assignment> {
@@ -105,7 +105,7 @@ pub fn plan_service(state: &ClusterState, service: &ModelService, facts: &ModelF
         last_epoch: known.map_or(state.epoch_floor(), |known| known.last_epoch),
         standing: &standing,
         avoided: &[],
-        max_ranks: usize::MAX,
+        on_one_node: false,
     };
     let placement = placement::plan(&mut cluster, &wish);
     if let Some(refusal) = placement.refusal {
@@ -115,12 +115,14 @@ pub fn plan_service(state: &ClusterState, service: &ModelService, facts: &ModelF
     plans.sort_by_key(|plan| plan.replica.index);
     let refused_devices = placement::why_not(&cluster, &wish, &plans);
     let changes = known.is_none_or(|known| known.is_deleted || known.service != *service);
+    let is_divided = |plan: &Plan| plan.ranks.iter().any(|rank| rank.node != plan.ranks[0].node);
     let mut notes = Vec::new();
-    if service.spec.layout.ranks() > EXECUTABLE_RANKS {
-        notes.push(format!(
-            "workers of this version run replicas of {EXECUTABLE_RANKS} rank: applied, this service would stay pending; \
-             set layout.tensor=1, layout.pipeline=1 and layout.expert=1 to run it today"
-        ));
+    if RUNS_ON_ONE_NODE && plans.iter().any(is_divided) {
+        notes.push(
+            "workers of this version run all ranks of a replica on one worker: applied, its ranks share the devices of one worker \
+             that has the memory, or the service stays pending; give one worker more devices, or choose a layout of fewer ranks"
+                .to_owned(),
+        );
     }
     Ok(PlannedService { service: service.clone(), changes, plans, refused_devices, notes })
 }

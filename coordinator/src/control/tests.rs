@@ -519,13 +519,13 @@ fn a_gateway_that_was_forgotten_while_it_was_cut_off_comes_back_as_it_is() {
 }
 
 #[test]
-fn layouts_that_workers_cannot_run_stay_pending_with_the_reason_and_are_planned_when_asked() {
-    let mut leader = Leader::of(&[("a", 1_000), ("b", 1_000)]);
+fn layouts_over_several_workers_stay_pending_with_the_reason_and_are_planned_when_asked() {
+    let mut leader = Leader::of(&[("a", 300), ("b", 300)]);
     let wish = ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, ..spec(1) };
     leader.apply("demo", wish.clone());
     leader.settle(20_000);
     let refusal = leader.service("demo").refusal.as_ref().map(Refusal::to_string).unwrap_or_default();
-    assert!(refusal.contains("workers of this version run 1") && refusal.contains("layout.tensor=1"), "{refusal}");
+    assert!(refusal.contains("2 ranks must fit together on one worker"), "{refusal}");
     let planned = plan_service(&leader.world.state, &service("other", wish), &facts(100)).expect("fits two nodes");
     assert_eq!((planned.plans[0].ranks.len(), planned.notes.len()), (2, 1));
 }

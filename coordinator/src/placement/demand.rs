@@ -11,9 +11,9 @@
 
 use std::ops::Range;
 
-use forge_shared::plan::ModelFacts;
+use forge_shared::plan::{ModelFacts, ModelShape};
 use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
-use forge_shared::tree::{MAX_LEAVES, attention_leaves, share};
+use forge_shared::tree::{MAX_LEAVES, attention_leaves, layer_share, share};
 
 /// The shortest context worth serving; below it a wish is refused rather than shrunk.
 pub(super) const MIN_MODEL_LEN: usize = 16;
@@ -132,13 +132,18 @@ fn ranks(spec: &ModelServiceSpec, facts: &ModelFacts, block_bytes: u64) -> Resul
         };
         shape.layer_bytes.iter().enumerate().map(held).collect()
     };
+    let workspace_bytes = facts.workspace_bytes.saturating_add(shared_workspace_bytes(spec, shape));
     // The first rank has most: a subtree is split after ceil(n/2).
     let heaviest = layer_bytes(share(shape.experts, 0, expert).len());
     let stages = stages(&heaviest, pipeline, shape.embedding_bytes, head_bytes.saturating_add(rest_bytes));
     let mut ranks = Vec::with_capacity(spec.layout.ranks());
     for (number, layers) in stages.iter().enumerate() {
-        // Norms and biases are whole on every rank.
-        let whole_bytes = if tensor > 1 { (layers.len() as u64).saturating_mul(16 * shape.hidden_size as u64) } else { 0 };
+        // What several ranks have; where nobody counted it, norms and biases.
+        let row_bytes = if tensor > 1 { 16 * shape.hidden_size as u64 } else { 0 };
+        let extra_bytes = (tensor.ilog2() as usize).checked_sub(1).map(|at| shape.tensor_extra_bytes.get(at).copied().unwrap_or(row_bytes));
+        // Slopes of linear biases, a number per head, are on every stage.
+        let slopes_bytes = if pipeline > 1 { 4 * shape.heads as u64 } else { 0 };
+        let whole_bytes = (layers.len() as u64).saturating_mul(extra_bytes.unwrap_or(0)).saturating_add(slopes_bytes);
         for (expert_rank, tensor_rank) in (0..expert).flat_map(|expert_rank| (0..tensor).map(move |tensor_rank| (expert_rank, tensor_rank)))
         {
             let experts = share(shape.experts, expert_rank, expert);
@@ -146,18 +151,31 @@ fn ranks(spec: &ModelServiceSpec, facts: &ModelFacts, block_bytes: u64) -> Resul
             let stage_bytes = sum(&layer_bytes(experts.len())[layers.clone()]);
             let mut weights_bytes = part_of(stage_bytes, share.layer).saturating_add(whole_bytes);
             if number == 0 {
-                weights_bytes = weights_bytes.saturating_add(part_of(shape.embedding_bytes, share.vocabulary));
+                let positions_bytes = if pipeline > 1 { rest_bytes } else { 0 };
+                let part_bytes = part_of(shape.embedding_bytes, share.vocabulary).saturating_add(row_bytes);
+                weights_bytes = weights_bytes.saturating_add(part_bytes).saturating_add(positions_bytes);
             }
             if number + 1 == stages.len() {
-                weights_bytes = weights_bytes.saturating_add(part_of(head_bytes, share.vocabulary)).saturating_add(rest_bytes);
+                let part_bytes = part_of(head_bytes, share.vocabulary).saturating_add(row_bytes);
+                weights_bytes = weights_bytes.saturating_add(part_bytes).saturating_add(rest_bytes);
             }
             let stage_block_bytes = part_of(block_bytes, (layers.len(), facts.layers));
             let block_bytes = part_of(stage_block_bytes, share.kv);
-            let (layers, workspace_bytes) = (layers.clone(), facts.workspace_bytes);
+            let layers = layers.clone();
             ranks.push(RankDemand { layers, tensor_rank, expert_rank, experts, weights_bytes, workspace_bytes, block_bytes });
         }
     }
     Ok(ranks)
+}
+
+/// What a rank works in beside what a whole model does: logits gathered from its tensor peers, and its part of a sum over
+/// experts.
+fn shared_workspace_bytes(spec: &ModelServiceSpec, shape: &ModelShape) -> u64 {
+    let floats = |rows: usize, width: usize| (rows as u64).saturating_mul(width as u64).saturating_mul(4);
+    let logits_rows = spec.max_batch_size.min(spec.max_step_tokens);
+    let gathered_bytes = if spec.layout.tensor > 1 { floats(logits_rows, shape.vocab_size) } else { 0 };
+    let subtree_bytes = if spec.layout.expert > 1 { floats(spec.max_step_tokens, shape.hidden_size) } else { 0 };
+    gathered_bytes.saturating_add(subtree_bytes)
 }
 
 /// Whether a model can be divided like this at all.
@@ -223,9 +241,7 @@ impl Share {
         let leaves = share(bounds.len() - 1, rank, size);
         let held = bounds[leaves.start]..bounds[leaves.end];
         let even = share(MAX_LEAVES, rank, size).len();
-        // The larger of the attention's share and the MLP's.
-        let layer = if held.len() * MAX_LEAVES > even * heads { (held.len(), heads) } else { (even, MAX_LEAVES) };
-        Share { layer, vocabulary: (even, MAX_LEAVES), kv: (kv_held(&held, group), kv_heads) }
+        Share { layer: layer_share(heads, kv_heads, rank, size), vocabulary: (even, MAX_LEAVES), kv: (kv_held(&held, group), kv_heads) }
     }
 }
 

@@ -19,13 +19,8 @@ const MIB: u64 = 1 << 20;
 /// What of a wish holds on no device whatever: the constraint, in words.
 pub(super) fn forbidden(wish: &Wish<'_>) -> Option<String> {
     let spec = wish.spec;
-    let ranks = spec.layout.ranks();
     if let Some(reason) = no_such_experts(spec.layout, wish.facts) {
         return Some(reason);
-    }
-    if ranks > wish.max_ranks {
-        let most = wish.max_ranks;
-        return Some(format!("layout {} divides a replica into {ranks} ranks, and workers of this version run {most}", spec.layout));
     }
     let len = spec.max_model_len.filter(|len| *len > wish.facts.context_length)?;
     Some(format!("maxModelLen {len} is beyond the model's context of {} tokens", wish.facts.context_length))
@@ -128,7 +123,8 @@ fn constraints(cluster: &Cluster, wish: &Wish<'_>, index: u32) -> Vec<FailedCons
     let fitting = usable.len() - count(&|free| free < need_bytes);
     if demand.ranks.len() > 1 && (fitting < demand.ranks.len() || failed.is_empty()) {
         // Every device may do alone: what fails is all of them together.
-        let constraint = format!("{} ranks must fit together, and {fitting} devices hold one", demand.ranks.len());
+        let place = if wish.on_one_node { " on one worker (this version runs no replica over several)" } else { "" };
+        let constraint = format!("{} ranks must fit together{place}, and {fitting} devices hold one", demand.ranks.len());
         failed.push(FailedConstraint { constraint, failed_devices: devices - fitting, devices });
     }
     failed
@@ -199,7 +195,7 @@ fn other_layout(cluster: &mut Cluster, wish: &Wish<'_>) -> Option<Vec<(String, S
     for (tensor, pipeline) in powers(8).flat_map(|tensor| powers(wish.facts.layers).map(move |pipeline| (tensor, pipeline))) {
         layouts.extend(powers(most_experts).map(|expert| Layout { tensor, pipeline, expert }));
     }
-    layouts.retain(|layout| layout.ranks() <= wish.max_ranks.min(MAX_NEAREST_RANKS));
+    layouts.retain(|layout| layout.ranks() <= MAX_NEAREST_RANKS);
     layouts.sort_by_key(|layout| (layout.ranks(), layout.pipeline, layout.expert));
     let corrected = Layout { expert: nearest_expert(wished.expert, wish.facts), ..wished };
     for layout in std::iter::once(corrected).chain(layouts).filter(|layout| *layout != wished) {

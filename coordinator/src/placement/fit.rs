@@ -43,6 +43,8 @@ pub(super) struct Spread<'a> {
     pub counts: &'a [u32],
     /// Nodes that this replica must not be on.
     pub avoided: &'a [usize],
+    /// Whether its ranks may not be divided among nodes.
+    pub on_one_node: bool,
 }
 
 /// A device for each rank, or `None` where they do not fit.
@@ -58,12 +60,13 @@ pub(super) fn choose(cluster: &Cluster, demand: &Demand, spread: &Spread<'_>) ->
         candidates.sort_by_cached_key(|&at| (spread.counts[at], Reverse(free_bytes(&cluster.nodes[at])), at));
         candidates
     };
+    let several = |choose: &dyn Fn() -> Option<Vec<Place>>| if spread.on_one_node { None } else { choose() };
     candidates
         .iter()
         .find_map(|&at| distinct(&cluster.nodes[at], at, &needs, &[]))
-        .or_else(|| across(cluster, demand.layout, &needs, &candidates))
+        .or_else(|| several(&|| across(cluster, demand.layout, &needs, &candidates)))
         .or_else(|| candidates.iter().find_map(|&at| shared(cluster, &needs, &[at])))
-        .or_else(|| shared(cluster, &needs, &candidates))
+        .or_else(|| several(&|| shared(cluster, &needs, &candidates)))
 }
 
 fn choose_one(cluster: &Cluster, need_bytes: u64, spread: &Spread<'_>) -> Option<Place> {

@@ -40,8 +40,8 @@ pub struct Wish<'a> {
     pub standing: &'a [&'a Plan],
     /// Where a replica must not be.
     pub avoided: &'a [(u32, NodeId)],
-    /// Ranks of one replica that workers can run together.
-    pub max_ranks: usize,
+    /// Whether all ranks of a replica must be on one node.
+    pub on_one_node: bool,
 }
 
 /// What became of a wish.
@@ -65,7 +65,7 @@ pub fn plan(cluster: &mut Cluster, wish: &Wish<'_>) -> Placement {
 /// # Errors
 /// A [`Refusal`] that lists each failed constraint with numbers and settings that would fit.
 pub fn plan_alone(devices: &[DeviceView], service: &ServiceName, spec: &ModelServiceSpec, facts: &ModelFacts) -> Result<Plan, Refusal> {
-    let wish = Wish { service, spec, facts, indices: &[0], last_epoch: Epoch(0), standing: &[], avoided: &[], max_ranks: 1 };
+    let wish = Wish { service, spec, facts, indices: &[0], last_epoch: Epoch(0), standing: &[], avoided: &[], on_one_node: true };
     let Placement { plans, refusal } = plan(&mut Cluster::of_devices(devices), &wish);
     match (plans.into_iter().next(), refusal) {
         (Some(plan), _) => Ok(plan),
@@ -97,7 +97,8 @@ fn place(cluster: &mut Cluster, wish: &Wish<'_>) -> (Vec<Plan>, Option<u32>) {
     for &index in wish.indices {
         let avoided: Vec<usize> =
             wish.avoided.iter().filter(|(of, _)| *of == index).filter_map(|(_, node)| cluster.position(node)).collect();
-        let places = fit::choose(cluster, &demand, &Spread { counts: &counts, avoided: &avoided });
+        let spread = Spread { counts: &counts, avoided: &avoided, on_one_node: wish.on_one_node };
+        let places = fit::choose(cluster, &demand, &spread);
         let fitting = places.and_then(|places| fit::budget(cluster, &demand, &places).map(|budget| (places, budget)));
         let Some((places, budget)) = fitting else {
             refused = refused.or(Some(index));
@@ -137,6 +138,8 @@ fn ranks(cluster: &Cluster, spec: &ModelServiceSpec, demand: &Demand, places: &[
     let ranks = demand.ranks.iter().zip(places).zip(&budget.memory).map(|((rank, place), memory)| {
         let node = &cluster.nodes[place.node];
         let slot = &node.slots[place.slot];
+        // Ranks that share a device share its cores.
+        let sharing = places.iter().filter(|other| *other == place).count().max(1);
         RankPlan {
             node: node.id.clone(),
             device: slot.device,
@@ -146,7 +149,7 @@ fn ranks(cluster: &Cluster, spec: &ModelServiceSpec, demand: &Demand, places: &[
             expert_size: demand.layout.expert,
             layers: rank.layers.clone(),
             experts: rank.experts.clone(),
-            threads: spec.threads.unwrap_or(slot.cores).clamp(1, 1024),
+            threads: spec.threads.unwrap_or(slot.cores / sharing).clamp(1, 1024),
             memory: *memory,
         }
     });

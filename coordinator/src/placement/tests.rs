@@ -25,18 +25,13 @@ fn cluster(nodes: &[NodeRecord]) -> Cluster {
 
 /// A wish for replicas 0..count on a fresh cluster.
 fn place_on(nodes: &[NodeRecord], spec: &ModelServiceSpec, facts: &ModelFacts) -> Placement {
+    place_with(nodes, spec, facts, false)
+}
+
+fn place_with(nodes: &[NodeRecord], spec: &ModelServiceSpec, facts: &ModelFacts, on_one_node: bool) -> Placement {
     let indices: Vec<u32> = (0..spec.replicas).collect();
     let service = ServiceName::from("demo");
-    let wish = Wish {
-        service: &service,
-        spec,
-        facts,
-        indices: &indices,
-        last_epoch: Epoch(7),
-        standing: &[],
-        avoided: &[],
-        max_ranks: usize::MAX,
-    };
+    let wish = Wish { service: &service, spec, facts, indices: &indices, last_epoch: Epoch(7), standing: &[], avoided: &[], on_one_node };
     plan(&mut cluster(nodes), &wish)
 }
 
@@ -167,7 +162,7 @@ fn standing_replicas_decide_the_context_and_count_for_spreading() {
         last_epoch: Epoch(0),
         standing: &[],
         avoided: &[],
-        max_ranks: 1,
+        on_one_node: true,
     };
     let mut cluster = cluster(&nodes);
     let first = plan(&mut cluster, &wish).plans.remove(0);
@@ -183,10 +178,24 @@ fn standing_replicas_decide_the_context_and_count_for_spreading() {
 }
 
 #[test]
-fn a_layout_that_workers_cannot_run_is_refused_with_one_that_they_can() {
-    let spec = ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, ..Default::default() };
-    let refusal = alone(&[9000], &spec, &facts(94)).expect_err("two ranks");
-    assert!(refusal.to_string().contains("layout.tensor=1 layout.pipeline=1"), "{refusal}");
+fn ranks_that_share_a_device_share_its_cores() {
+    let spec = |threads| ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, threads, ..Default::default() };
+    let threads = |plan: Plan| plan.ranks.iter().map(|rank| (rank.device, rank.threads)).collect::<Vec<_>>();
+    assert_eq!(threads(alone(&[9000], &spec(None), &facts(94)).expect("both fit")), [(0, 1), (0, 1)]);
+    assert_eq!(threads(alone(&[9000, 9000], &spec(None), &facts(94)).expect("one each")), [(0, 2), (1, 2)]);
+    assert_eq!(threads(alone(&[9000], &spec(Some(5)), &facts(94)).expect("as is said")), [(0, 5), (0, 5)]);
+}
+
+#[test]
+fn ranks_that_must_be_together_are_refused_where_no_node_holds_them() {
+    let nodes = [record("a", &[300]), record("b", &[300])];
+    let layout = Layout { tensor: 2, ..Layout::default() };
+    let spec = ModelServiceSpec { layout, kv_memory: Some(ByteSize(50 * MIB)), max_model_len: Some(512), ..Default::default() };
+    let place = |on_one_node| place_with(&nodes, &spec, &facts(400), on_one_node);
+    let apart = place(false);
+    assert_eq!(nodes_of(&apart), ["a", "b"]);
+    let refusal = place(true).refusal.expect("neither holds both");
+    assert!(refusal.to_string().contains("2 ranks must fit together on one worker"), "{refusal}");
 }
 
 #[test]
@@ -205,7 +214,7 @@ fn a_device_that_its_worker_cannot_run_is_refused_with_the_reason() {
         last_epoch: Epoch(0),
         standing: &[],
         avoided: &[],
-        max_ranks: 1,
+        on_one_node: true,
     };
     let said = why_not(&cluster(&nodes), &wish, &small.plans);
     assert_eq!(said.iter().map(|(device, _)| device.as_str()).collect::<Vec<_>>(), ["a/0", "a/1"]);
@@ -353,8 +362,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
-    fn plans_keep_their_promises(nodes in any_nodes(), spec in any_spec(), facts in any_facts(), seed in any::<u64>()) {
-        let Placement { plans, refusal } = place_on(&nodes, &spec, &facts);
+    fn plans_keep_their_promises(
+        nodes in any_nodes(), spec in any_spec(), facts in any_facts(), seed in any::<u64>(), on_one_node in any::<bool>(),
+    ) {
+        let Placement { plans, refusal } = place_with(&nodes, &spec, &facts, on_one_node);
         prop_assert_eq!(plans.len() == spec.replicas as usize, refusal.is_none());
         check_memory(&nodes, &plans)?;
         let mut epoch = Epoch(7);
@@ -362,6 +373,7 @@ proptest! {
             prop_assert!(plan.epoch > epoch);
             epoch = plan.epoch;
             check_parts(plan, &spec, &facts)?;
+            prop_assert!(!on_one_node || plan.ranks.iter().all(|rank| rank.node == plan.ranks[0].node));
             prop_assert_eq!(check_plan(plan, &spec, &facts), Ok(()), "the state takes it");
             prop_assert!(plan.kv_blocks * plan.block_size >= plan.max_model_len);
             prop_assert!(spec.max_model_len.is_none_or(|len| plan.max_model_len == len));
@@ -372,14 +384,14 @@ proptest! {
         let key = |text: &str| text.bytes().fold(seed, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3).rotate_left(17));
         shuffled.sort_by_key(|node| key(&node.spec.id.0));
         shuffled.iter_mut().for_each(|node| node.spec.devices.sort_by_key(|device| key(&device.index.to_string())));
-        let again = place_on(&shuffled, &spec, &facts);
+        let again = place_with(&shuffled, &spec, &facts, on_one_node);
         prop_assert_eq!(&again.plans, &plans);
         prop_assert_eq!(&again.refusal, &refusal);
         if let Some(refusal) = refusal {
             prop_assert!(!refusal.constraints.is_empty());
             if !refusal.nearest.is_empty() {
                 let nearer = changed(&spec, &refusal.nearest);
-                let placement = place_on(&nodes, &nearer, &facts);
+                let placement = place_with(&nodes, &nearer, &facts, on_one_node);
                 prop_assert_eq!(placement.refusal, None, "{}", refusal);
                 check_memory(&nodes, &placement.plans)?;
                 for plan in &placement.plans {
@@ -411,7 +423,7 @@ proptest! {
             last_epoch: Epoch(0),
             standing: &[],
             avoided: &avoided,
-            max_ranks: usize::MAX,
+            on_one_node: false,
         };
         let placed = plan(&mut cluster, &wish).plans;
         for plan in &placed {

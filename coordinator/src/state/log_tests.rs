@@ -197,7 +197,7 @@ impl Log {
         if let Facts::Known { facts } = &service.facts {
             let last_epoch = Epoch(service.last_epoch.0.saturating_sub(u64::from(c % 16 == 1)));
             let spec = &service.service.spec;
-            let wish = Wish { service: name, spec, facts, indices: &indices, last_epoch, standing: &[], avoided: &[], max_ranks: 4 };
+            let wish = Wish { service: name, spec, facts, indices: &indices, last_epoch, standing: &[], avoided: &[], on_one_node: false };
             plans = plan(&mut Cluster::of(state), &wish).plans;
         }
         if c % 16 == 2 {

@@ -277,6 +277,10 @@ fn check_facts(facts: &ModelFacts) -> Result<(), CommandError> {
     if !shape.layer_bytes.is_empty() && shape.layer_bytes.len() != facts.layers {
         return checks::invalid("facts.shape.layerBytes", format!("has {} entries for {} layers", shape.layer_bytes.len(), facts.layers));
     }
+    if !matches!(shape.tensor_extra_bytes.len(), 0 | 3) {
+        let reason = format!("has {} entries, one each for 2, 4 and 8 ranks are known", shape.tensor_extra_bytes.len());
+        return checks::invalid("facts.shape.tensorExtraBytes", reason);
+    }
     if !shape.expert_bytes.is_empty() && shape.expert_bytes.len() != facts.layers {
         return checks::invalid("facts.shape.expertBytes", format!("has {} entries for {} layers", shape.expert_bytes.len(), facts.layers));
     }
@@ -284,7 +288,8 @@ fn check_facts(facts: &ModelFacts) -> Result<(), CommandError> {
         return checks::invalid("facts.contextLength", format!("must be between 1 and 2^30, got {}", facts.context_length));
     }
     let large = [facts.weights_bytes, facts.workspace_bytes, shape.embedding_bytes, shape.head_bytes];
-    if large.iter().chain(&shape.layer_bytes).chain(&shape.expert_bytes).any(|&bytes| bytes > 1 << 50) || facts.kv_slot_bytes > 1 << 40 {
+    let parts = shape.layer_bytes.iter().chain(&shape.expert_bytes).chain(&shape.tensor_extra_bytes);
+    if large.iter().chain(parts).any(|&bytes| bytes > 1 << 50) || facts.kv_slot_bytes > 1 << 40 {
         return checks::invalid("facts", "names more bytes than any memory has");
     }
     if [shape.heads, shape.kv_heads, shape.experts, shape.hidden_size, shape.vocab_size].iter().any(|&count| count > 1 << 30) {

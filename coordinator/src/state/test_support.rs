@@ -133,6 +133,7 @@ pub(crate) fn facts(weights_mib: u64) -> ModelFacts {
             head_bytes: 0,
             layer_bytes: vec![weights_mib * MIB * 9 / 10 / 30; 30],
             expert_bytes: vec![],
+            tensor_extra_bytes: vec![],
         },
     }
 }

@@ -259,6 +259,7 @@ pub fn facts() -> ModelFacts {
             head_bytes: 0,
             layer_bytes: vec![1 << 19, 1 << 19],
             expert_bytes: Vec::new(),
+            tensor_extra_bytes: Vec::new(),
         },
     }
 }

@@ -195,12 +195,32 @@ fn flags_reach_the_engine_and_the_gateway() {
 fn a_wish_that_does_not_fit_exits_with_3_and_the_nearest_that_does() {
     let home = Home::new();
     for (arguments, expected) in
-        [(["--kv-memory", "1000TiB"], "help: this would fit: --kv-memory "), (["--set", "layout.tensor=2"], "--set layout.tensor=1")]
+        [(["--kv-memory", "1000TiB"], "help: this would fit: --kv-memory "), (["--set", "layout.tensor=3"], "--set layout.tensor=1")]
     {
         let output = home.output(&[&["serve", "./tiny", "--port", "0", "--metrics-port", "0"][..], &arguments].concat());
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(3), "{arguments:?}: {stderr}");
         assert!(stderr.contains(expected) && stderr.contains("help:"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_model_divided_among_ranks_answers_as_a_whole_one() {
+    let home = Home::new();
+    let body = r#"{"model": "mine", "prompt": "abcdefg", "max_tokens": 12, "seed": 5, "temperature": 0.9, "logprobs": 2}"#;
+    let answer = |layout: &[&str]| {
+        let server = home.serve(&[&["--model-name", "mine"][..], layout].concat(), &[]);
+        let (status, answer) = server.request("API", "POST /v1/completions", body);
+        assert_eq!(status, 200, "{answer}");
+        server.signal("INT");
+        assert_eq!(server.end().0, 0);
+        let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
+        let answer: Value = serde_json::from_str(body).expect("JSON");
+        (answer["choices"].clone(), answer["system_fingerprint"].clone())
+    };
+    let whole = answer(&[]);
+    for layout in [&["--set", "layout.tensor=2"][..], &["--set", "layout.pipeline=2", "--set", "layout.tensor=2"]] {
+        assert_eq!(answer(layout), whole, "{layout:?}");
     }
 }
 

@@ -13,8 +13,9 @@ use forge_shared::generate::{Choice, EngineEvent, GenerateRequest, SamplingParam
 use forge_shared::ids::{Epoch, Incarnation, NodeId, ReplicaId, RequestId, ServiceName};
 use forge_shared::link::{EngineLink, EventStream};
 use forge_shared::plan::{Plan, RankMemory, RankPlan};
-use forge_shared::spec::{ModelService, ModelServiceSpec};
+use forge_shared::spec::{Layout, ModelService, ModelServiceSpec};
 use forge_shared::telemetry::Metrics;
+use forge_shared::tree::share;
 use forge_store::ForgeHome;
 use forge_worker::actors::{NodeEvent, NodeMessage};
 use forge_worker::agent::RunId;
@@ -30,17 +31,17 @@ const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/m
 /// Everything here takes milliseconds; a test that hangs ends.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A folder with the tiny models `llama` and `qwen2`.
+/// A folder with the tiny models `llama`, `qwen2` and `mixtral`.
 pub struct Models(tempfile::TempDir);
 
 impl Models {
     pub fn new() -> Self {
         let home = tempfile::tempdir().expect("a temporary folder");
-        for name in ["llama", "qwen2"] {
+        for (name, fixture) in [("llama", "llama"), ("qwen2", "qwen2"), ("mixtral", "rows/mixtral")] {
             let folder = home.path().join(name);
             std::fs::create_dir(&folder).expect("writable");
             for file in ["config.json", "model.safetensors"] {
-                std::fs::copy(Path::new(FIXTURES).join(name).join(file), folder.join(file)).expect("the fixture is there");
+                std::fs::copy(Path::new(FIXTURES).join(fixture).join(file), folder.join(file)).expect("the fixture is there");
             }
             let config = std::fs::read(folder.join("config.json")).expect("readable");
             let config: Value = serde_json::from_slice(&config).expect("JSON");
@@ -101,6 +102,30 @@ impl Models {
     }
 }
 
+/// The same replica divided: each rank on a device of its own in turn, and with the memory that the whole had, for its share
+/// is less.
+pub fn divided(mut assignment: Assignment, layout: Layout, devices: u32) -> Assignment {
+    let whole = assignment.plan.ranks.remove(0);
+    let (layers, experts) = (whole.layers.end, whole.experts.end);
+    for stage in 0..layout.pipeline {
+        for (expert_rank, tensor_rank) in (0..layout.expert).flat_map(|expert| (0..layout.tensor).map(move |tensor| (expert, tensor))) {
+            let number = assignment.plan.ranks.len() as u32;
+            assignment.plan.ranks.push(RankPlan {
+                device: number % devices,
+                tensor_rank,
+                tensor_size: layout.tensor,
+                expert_rank,
+                expert_size: layout.expert,
+                layers: stage * layers / layout.pipeline..(stage + 1) * layers / layout.pipeline,
+                experts: share(experts, expert_rank, layout.expert),
+                memory: RankMemory { workspace_bytes: 2 * whole.memory.workspace_bytes, ..whole.memory },
+                ..whole.clone()
+            });
+        }
+    }
+    assignment
+}
+
 /// One token per id.
 fn tokenizer(vocab_size: u64) -> Value {
     let mut vocabulary = Map::new();
@@ -143,11 +168,23 @@ pub fn spec(name: &str) -> NodeSpec {
 
 impl Node {
     pub async fn start(name: &str, models: &Models, memory_bytes: u64) -> Self {
-        let device = LedgerDevice { index: 0, memory_bytes, cores: Vec::new(), niceness: 0 };
-        let worker =
-            WorkerNode::start(&spec(name), Ledger::new(vec![device], Box::new(machine::free_bytes)), models.stored(), Metrics::new())
-                .await
-                .expect("it starts");
+        Self::with_devices(name, models, &[memory_bytes]).await
+    }
+
+    /// A node with several devices on one core each, as far as the machine has them.
+    pub async fn with_devices(name: &str, models: &Models, memory_bytes: &[u64]) -> Self {
+        let allowed = forge_worker::threads::allowed_cores();
+        let count = memory_bytes.len();
+        let device = |(index, &memory_bytes): (usize, &u64)| LedgerDevice {
+            index: index as u32,
+            memory_bytes,
+            cores: if count == 1 { Vec::new() } else { vec![allowed[index % allowed.len()]] },
+            niceness: 0,
+        };
+        let devices = memory_bytes.iter().enumerate().map(device).collect();
+        let worker = WorkerNode::start(&spec(name), Ledger::new(devices, Box::new(machine::free_bytes)), models.stored(), Metrics::new())
+            .await
+            .expect("it starts");
         Node { worker, revision: 0 }
     }
 

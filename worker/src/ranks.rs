@@ -1,0 +1,167 @@
+//! A plan's ranks on this node: checked, given their cores, and loaded as one model.
+//!
+//! One rank is a decoder that the engine's thread runs. Several are a [`ShardedModel`]: a thread for each, on the cores of
+//! its device, whose sums go through this process's memory. What it is not: it takes no memory ([`crate::ledger`] does)
+//! and starts no engine.
+//!
+//! Invariant: what a rank loads is what its plan says, part for part; a plan that says something else than its layout makes
+//! is refused before a weight is read.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use forge_kernels::{CpuBackend, CpuOptions};
+use forge_model::sharded::{MakeBackend, RankLayout};
+use forge_model::{DecoderOptions, Shard, ShardedModel, StepModel};
+use forge_shared::ids::NodeId;
+use forge_shared::plan::{Plan, RankPlan};
+use forge_shared::tree::share;
+
+use crate::WorkerError;
+use crate::ledger::Reservation;
+use crate::prepare::{DecoderSizes, PreparedModel};
+use crate::threads;
+
+/// The longest a rank waits for its peers, and the engine for a step: longer than a first step that reads all weights from
+/// a slow disk.
+const STEP_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How a plan's ranks divide its model.
+///
+/// # Errors
+/// [`WorkerError::Setting`] for ranks of other nodes, and for ranks that no layout has.
+pub(crate) fn layout(plan: &Plan, node: &NodeId) -> Result<RankLayout, WorkerError> {
+    let wrong = |field, reason: String| Err(WorkerError::Setting { field, reason });
+    if let Some(rank) = plan.ranks.iter().find(|rank| rank.node != *node) {
+        let reason =
+            format!("the plan's rank is on {}, and this is {node}: workers of this version hold all ranks of a replica", rank.node);
+        return wrong("plan.ranks.node", reason);
+    }
+    let Some(first) = plan.ranks.first() else { return wrong("plan.ranks", "there are none".into()) };
+    let members = first.tensor_size.saturating_mul(first.expert_size);
+    if members == 0 || !plan.ranks.len().is_multiple_of(members) {
+        let reason = format!("{} ranks are no stages of {} × {}", plan.ranks.len(), first.expert_size, first.tensor_size);
+        return wrong("plan.ranks", reason);
+    }
+    let stages = plan.ranks.chunks(members).map(|stage| stage[0].layers.clone()).collect();
+    let layout = RankLayout { stages, expert: first.expert_size, tensor: first.tensor_size };
+    for (number, rank) in plan.ranks.iter().enumerate() {
+        let Shard { tp_rank, tp_size, ep_rank, ep_size, layers } = layout.shard(number);
+        let said = (rank.tensor_rank, rank.tensor_size, rank.expert_rank, rank.expert_size, Some(rank.layers.clone()));
+        if said != (tp_rank, tp_size, ep_rank, ep_size, layers) {
+            return wrong("plan.ranks", format!("rank {number} is not where stages of {ep_size} × {tp_size} ranks have it"));
+        }
+    }
+    Ok(layout)
+}
+
+/// Whether every rank's experts are those of its share, and its memory what it needs.
+///
+/// # Errors
+/// [`WorkerError::Setting`] for experts that are not; [`WorkerError::Memory`] for the first that has not; a layout that this model cannot have.
+pub(crate) fn check(plan: &Plan, layout: &RankLayout, model: &PreparedModel, sizes: DecoderSizes) -> Result<(), WorkerError> {
+    let experts = model.model.architecture().experts.as_ref().map_or(0, |experts| experts.count);
+    for (number, rank) in plan.ranks.iter().enumerate() {
+        let held = share(experts, rank.expert_rank, rank.expert_size);
+        if held != rank.experts {
+            let reason =
+                format!("rank {number} is to hold experts {:?}, and of this model's {experts} its share is {held:?}", rank.experts);
+            return Err(WorkerError::Setting { field: "plan.ranks.experts", reason });
+        }
+        let needed_bytes = model.needed_bytes(sizes, layout.shard(number))?;
+        let free_bytes = rank.memory.total_bytes();
+        if needed_bytes > free_bytes {
+            return Err(WorkerError::Memory { device: rank.device, needed_bytes, free_bytes, found_bytes: None });
+        }
+    }
+    Ok(())
+}
+
+/// Where a rank's kernels run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RankCores {
+    /// Empty leaves it to the system.
+    pub(crate) cores: Vec<usize>,
+    pub(crate) threads: usize,
+    pub(crate) niceness: u8,
+}
+
+impl RankCores {
+    /// Moves the calling thread, and those it will begin, there.
+    pub(crate) fn settle(&self) {
+        threads::settle(&self.cores, self.niceness);
+    }
+}
+
+/// The cores of every rank: those of its device, divided where ranks of this replica share it.
+pub(crate) fn cores(plan: &Plan, reservations: &[Reservation]) -> Vec<RankCores> {
+    let of = |(number, reservation): (usize, &Reservation)| {
+        let (rank, device) = (&plan.ranks[number], reservation.device());
+        let position = plan.ranks[..number].iter().filter(|other| other.device == rank.device).count();
+        let sharing = plan.ranks.iter().filter(|other| other.device == rank.device).count();
+        let cores = share_of(&device.cores, position, sharing);
+        let threads = if cores.is_empty() { rank.threads } else { rank.threads.min(cores.len()) };
+        RankCores { cores, threads, niceness: device.niceness }
+    };
+    reservations.iter().enumerate().map(of).collect()
+}
+
+/// The part of a device's cores that is the `position`-th of `sharing` ranks'; all of them where there are too few.
+fn share_of(cores: &[usize], position: usize, sharing: usize) -> Vec<usize> {
+    if cores.len() < sharing {
+        return cores.to_vec();
+    }
+    cores[position * cores.len() / sharing..(position + 1) * cores.len() / sharing].to_vec()
+}
+
+/// Loads the ranks of a plan in this process, outside any node: each on cores of its own where the machine has as many.
+///
+/// # Errors
+/// As [`layout`]; the model's, and the device's.
+pub fn load_here(model: &PreparedModel, options: &DecoderOptions, plan: &Plan) -> Result<Box<dyn StepModel>, WorkerError> {
+    let layout = match plan.ranks.first() {
+        Some(first) => layout(plan, &first.node)?,
+        None => return Err(WorkerError::Setting { field: "plan.ranks", reason: "there are none".into() }),
+    };
+    let (all, ranks) = (threads::allowed_cores(), plan.ranks.len());
+    let of = |(number, rank): (usize, &RankPlan)| RankCores { cores: share_of(&all, number, ranks), threads: rank.threads, niceness: 0 };
+    load(model, options, &layout, plan.ranks.iter().enumerate().map(of).collect())
+}
+
+/// Loads all ranks; `options` are those of an undivided decoder. With one it uses the calling thread and its cores.
+///
+/// # Errors
+/// The model's, and the device's.
+pub(crate) fn load(
+    model: &PreparedModel,
+    options: &DecoderOptions,
+    layout: &RankLayout,
+    cores: Vec<RankCores>,
+) -> Result<Box<dyn StepModel>, WorkerError> {
+    let backend = |threads| CpuBackend::new(CpuOptions { threads, ..CpuOptions::default() }).map(Arc::new);
+    if let [only] = cores.as_slice() {
+        let options = DecoderOptions { shard: layout.shard(0), ..options.clone() };
+        return Ok(Box::new(model.model.decoder(backend(only.threads)?, &options)?));
+    }
+    let backends = cores.into_iter().map(|cores| -> MakeBackend<CpuBackend> {
+        Box::new(move || {
+            cores.settle();
+            Ok(backend(cores.threads)?)
+        })
+    });
+    Ok(Box::new(ShardedModel::local(&model.model, layout, options, STEP_DEADLINE, backends.collect())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_share_a_device_divide_its_cores() {
+        let cores = [4, 5, 6, 7, 8];
+        assert_eq!([0, 1].map(|position| share_of(&cores, position, 2)), [vec![4, 5], vec![6, 7, 8]]);
+        assert_eq!(share_of(&cores, 0, 1), cores);
+        assert_eq!(share_of(&cores[..1], 1, 2), [4], "fewer cores than ranks: both have all");
+        assert!(share_of(&[], 0, 2).is_empty());
+    }
+}
