@@ -4,16 +4,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use forge_coordinator::placement::plan_alone;
 use forge_eval::EvalError;
 use forge_eval::protocol::SHORTEST_CHUNK;
 use forge_kernels::{CpuBackend, CpuOptions};
-use forge_model::{Decoder, DecoderOptions};
+use forge_model::{Decoder, DecoderOptions, Shard, StepModel};
 use forge_shared::config::Setting;
-use forge_shared::ids::Epoch;
+use forge_shared::ids::{Epoch, NodeId, ServiceName};
 use forge_shared::spec::{ByteSize, ModelServiceSpec};
 use forge_store::{CancelFlag, ResolvedModel};
-use forge_worker::machine;
 use forge_worker::prepare::{DecoderSizes, PreparedModel};
+use forge_worker::{machine, ranks};
 
 use crate::cli::SpecSources;
 use crate::context::{self, Context};
@@ -97,7 +98,7 @@ impl Opened {
 
     /// Options whose sizes are still to be set.
     pub fn options(&self) -> DecoderOptions {
-        self.prepared.decoder_options(DecoderSizes {
+        let sizes = DecoderSizes {
             max_model_len: self.context_length(),
             block_size: BLOCK_SIZE,
             kv_blocks: 1,
@@ -105,7 +106,8 @@ impl Opened {
             max_step_tokens: STEP_ROWS,
             max_batch_size: LOGITS_ROWS,
             epoch: Epoch::default(),
-        })
+        };
+        self.prepared.decoder_options(sizes, Shard::default())
     }
 
     /// Bytes it needs with these options: weights, workspace, keys and values.
@@ -126,6 +128,25 @@ impl Opened {
             .model
             .decoder(backend, options)
             .map_err(|error| Failure::of(&error).while_doing(&format!("cannot load {}", self.name)))
+    }
+}
+
+impl Opened {
+    /// Loads the weights as the specification's layout divides them, all ranks in this process; with the threads of all.
+    ///
+    /// # Errors
+    /// As [`Opened::decoder`]; a layout that this model cannot have.
+    pub fn loaded(&self, options: &DecoderOptions) -> Result<(Box<dyn StepModel>, usize)> {
+        if self.spec.layout.ranks() == 1 {
+            let backend = backend(&self.spec)?;
+            let threads = self.spec.threads.unwrap_or(CpuOptions::default().threads);
+            return Ok((Box::new(self.decoder(backend, options)?), threads));
+        }
+        let devices = [machine::cpu_device(NodeId::from("local"))];
+        let spec = ModelServiceSpec { max_model_len: Some(options.max_model_len), ..self.spec.clone() };
+        let plan = plan_alone(&devices, &ServiceName::from("bench"), &spec, &self.prepared.facts).map_err(replica::not_placeable)?;
+        let loaded = ranks::load_here(&self.prepared, options, &plan).map_err(replica::failed)?;
+        Ok((loaded, plan.ranks.iter().map(|rank| rank.threads).sum()))
     }
 }
 

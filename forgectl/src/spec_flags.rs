@@ -39,13 +39,23 @@ impl KeyChoice for ServiceKeys {
     }
 }
 
-/// Keys of the numbers a model computes and how: `eval` and `bench model`, which need no engine.
+/// Keys of the numbers a model computes and how: `eval`, which needs no engine.
 #[derive(Debug, Clone, Copy)]
 pub struct MeasureKeys;
 
 impl KeyChoice for MeasureKeys {
     fn takes(key: &Key) -> bool {
         ["arch", "ropeScaling", "slidingWindow", "kvCacheDtype", "threads", "load", "checkWeights"].contains(&key.path)
+    }
+}
+
+/// Those, and how the model is divided: `bench model`.
+#[derive(Debug, Clone, Copy)]
+pub struct BenchKeys;
+
+impl KeyChoice for BenchKeys {
+    fn takes(key: &Key) -> bool {
+        MeasureKeys::takes(key) || key.path.starts_with("layout.")
     }
 }
 

@@ -162,3 +162,17 @@ fn a_model_is_measured_beside_the_machine() {
     assert!(found["memory"]["weightsBytes"].as_u64() >= Some(90_000) && found["memory"]["residentBytes"].as_u64() > Some(0));
     assert!(found["shares"]["decodeOfBandwidth"].as_f64() > Some(0.0));
 }
+
+#[test]
+fn a_divided_model_is_measured_with_the_same_numerics() {
+    let model = fixture("model").display().to_string();
+    let sizes = ["--prefill", "16", "--decode", "4", "--batch", "5", "--rounds", "1"];
+    let whole = json(&[&["bench", "model", &model][..], &sizes].concat());
+    let layout = ["--layout-tensor", "2", "--layout-pipeline", "2"];
+    let divided = json(&[&["bench", "model", &model][..], &sizes, &layout].concat());
+    assert_eq!(divided["numericsId"], whole["numericsId"]);
+    assert_eq!(divided["layout"], serde_json::json!({"tensor": 2, "pipeline": 2, "expert": 1}));
+    assert_eq!(divided["threads"].as_u64(), Some(4), "each rank has the one that was asked for");
+    assert!(divided["batchDecodeTokensPerS"]["best"].as_f64() > Some(0.0));
+    fails(2, &[&["bench", "model", &model, "--layout-expert", "2"][..], &sizes].concat(), &["no experts"]);
+}

@@ -8,7 +8,7 @@ use forge_shared::spec::KvCacheDtype;
 
 use super::ListArgs;
 use crate::commands::bench::serve::{Interface, Objectives, Range, parse_duration, parse_objectives};
-use crate::spec_flags::{MeasureKeys, SpecFlags};
+use crate::spec_flags::{BenchKeys, MeasureKeys, SpecFlags};
 
 /// `eval`.
 #[derive(Debug, Args)]
@@ -211,7 +211,7 @@ pub struct BenchModelArgs {
     #[arg(long, value_name = "N", default_value_t = 5)]
     pub rounds: usize,
     #[command(flatten)]
-    pub keys: SpecFlags<MeasureKeys>,
+    pub keys: SpecFlags<BenchKeys>,
     #[command(flatten)]
     pub list: ListArgs,
 }

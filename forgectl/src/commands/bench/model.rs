@@ -6,16 +6,15 @@
 use std::time::Instant;
 
 use forge_eval::speed::{Rate, Speed, SpeedSizes, measure_speed};
-use forge_kernels::{CpuOptions, measure_peak_flops, measure_read_bandwidth};
-use forge_model::StepModel;
-use forge_shared::spec::KvCacheDtype;
+use forge_kernels::{measure_peak_flops, measure_read_bandwidth};
+use forge_shared::spec::{KvCacheDtype, Layout};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
 use crate::cli::measure::BenchModelArgs;
 use crate::context::Context;
 use crate::failure::{Failure, Result};
-use crate::measure::{Opened, Subject, backend, check_memory, stoppable};
+use crate::measure::{Opened, Subject, check_memory, stoppable};
 use crate::meter::Meter;
 use crate::output::{print_facts, short_count};
 use crate::runtime;
@@ -31,6 +30,7 @@ struct Report {
     quantization: String,
     parameters: u64,
     threads: usize,
+    layout: Layout,
     kv_cache_dtype: KvCacheDtype,
     numerics_id: String,
     sizes: SpeedSizes,
@@ -104,14 +104,13 @@ pub fn model(args: &BenchModelArgs) -> Result<()> {
 
 fn measure(opened: Opened, sizes: SpeedSizes) -> Result<Report> {
     sizes.check(opened.context_length())?;
-    let threads = opened.spec.threads.unwrap_or(CpuOptions::default().threads);
     let options = sizes.decoder_options(opened.options(), STEP_ROWS);
     check_memory(opened.needed_bytes(&options)?)?;
     let start = Instant::now();
-    let mut decoder = opened.decoder(backend(&opened.spec)?, &options)?;
+    let (mut decoder, threads) = opened.loaded(&options)?;
     let weights_s = start.elapsed().as_secs_f64();
     let mut meter = Meter::new("rounds", sizes.rounds);
-    let speed = measure_speed(&mut decoder, &sizes, |done| meter.at(done, ""))?;
+    let speed = measure_speed(&mut *decoder, &sizes, |done| meter.at(done, ""))?;
     drop(meter);
     let memory = opened.prepared.model.memory(&options).map_err(|error| Failure::of(&error))?;
     let memory = Memory {
@@ -133,6 +132,7 @@ fn measure(opened: Opened, sizes: SpeedSizes) -> Result<Report> {
         quantization: summary.quantization.main_type().to_owned(),
         parameters: summary.parameters as u64,
         threads,
+        layout: opened.spec.layout,
         kv_cache_dtype: opened.spec.kv_cache_dtype,
         numerics_id: decoder.info().numerics_id.clone(),
         sizes,
@@ -163,6 +163,11 @@ fn rate(rate: &Rate) -> String {
     format!("{:.1} tokens/s (best {:.1})", rate.median, rate.best)
 }
 
+/// How the model is divided, where it is.
+fn ranks(layout: Layout) -> String {
+    if layout.ranks() == 1 { String::new() } else { format!("{layout} in this process, ") }
+}
+
 fn share(value: Option<f64>, of: &str) -> String {
     value.map_or(String::new(), |value| format!(", {:.0} % of {of}", 100.0 * value))
 }
@@ -174,7 +179,7 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
     let mut facts = vec![
         ("model", report.model.clone()),
         ("kind", format!("{} {}, {} parameters", report.architecture, report.quantization, short_count(report.parameters))),
-        ("run", format!("{} threads, medians of {rounds} rounds", report.threads)),
+        ("run", format!("{}{} threads, medians of {rounds} rounds", ranks(report.layout), report.threads)),
         ("load", format!("{:.3} s (open {:.3} s, weights {:.3} s)", report.load.total_s, report.load.open_s, report.load.weights_s)),
         (
             "prefill",
