@@ -184,10 +184,10 @@ proptest! {
         let (mut now_us, mut came) = (0, Vec::new());
         for (number, (after_us, from, to, length, fault)) in steps.into_iter().enumerate() {
             now_us += after_us;
-            if let Some((name, rule)) = fault {
-                if !relay.heal(&name.to_string()) {
-                    relay.begin(&name.to_string(), (name % 2 == 0).then_some(name / 2), None, rule);
-                }
+            if let Some((name, rule)) = fault
+                && !relay.heal(&name.to_string())
+            {
+                relay.begin(&name.to_string(), (name % 2 == 0).then_some(name / 2), None, rule);
             }
             relay.take(now_us, usize::from(from), packet(to, number as u32, length));
             came.push((now_us, from, to));
