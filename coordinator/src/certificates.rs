@@ -54,7 +54,7 @@ impl Shared {
     /// Makes a CA, keeps its key here, and has it believed beside the one that signs; hex of its digest.
     pub(crate) async fn begin_ca_rotation(&self, timeout: Duration) -> Result<String, CoordinatorError> {
         let coordinator = &self.coordinator;
-        let term = coordinator.leading()?.term;
+        let term = coordinator.leading()?.term();
         coordinator.0.raft.read_index(timeout).await.map_err(|error| coordinator.raft_error(error))?;
         let trust = coordinator.0.replicated.read().trust().clone();
         if trust.rotation.is_some() {

@@ -96,7 +96,8 @@ impl WiredRank {
             for (sum, other) in values[keep.clone()].iter_mut().zip(received.iter()) {
                 // Lower ranks first, whose side this rank may be on: a sum has the same bits either way, but for
                 // which of two NaNs it keeps.
-                *sum = if own < peer { *sum + *other } else { *other + *sum };
+                let (lower, upper) = if own < peer { (*sum, *other) } else { (*other, *sum) };
+                *sum = lower + upper;
             }
             given.push(give);
             kept = keep;
