@@ -66,7 +66,8 @@ async fn plans_whose_ranks_cannot_be_here_are_refused_by_name() {
     let mut node = Node::with_devices("w", &models, &[PLENTY, needed - 1]).await;
     node.assign(vec![plan(1)]);
     assert!(failure(&mut node).await.contains("device 1 has"));
-    let changes: [(fn(&mut Plan), &str); 5] = [
+    type Change = fn(&mut Plan);
+    let changes: [(Change, &str); 5] = [
         (|plan| plan.ranks[1].node = "v".into(), "rank is on v"),
         (|plan| plan.ranks[1].tensor_rank = 0, "rank 1 is not where"),
         (|plan| plan.ranks.truncate(1), "are no stages of"),

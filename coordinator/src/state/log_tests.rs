@@ -72,7 +72,7 @@ impl Log {
         let bent = c % 4 == 0;
         match kind % 26 {
             0 | 1 => {
-                let layout = if b % 8 == 0 { Layout { tensor: 2, ..Layout::default() } } else { Layout::default() };
+                let layout = if b.is_multiple_of(8) { Layout { tensor: 2, ..Layout::default() } } else { Layout::default() };
                 let spec = ModelServiceSpec {
                     replicas: u32::from(b % 4),
                     max_batch_size: 1 + usize::from(c % 2),
@@ -89,7 +89,7 @@ impl Log {
                 if c % 8 == 1 {
                     return Command::RecordWait { name, generation, waits_for: format!("w{}", b % 4) };
                 }
-                let facts = if b % 8 == 0 { Err("no such model".into()) } else { Ok(Box::new(facts(100))) };
+                let facts = if b.is_multiple_of(8) { Err("no such model".into()) } else { Ok(Box::new(facts(100))) };
                 Command::RecordFacts { name, generation, facts }
             }
             6..=10 => self.commit(&name, b, c),
@@ -103,8 +103,8 @@ impl Log {
                 let incarnation = Incarnation(incarnation(&node).saturating_sub(u64::from(bent)));
                 Command::LoseNode { node, incarnation, reason: "test".into() }
             }
-            17 => Command::CordonNode { node, cordoned: b % 2 == 0 },
-            18 => Command::DrainNode { node, draining: b % 2 == 0, is_forced: b % 4 == 0 },
+            17 => Command::CordonNode { node, cordoned: b.is_multiple_of(2) },
+            18 => Command::DrainNode { node, draining: b.is_multiple_of(2), is_forced: b.is_multiple_of(4) },
             19 => Command::RemoveNode { node },
             20 => self.token(a, b, c),
             23..=25 => self.certificate(a, b, c),
@@ -160,11 +160,14 @@ impl Log {
                 };
                 Command::RecordCertificate { certificate: Box::new(certificate) }
             }
-            4 => Command::RevokeCertificates { serials: [a, b].map(|serial| format!("{:02x}", serial % 8)).into(), force: b % 2 == 0 },
+            4 => Command::RevokeCertificates {
+                serials: [a, b].map(|serial| format!("{:02x}", serial % 8)).into(),
+                force: b.is_multiple_of(2),
+            },
             5 => Command::BeginCaRotation { from: ca(a), to: ca(b) },
-            6 => Command::SwitchCa { force: b % 2 == 0 },
-            _ if b % 4 == 0 => Command::AbandonCaRotation,
-            _ => Command::FinishCaRotation { force: b % 2 == 0 },
+            6 => Command::SwitchCa { force: b.is_multiple_of(2) },
+            _ if b.is_multiple_of(4) => Command::AbandonCaRotation,
+            _ => Command::FinishCaRotation { force: b.is_multiple_of(2) },
         }
     }
 

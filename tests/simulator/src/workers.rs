@@ -379,6 +379,7 @@ pub fn facts() -> ModelFacts {
             head_bytes: 0,
             layer_bytes: vec![weights_bytes * 9 / 10 / 30; 30],
             expert_bytes: vec![],
+            tensor_extra_bytes: vec![],
         },
     }
 }
