@@ -10,7 +10,7 @@ use forge_shared::ids::Epoch;
 
 use crate::frame::{Head, Kind, MAX_BODY_BYTES};
 use crate::hello::Lane;
-use crate::mesh::Mesh;
+use crate::mesh::{Call, Mesh};
 use crate::{NetError, Result};
 
 /// One member's links to all others. May be used by several threads; each pair of members has its own order.
@@ -49,7 +49,7 @@ impl MessageLinks {
         if message.len() > MAX_BODY_BYTES {
             return Err(NetError::TooLong { bytes: message.len(), limit_bytes: MAX_BODY_BYTES });
         }
-        let sent = self.mesh.send("send", Lane::Pair, to, Head::bytes(Kind::Message), message, self.mesh.until());
+        let sent = self.mesh.send(call("send", self.mesh.until()), to, Head::bytes(Kind::Message), message);
         self.ended(sent)
     }
 
@@ -58,7 +58,7 @@ impl MessageLinks {
     /// # Errors
     /// As [`MessageLinks::send`].
     pub fn recv(&self, from: usize, timeout: Duration) -> Result<Option<Vec<u8>>> {
-        match self.mesh.recv("recv", Lane::Pair, from, Instant::now() + timeout) {
+        match self.mesh.recv(call("recv", Instant::now() + timeout), from) {
             Ok(frame) if frame.head.kind == Kind::Message => Ok(Some(frame.body)),
             Ok(frame) => self.ended(Err(NetError::Mismatch {
                 operation: "recv",
@@ -90,4 +90,8 @@ impl MessageLinks {
             done => self.mesh.or_abort(done),
         }
     }
+}
+
+fn call(operation: &'static str, until: Instant) -> Call {
+    Call { operation, lane: Lane::Pair, until }
 }

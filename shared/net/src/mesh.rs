@@ -23,6 +23,14 @@ pub(crate) struct Mesh {
     parts: Parts<Mutex<Group>>,
 }
 
+/// What is being done, on which streams, and until when it must be done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Call {
+    pub(crate) operation: &'static str,
+    pub(crate) lane: Lane,
+    pub(crate) until: Instant,
+}
+
 /// What a group is made of.
 pub(crate) struct Parts<G = Group> {
     pub(crate) spec: GroupSpec,
@@ -77,18 +85,18 @@ impl Mesh {
         stream.ok_or(NetError::NotAPeer { operation, rank: *rank, named: peer, size: members.len() })
     }
 
-    /// Hands a frame over, waiting for room until `until`.
-    pub(crate) fn send(&self, operation: &'static str, lane: Lane, peer: usize, head: Head, body: &[u8], until: Instant) -> Result<()> {
-        let stream = self.stream(operation, lane, peer)?;
+    /// Hands a frame over, waiting for room.
+    pub(crate) fn send(&self, call: Call, peer: usize, head: Head, body: &[u8]) -> Result<()> {
+        let stream = self.stream(call.operation, call.lane, peer)?;
         self.check_open()?;
-        stream.send(head, body, until).map_err(|failure| describe(failure, operation, self.spec(), peer))
+        stream.send(head, body, call.until).map_err(|failure| describe(failure, call.operation, self.spec(), peer))
     }
 
     /// The next frame of a peer.
-    pub(crate) fn recv(&self, operation: &'static str, lane: Lane, peer: usize, until: Instant) -> Result<Frame> {
-        let stream = self.stream(operation, lane, peer)?;
+    pub(crate) fn recv(&self, call: Call, peer: usize) -> Result<Frame> {
+        let stream = self.stream(call.operation, call.lane, peer)?;
         self.check_open()?;
-        stream.recv(until).map_err(|failure| describe(failure, operation, self.spec(), peer))
+        stream.recv(call.until).map_err(|failure| describe(failure, call.operation, self.spec(), peer))
     }
 
     /// When an operation that begins now must be done.

@@ -227,3 +227,6 @@ impl Drop for Stream {
         self.wire.close();
     }
 }
+
+#[cfg(test)]
+mod tests;

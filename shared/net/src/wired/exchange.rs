@@ -1,10 +1,9 @@
 //! One exchange: rows to some ranks, rows from some ranks, in chunks.
 
-use std::time::Instant;
-
 use super::WiredRank;
 use crate::frame::{Frame, Head, Kind, WireDType};
 use crate::hello::Lane;
+use crate::mesh::Call;
 use crate::{NetError, Result};
 
 /// Bytes of rows in one frame. Less than half an inbox: see the parent's invariant.
@@ -70,17 +69,17 @@ impl WiredRank {
         from: &[usize],
         mut take: impl FnMut(Part<'_>) -> Result<()>,
     ) -> Result<()> {
-        let until = self.mesh.until();
+        let call = Call { operation, lane: Lane::Group, until: self.mesh.until() };
         let mut incoming: Vec<Incoming> = from.iter().map(|&from| Incoming { from, received: 0, done: false }).collect();
         let mut sending: Vec<(usize, Outgoing<'_>)> =
             outgoing.iter().enumerate().filter_map(|(rank, outgoing)| outgoing.map(|outgoing| (rank, outgoing))).collect();
         for chunk in 0.. {
             for &(rank, outgoing) in &sending {
-                self.send_chunk((operation, kind, Lane::Group), rank, outgoing, chunk, until)?;
+                self.send_chunk(call, kind, rank, outgoing, chunk)?;
             }
             sending.retain(|(_, outgoing)| chunk < last_chunk(outgoing.values.len()));
             for incoming in incoming.iter_mut().filter(|incoming| !incoming.done) {
-                let frame = self.mesh.recv(operation, Lane::Group, incoming.from, until)?;
+                let frame = self.mesh.recv(call, incoming.from)?;
                 self.take_frame((operation, kind), incoming, &frame, &mut take)?;
             }
             if sending.is_empty() && incoming.iter().all(|incoming| incoming.done) {
@@ -92,40 +91,33 @@ impl WiredRank {
 
     /// Rows for one rank, outside the group's operations.
     pub(super) fn send_rows(&self, outgoing: Outgoing<'_>, to: usize) -> Result<()> {
-        let until = self.mesh.until();
+        let call = Call { operation: "send", lane: Lane::Pair, until: self.mesh.until() };
         for chunk in 0..=last_chunk(outgoing.values.len()) {
-            self.send_chunk(("send", Kind::Rows, Lane::Pair), to, outgoing, chunk, until)?;
+            self.send_chunk(call, Kind::Rows, to, outgoing, chunk)?;
         }
         Ok(())
     }
 
     /// Rows of one rank, outside the group's operations.
     pub(super) fn recv_rows(&self, from: usize, mut take: impl FnMut(Part<'_>) -> Result<()>) -> Result<()> {
-        let until = self.mesh.until();
+        let call = Call { operation: "recv", lane: Lane::Pair, until: self.mesh.until() };
         let mut incoming = Incoming { from, received: 0, done: false };
         while !incoming.done {
-            let frame = self.mesh.recv("recv", Lane::Pair, from, until)?;
+            let frame = self.mesh.recv(call, from)?;
             self.take_frame(("recv", Kind::Rows), &mut incoming, &frame, &mut take)?;
         }
         Ok(())
     }
 
-    fn send_chunk(
-        &self,
-        (operation, kind, lane): (&'static str, Kind, Lane),
-        to: usize,
-        outgoing: Outgoing<'_>,
-        chunk: usize,
-        until: Instant,
-    ) -> Result<()> {
+    fn send_chunk(&self, call: Call, kind: Kind, to: usize, outgoing: Outgoing<'_>, chunk: usize) -> Result<()> {
         let Outgoing { rows, width, values } = outgoing;
         let count = |what: &str, number: usize| {
-            u32::try_from(number).map_err(|_| self.mismatch(operation, format!("{number} {what}"), "less than 2^32".to_owned()))
+            u32::try_from(number).map_err(|_| self.mismatch(call.operation, format!("{number} {what}"), "less than 2^32".to_owned()))
         };
         let head = Head { kind, dtype: WireDType::F32, rows: count("rows", rows)?, width: count("columns", width)? };
         let start = (chunk * CHUNK_BYTES / 4).min(values.len());
         let end = (start + CHUNK_BYTES / 4).min(values.len());
-        self.mesh.send(operation, lane, to, head, wire_bytes(&values[start..end]), until)
+        self.mesh.send(call, to, head, wire_bytes(&values[start..end]))
     }
 
     fn take_frame(
