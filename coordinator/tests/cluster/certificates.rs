@@ -178,7 +178,8 @@ async fn trust(cluster: &RemoteCluster) -> Trust {
 async fn once_safe(cluster: &RemoteCluster, command: Command) -> Vec<String> {
     let (begun, mut refusals) = (Instant::now(), Vec::new());
     loop {
-        let id = format!("once-{}-{}", refusals.len(), begun.elapsed().as_nanos());
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let id = format!("once-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         match cluster.execute(id, command.clone(), SOON).await {
             Ok(_) => return refusals,
             Err(ClusterError::Command(CommandError::Unsafe { reason })) => refusals.push(reason),
