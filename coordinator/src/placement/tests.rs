@@ -188,7 +188,7 @@ fn ranks_that_share_a_device_share_its_cores() {
 
 #[test]
 fn ranks_that_must_be_together_are_refused_where_no_node_holds_them() {
-    let nodes = [record("a", &[300]), record("b", &[300])];
+    let nodes = [record("a", &[420]), record("b", &[420])];
     let layout = Layout { tensor: 2, ..Layout::default() };
     let spec = ModelServiceSpec { layout, kv_memory: Some(ByteSize(50 * MIB)), max_model_len: Some(512), ..Default::default() };
     let place = |on_one_node| place_with(&nodes, &spec, &facts(400), on_one_node);

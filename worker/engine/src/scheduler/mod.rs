@@ -279,11 +279,11 @@ impl Scheduler {
     /// Who gives up its blocks for `requester`: a stalled sequence if there is one, else the last in order; never one that
     /// is under way. A running requester may be its own victim; a waiting one only takes from lower priority.
     fn victim(&self, requester: SequenceId, requester_runs: bool) -> Option<SequenceId> {
-        let mut free = self.running.iter().rev().filter(|id| !self.under_way.contains(id));
-        let last = free.clone().next().copied();
-        let stalled = free.find(|id| self.is_stalled(id)).copied();
+        let is_free = |id: &&SequenceId| !self.under_way.contains(id);
+        let stalled = self.running.iter().rev().filter(is_free).find(|id| self.is_stalled(id)).copied();
         stalled.or_else(|| {
-            let last = last?;
+            // While the last is under way nobody gives way in its stead: its step comes back soon.
+            let last = *self.running.last().filter(is_free)?;
             let allowed = if requester_runs { last >= requester } else { last.priority > requester.priority };
             allowed.then_some(last)
         })
