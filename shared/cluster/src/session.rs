@@ -355,8 +355,8 @@ mod tests {
         core.handle(0, SessionInput::Tick);
         core.handle(5_000, SessionInput::Connected(true));
         core.handle(5_005, WELCOME);
-        assert!(!core.handle(6_499, SessionInput::Tick).contains(&Disconnect));
-        assert!(core.handle(6_500, SessionInput::Tick).contains(&Disconnect));
+        assert!(!core.handle(6_504, SessionInput::Tick).contains(&Disconnect));
+        assert!(core.handle(6_505, SessionInput::Tick).contains(&Disconnect));
     }
 
     #[test]
