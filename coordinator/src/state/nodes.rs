@@ -71,7 +71,7 @@ impl ClusterState {
                 true
             }
             Some(known) => {
-                (record.cordoned, record.draining) = (known.cordoned, known.draining);
+                keep_duty(&mut record, known);
                 true
             }
         };
@@ -226,11 +226,16 @@ impl ClusterState {
 
 /// What was found of a process's devices stays true when it comes back.
 fn keep_beliefs(record: &mut NodeRecord, known: &NodeRecord) {
-    (record.cordoned, record.draining) = (known.cordoned, known.draining);
+    keep_duty(record, known);
     for device in &mut record.spec.devices {
         let believed = known.spec.devices.iter().find(|believed| believed.index == device.index);
         device.memory_bytes = believed.map_or(device.memory_bytes, |believed| believed.memory_bytes.min(device.memory_bytes));
     }
+}
+
+/// What an operator said of a node is of its name, not of its process.
+fn keep_duty(record: &mut NodeRecord, known: &NodeRecord) {
+    (record.cordoned, record.draining, record.is_forced) = (known.cordoned, known.draining, known.is_forced);
 }
 
 fn about(id: &NodeId) -> String {

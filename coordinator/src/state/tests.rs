@@ -311,6 +311,18 @@ fn a_node_that_lied_about_its_memory_is_believed_no_more_than_was_found() {
 }
 
 #[test]
+fn a_node_that_is_drained_by_force_is_so_after_it_begins_anew() {
+    let mut world = ready(1);
+    world.run(Command::DrainNode { node: NodeId::from("w1"), draining: true, is_forced: true }).expect("drained");
+    for incarnation in [1, 2] {
+        world.lose("w1", 1).expect("lost");
+        world.join("w1", incarnation, &[1000]).expect("back");
+        let node = &world.state.nodes()[&NodeId::from("w1")];
+        assert_eq!((node.cordoned, node.draining, node.is_forced), (true, true, true), "incarnation {incarnation}");
+    }
+}
+
+#[test]
 fn refusals_are_said_once_and_until_they_are_settled() {
     let mut world = ready(1);
     let refusal = Refusal { replica: id("demo", 0), wrong_setting: None, constraints: vec![], nearest: vec![] };
