@@ -303,12 +303,12 @@ impl RaftCore {
             (snapshot.get_metadata().clone(), snapshot.data.clone())
         });
         let batch = Batch {
-            messages: out(ready.messages()),
+            messages: self.out(ready.messages()),
             snapshot,
             entries: ready.entries().clone(),
             hard_state: ready.hs().cloned(),
             must_sync: ready.must_sync(),
-            messages_after: out(ready.persisted_messages()),
+            messages_after: self.out(ready.persisted_messages()),
             committed: ready.take_committed_entries().into_iter().map(committed).collect(),
             reads: ready
                 .take_read_states()
@@ -318,6 +318,12 @@ impl RaftCore {
         };
         self.open = Some(ready);
         Some(batch)
+    }
+
+    /// This member's own messages. One that leads no more would pass another's question on in that one's name, maybe to the
+    /// very member that asked, which refuses what seems to come from itself; who asked asks again.
+    fn out(&self, messages: &[Message]) -> Vec<wire::Message> {
+        messages.iter().filter(|message| message.from == self.options.member_id).map(message_out).collect()
     }
 
     /// The batch is on disk. What follows from that: more to send, more to apply.
@@ -330,7 +336,7 @@ impl RaftCore {
         }
         self.raw.mut_store().append(ready.entries());
         let mut light = self.raw.advance_append(ready);
-        (out(light.messages()), light.take_committed_entries().into_iter().map(committed).collect())
+        (self.out(light.messages()), light.take_committed_entries().into_iter().map(committed).collect())
     }
 
     /// The state machine has applied up to `index`.
@@ -496,10 +502,6 @@ impl RaftCore {
             ..wire::Message::default()
         })
     }
-}
-
-fn out(messages: &[Message]) -> Vec<wire::Message> {
-    messages.iter().map(message_out).collect()
 }
 
 fn committed(entry: Entry) -> Committed {
