@@ -38,6 +38,7 @@ fn node(number: usize) -> NodeRecord {
         role: Role::Worker,
         incarnation: Incarnation(1),
         version: String::new(),
+        level: forge_shared::version::LEVEL,
         address: String::new(),
         metrics_address: String::new(),
         devices: (0..DEVICES).map(device).collect(),

@@ -187,12 +187,12 @@ fn member(id: u64, folder: PathBuf, ports: Vec<u16>) -> Result<(), Failure> {
             }
         })
     });
-    let transport = GrpcTransport::new("bench", connector, runtime.handle().clone());
+    let transport = GrpcTransport::new("bench", Default::default(), connector, runtime.handle().clone());
     let mut options = RaftOptions::new(id, "bench", folder.join("raft"));
     options.bootstrap = Some(vec![1, 2, 3]);
     let raft = raft::start(options, Box::new(Count(0)), transport.clone())?;
     transport.attach(raft.clone());
-    let service = RaftService::server("bench", raft.clone(), Arc::new(|_| Ok(Box::new(|_| Ok(())))));
+    let service = RaftService::server("bench", raft.clone(), Arc::new(|_, _| Ok(Box::new(|_| Ok(())))));
     let listener = runtime.block_on(TcpListener::bind(("127.0.0.1", own)))?;
     let server = Server::builder().tcp_nodelay(true).add_service(service);
     match own_credentials {

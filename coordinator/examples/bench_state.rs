@@ -63,6 +63,7 @@ fn node(number: usize) -> NodeSpec {
         role: Role::Worker,
         incarnation: Incarnation(1),
         version: "1.0.0".into(),
+        level: forge_shared::version::LEVEL,
         address: format!("node-{number:04}.example:7100"),
         metrics_address: format!("node-{number:04}.example:9000"),
         devices: (0..8).map(device).collect(),

@@ -130,6 +130,7 @@ async fn serve(folder: &Path, listen: SocketAddr) -> Result<(), Failure> {
         heartbeat: Duration::from_millis(500),
         surroundings: Surroundings::default(),
         certificates: CertificateOptions::default(),
+        build: Default::default(),
     };
     let prepared = prepare(options).await?;
     let coordinator = prepared.coordinator().clone();

@@ -23,9 +23,12 @@ pub(crate) fn internal(command: &Command) -> Option<String> {
         | Command::RecordCertificate { .. }
         | Command::BeginCaRotation { .. }
         | Command::PutMember { .. }
-        | Command::RemoveMember { .. } => true,
+        | Command::RemoveMember { .. }
+        | Command::RecordRollout { .. }
+        | Command::RaiseLevel { .. } => true,
         Command::ApplyService { .. }
         | Command::ScaleService { .. }
+        | Command::UndoService { .. }
         | Command::DeleteService { .. }
         | Command::CordonNode { .. }
         | Command::DrainNode { .. }

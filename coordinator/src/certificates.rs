@@ -65,11 +65,13 @@ impl Shared {
         let wrong = |error: TlsError| CoordinatorError::message("ca", error);
         let new = ClusterCa::create(&coordinator.0.options.cluster_id, self.credentials.clock().now_s()).map_err(wrong)?;
         let to = ca_record(&new);
+        let sha256 = to.sha256.clone();
+        let command = Command::BeginCaRotation { from, to };
+        coordinator.0.replicated.read().check_level(&command)?;
         // Before anybody believes it: a leader that dies in between leaves a key that means nothing.
         self.cas.add(new).map_err(wrong)?;
-        let sha256 = to.sha256.clone();
         let id = format!("rotate-ca-{term}-{}", &sha256[..16]);
-        coordinator.submit(coordinator.own(id, Command::BeginCaRotation { from, to }), timeout).await?;
+        coordinator.submit(coordinator.own(id, command), timeout).await?;
         Ok(sha256)
     }
 }

@@ -6,6 +6,7 @@
 //! Invariant: whatever changes the state goes through the log ([`Coordinator::submit`]); everything else is memory of the
 //! leader that its successor rebuilds from sessions and heartbeats.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Applied, Command, Envelope};
 use forge_shared::cluster::event::Kind;
 use forge_shared::telemetry::{CommandLabel, CoordinatorMetrics};
-use parking_lot::RwLock;
+use forge_shared::version::{Build, FIRST_LEVEL};
+use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +58,8 @@ pub struct CoordinatorOptions {
     pub metrics: CoordinatorMetrics,
     /// Its machine.
     pub surroundings: Surroundings,
+    /// What it is a build of.
+    pub build: Build,
 }
 
 impl CoordinatorOptions {
@@ -70,6 +74,7 @@ impl CoordinatorOptions {
             heartbeat: Duration::from_millis(500),
             metrics: CoordinatorMetrics::new(),
             surroundings: Surroundings::default(),
+            build: Build::default(),
         }
     }
 }
@@ -88,6 +93,8 @@ pub(crate) struct Inner {
     pub(crate) replicated: Arc<Replicated>,
     /// While this member leads and may act.
     pub(crate) leading: RwLock<Option<Arc<Leading>>>,
+    /// What other members said they are builds of, as far as this one heard.
+    pub(crate) heard: Mutex<BTreeMap<u64, Build>>,
     pub(crate) contact: Contact,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
@@ -113,7 +120,7 @@ impl Coordinator {
     /// # Errors
     /// What is wrong with the data folder or the options.
     pub fn start(options: CoordinatorOptions, transport: Arc<dyn PeerTransport>) -> Result<Self, CoordinatorError> {
-        let replicated = Replicated::new(ClusterState::new(&options.cluster_id));
+        let replicated = Replicated::new(ClusterState::new(&options.cluster_id), options.build.clone());
         let machine = Box::new(Machine(replicated.clone()));
         let raft = RaftOptions {
             metrics: options.metrics.raft.clone(),
@@ -128,6 +135,7 @@ impl Coordinator {
             raft,
             replicated,
             leading: RwLock::new(None),
+            heard: Mutex::default(),
             stop,
             tasks: TaskTracker::new(),
             runtime: Handle::current(),
@@ -201,6 +209,8 @@ impl Coordinator {
         check_request_id(&submission.request_id)?;
         let name = name_of(&submission.command);
         let Submission { request_id, traceparent, command } = submission;
+        // Before it is in the log: older members could not apply it. The level only grows, so this stays true.
+        self.0.replicated.read().check_level(&command)?;
         let data = encode_envelope(&Envelope { request_id, proposed_ms: self.wall_ms(), traceparent, command })?;
         let began = Instant::now();
         let result = match self.0.raft.propose(data, timeout).await {
@@ -257,6 +267,8 @@ impl Coordinator {
                 id: member.id,
                 name: record.map(|record| record.name.clone()).unwrap_or_default(),
                 address: record.map(|record| record.address.clone()).unwrap_or_default(),
+                version: record.map(|record| record.version.clone()).unwrap_or_default(),
+                level: record.map_or(FIRST_LEVEL, |record| record.level),
                 is_voter: member.is_voter,
                 is_reachable: member.is_active,
                 matched_index: member.matched_index,
@@ -272,7 +284,9 @@ impl Coordinator {
             applied_index: raft.applied_index,
             revision: state.revision(),
             members: members.collect(),
-            version: env!("CARGO_PKG_VERSION").into(),
+            version: self.0.options.build.version.clone(),
+            level: state.level(),
+            older: state.older_than(self.0.options.build.level),
         }
     }
 
@@ -294,6 +308,19 @@ impl Coordinator {
                 let submission = self.own(format!("remove-member-{id}-{}", status.commit_index), Command::RemoveMember { id });
                 self.submit(submission, timeout).await.map(|_| ())
             }
+        }
+    }
+
+    /// A member said what it is a build of. The leader writes it down.
+    pub(crate) fn hear(&self, id: u64, build: &Build) {
+        let mut heard = self.0.heard.lock();
+        if heard.get(&id) == Some(build) {
+            return;
+        }
+        heard.insert(id, build.clone());
+        drop(heard);
+        if let Some(leading) = self.0.leading.read().as_ref() {
+            leading.wake.notify_one();
         }
     }
 

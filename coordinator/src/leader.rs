@@ -14,7 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::coordinator::Coordinator;
 use crate::error::CoordinatorError;
-use crate::leading::{LeaderOptions, Leading, learner_to_promote, missing_record};
+use crate::leading::{LeaderOptions, Leading, changed_records, learner_to_promote, level_to_raise};
 use crate::raft::{MemberChange, RaftStatus};
 
 /// How often leases are looked at.
@@ -80,6 +80,8 @@ async fn lead(coordinator: &Coordinator, term: u64) {
         tracing::debug!(%error, "the new leader waits for its first word");
         tokio::time::sleep(TICK).await;
     }
+    // What was heard of members before may be of processes that have ended since.
+    coordinator.0.heard.lock().clear();
     let leading = Arc::new(coordinator.begin_to_lead(term));
     *coordinator.0.leading.write() = Some(leading.clone());
     tracing::info!(term, "leading");
@@ -130,7 +132,8 @@ impl Pass<'_> {
         };
         let Some(commands) = commands else { return };
         futures::stream::iter(commands).for_each_concurrent(PROPOSALS_AT_ONCE, |command| self.propose(command)).await;
-        self.keep_own_record().await;
+        self.keep_records().await;
+        self.raise_level().await;
         if self.promoted.elapsed() >= PROMOTE_INTERVAL {
             self.promoted = Instant::now();
             self.promote_learner().await;
@@ -148,11 +151,27 @@ impl Pass<'_> {
         }
     }
 
-    async fn keep_own_record(&self) {
+    async fn keep_records(&self) {
         let options = &self.coordinator.0.options;
-        let record = MemberRecord { id: options.raft.member_id, name: options.name.clone(), address: options.address.clone() };
-        let missing = missing_record(&self.coordinator.0.replicated.read(), record);
-        if let Some(command) = missing {
+        let own = MemberRecord::new(options.raft.member_id, &options.name, &options.address, options.build.clone());
+        let changed = {
+            let state = self.coordinator.0.replicated.read();
+            let mut heard = self.coordinator.0.heard.lock();
+            heard.retain(|id, _| !state.is_removed_member(*id));
+            changed_records(&state, own, &heard)
+        };
+        for command in changed {
+            self.propose(command).await;
+        }
+    }
+
+    /// What every process knows may be used from now on.
+    async fn raise_level(&self) {
+        let raise = {
+            let state = self.coordinator.0.replicated.read();
+            level_to_raise(&state, &self.coordinator.0.options.build, &self.coordinator.raft_status())
+        };
+        if let Some(command) = raise {
             self.propose(command).await;
         }
     }

@@ -8,6 +8,7 @@
 //! nothing is decided; a heartbeat is answered, with another lease, only while the state has this process of the node as
 //! ready; with the leadership all sessions end.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use forge_shared::cluster::node::{NodePhase, NodeRecord, NodeSpec, Role};
 use forge_shared::cluster::service::ReplicaReport;
 use forge_shared::cluster::session::{KeyShare, NodeDown, NodeUp};
 use forge_shared::ids::{NodeId, ServiceName};
+use forge_shared::version::Build;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -295,11 +297,24 @@ impl Leading {
     }
 }
 
-/// The leader's own record where the state lacks it: the first member of a group is in nobody's list before it writes itself
-/// there.
-pub fn missing_record(state: &ClusterState, record: MemberRecord) -> Option<Command> {
-    let is_known = state.members().get(&record.id) == Some(&record);
-    (!is_known && !record.address.is_empty()).then_some(Command::PutMember { member: record })
+/// Members' records that the state lacks: the leader's own, for the first member of a group is in nobody's list before it
+/// writes itself there; and those of members that run another build since they were `heard` last.
+pub fn changed_records(state: &ClusterState, own: MemberRecord, heard: &BTreeMap<u64, Build>) -> Vec<Command> {
+    let others = heard.iter().filter_map(|(id, build)| {
+        let MemberRecord { name, address, .. } = state.members().get(id).filter(|known| known.build() != *build)?;
+        Some(MemberRecord::new(*id, name, address, build.clone()))
+    });
+    let is_unknown = state.members().get(&own.id) != Some(&own) && !own.address.is_empty();
+    others.chain(is_unknown.then_some(own)).map(|member| Command::PutMember { member }).collect()
+}
+
+/// The level that every process is at, where the cluster is below it. `own` is the leader's build.
+pub fn level_to_raise(state: &ClusterState, own: &Build, status: &RaftStatus) -> Option<Command> {
+    // A member that nobody wrote down has not said what it is.
+    let is_known = |id: u64| id == status.member_id || state.members().contains_key(&id);
+    let level = state.reachable_level(own.level);
+    let may_raise = level > state.level() && status.members.iter().all(|member| is_known(member.id));
+    may_raise.then_some(Command::RaiseLevel { level })
 }
 
 /// A learner that has caught up and may vote.

@@ -14,8 +14,9 @@ use forge_cluster::api::ClusterApi;
 use forge_cluster::client::RemoteCluster;
 use forge_cluster::tls::{ChannelOptions, Peer, PeerName, SharedCredentials, channel};
 use forge_proto::raft::raft_server::RaftServer;
-use forge_shared::cluster::command::MemberRecord;
+use forge_shared::cluster::command::{CommandError, MemberRecord};
 use forge_shared::cluster::node::Role;
+use forge_shared::version::Build;
 use futures::FutureExt;
 use parking_lot::RwLock;
 use tonic::{Request, Status};
@@ -24,7 +25,6 @@ use crate::coordinator::Coordinator;
 use crate::member_file::MemberFile;
 use crate::raft::PeerTransport;
 use crate::raft::transport::{Connector, GrpcTransport, RaftService, SenderCheck, not_a_member};
-use crate::replicated::Replicated;
 
 /// For the others to say who a member is.
 const ASK_WITHIN: Duration = Duration::from_secs(1);
@@ -91,10 +91,10 @@ pub(crate) struct Peers {
 
 impl Peers {
     /// Links that are dialled from the current runtime.
-    pub(crate) fn new(member: &MemberFile, credentials: &SharedCredentials) -> Peers {
+    pub(crate) fn new(member: &MemberFile, credentials: &SharedCredentials, build: Build) -> Peers {
         let book = Arc::new(RwLock::new(Book::new(member)));
         let connector = connector(book.clone(), credentials.clone());
-        let transport = GrpcTransport::new(member.group_id.clone(), connector, tokio::runtime::Handle::current());
+        let transport = GrpcTransport::new(member.group_id.clone(), build, connector, tokio::runtime::Handle::current());
         Peers { group_id: member.group_id.clone(), book, transport }
     }
 
@@ -135,7 +135,7 @@ impl Peers {
 
     /// The receiving end.
     pub(crate) fn service(&self, coordinator: &Coordinator) -> RaftServer<RaftService> {
-        let check = sender_check(self.book.clone(), coordinator.0.replicated.clone());
+        let check = sender_check(self.book.clone(), coordinator.clone());
         RaftService::server(self.group_id.clone(), coordinator.raft().clone(), check)
     }
 
@@ -185,17 +185,23 @@ async fn ask_for(id: u64, others: &[String], credentials: &SharedCredentials) ->
     let status = group.status(ASK_WITHIN).await.map_err(|error| unknown(error.to_string()))?;
     let member = status.members.into_iter().find(|member| member.id == id && !member.address.is_empty());
     let member = member.ok_or_else(|| unknown("the others do not know it either".into()))?;
-    Ok(MemberRecord { id, name: member.name, address: member.address })
+    let build = Build { version: member.version, level: member.level };
+    Ok(MemberRecord::new(id, &member.name, &member.address, build))
 }
 
-fn sender_check(book: Arc<RwLock<Book>>, replicated: Arc<Replicated>) -> SenderCheck {
-    Arc::new(move |extensions| {
+fn sender_check(book: Arc<RwLock<Book>>, coordinator: Coordinator) -> SenderCheck {
+    Arc::new(move |extensions, build| {
         let request = Request::from_parts(Default::default(), extensions.clone(), ());
         let caller = Peer::require(&request, &[Role::Coordinator]).map_err(|error| Status::permission_denied(error.to_string()))?;
-        let (book, replicated) = (book.clone(), replicated.clone());
+        let (book, coordinator) = (book.clone(), coordinator.clone());
         Ok(Box::new(move |id| {
+            let replicated = &coordinator.0.replicated;
             let is_removed = |id| replicated.read().is_removed_member(id);
-            book.read().check(&caller.name, id, is_removed)
+            book.read().check(&caller.name, id, is_removed)?;
+            let refused = |error: CommandError| Status::failed_precondition(error.to_string());
+            replicated.read().check_build(Role::Coordinator, &caller.name, &build).map_err(refused)?;
+            coordinator.hear(id, &build);
+            Ok(())
         }))
     })
 }
@@ -205,7 +211,7 @@ mod tests {
     use super::*;
 
     fn member(id: u64, name: &str) -> (u64, MemberRecord) {
-        (id, MemberRecord { id, name: name.into(), address: format!("{name}-{id}:7000") })
+        (id, MemberRecord::new(id, name, &format!("{name}-{id}:7000"), Build::default()))
     }
 
     fn book(own_id: u64, first: &[(u64, MemberRecord)]) -> Book {

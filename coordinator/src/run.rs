@@ -19,6 +19,7 @@ use forge_cluster::tls::{
 use forge_shared::cluster::command::MemberRecord;
 use forge_shared::cluster::node::Role;
 use forge_shared::telemetry::RoleLabel;
+use forge_shared::version::Build;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -65,6 +66,8 @@ pub struct RunOptions {
     pub heartbeat: Duration,
     /// Its machine.
     pub surroundings: Surroundings,
+    /// What it is a build of.
+    pub build: Build,
     /// The certificates it signs, and its own.
     pub certificates: CertificateOptions,
 }
@@ -133,7 +136,8 @@ pub async fn prepare(mut options: RunOptions) -> Result<Prepared, CoordinatorErr
     let mut coordinator_options = CoordinatorOptions::new(raft, &identity.cluster_id, &options.name, &options.address);
     (coordinator_options.lease, coordinator_options.heartbeat) = (options.lease, options.heartbeat);
     coordinator_options.surroundings = options.surroundings.clone();
-    let peers = Peers::new(&member, &credentials);
+    coordinator_options.build.clone_from(&options.build);
+    let peers = Peers::new(&member, &credentials, options.build.clone());
     let coordinator = Coordinator::start(coordinator_options, peers.transport())?;
     peers.follow(&coordinator);
     Ok(Prepared { options, coordinator, peers, credentials, cas: Arc::new(cas), listener, probes })
@@ -180,6 +184,7 @@ impl Prepared {
                 tracing::error!(%error, "stopping");
                 Err(error)
             }
+            reason = member_failure(&coordinator) => Err(CoordinatorError::Start { reason }),
             () = shutdown => {
                 tracing::info!("stopping");
                 // The port stays open while leadership goes to another: calls in flight are told where.
@@ -190,6 +195,17 @@ impl Prepared {
         stop.cancel();
         probes.inspect(|probes| probes.abort());
         served
+    }
+}
+
+/// Waits until the raft member has stopped by itself: a process without it could only say so for ever.
+async fn member_failure(coordinator: &Coordinator) -> String {
+    let mut status = coordinator.raft().status();
+    let failure = status.wait_for(|status| status.failure.is_some()).await.ok().and_then(|status| status.failure.clone());
+    match failure {
+        Some(failure) => format!("the raft member has stopped: {failure}"),
+        // Its thread ended in order: whoever asked for that ends the process.
+        None => std::future::pending().await,
     }
 }
 
@@ -264,7 +280,8 @@ fn found_once(tls_dir: &Path) -> Result<(), CoordinatorError> {
 async fn join_group(options: &RunOptions, token: &str) -> Result<MemberFile, CoordinatorError> {
     let start = |reason: String| CoordinatorError::Start { reason };
     let token = JoinTokenText::parse(token).map_err(|error| start(error.to_string()))?;
-    let wish = JoinWish { role: Role::Coordinator, name: options.name.clone(), address: options.address.clone() };
+    let build = options.build.clone();
+    let wish = JoinWish { role: Role::Coordinator, name: options.name.clone(), address: options.address.clone(), build };
     let joined = join(&token, &wish, JOIN_WITHIN).await.map_err(|error| start(format!("joining: {error}")))?;
     let (Some(ca_key), Some(member_id)) = (&joined.ca_key_pem, joined.member_id) else {
         return Err(start("joining: the answer has no key of the CA".into()));
@@ -277,7 +294,12 @@ async fn join_group(options: &RunOptions, token: &str) -> Result<MemberFile, Coo
     let group = RemoteCluster::new(&others, &credentials).map_err(tls)?;
     let status = group.status(ASK_WITHIN).await.map_err(|error| start(format!("asking the group for its members: {error}")))?;
     let peers = status.members.into_iter().filter(|member| member.id != member_id && !member.address.is_empty());
-    let peers = peers.map(|member| MemberRecord { id: member.id, name: member.name, address: member.address }).collect();
+    let peers = peers
+        .map(|member| {
+            let build = Build { version: member.version, level: member.level };
+            MemberRecord::new(member.id, &member.name, &member.address, build)
+        })
+        .collect();
     tracing::info!(member_id, "let into the group");
     Ok(MemberFile { member_id, group_id: status.group_id, is_founder: false, peers })
 }

@@ -264,6 +264,7 @@ mod tests {
             role: Role::Worker,
             incarnation: Incarnation(incarnation),
             version: "0.1.0".into(),
+            level: forge_shared::version::LEVEL,
             address: "127.0.0.1:7100".into(),
             metrics_address: String::new(),
             devices: Vec::new(),

@@ -25,6 +25,7 @@ fn cluster(folder: &str, workers: usize) -> ClusterState {
             role: Role::Worker,
             incarnation: Incarnation(1),
             version: "1".into(),
+            level: forge_shared::version::LEVEL,
             address: config.address().into(),
             metrics_address: config.metrics_listen.clone(),
             devices: config.declared(),

@@ -82,6 +82,7 @@ fn worker(id: &str, incarnation: u64) -> NodeSpec {
         role: Role::Worker,
         incarnation: Incarnation(incarnation),
         version: "0.1.0".into(),
+        level: forge_shared::version::LEVEL,
         address: format!("{id}:7100"),
         metrics_address: String::new(),
         devices: vec![device],
@@ -191,6 +192,9 @@ fn entries() -> Vec<(&'static str, Vec<Envelope>)> {
         Command::RecordFacts { name: "other".into(), generation: 1, facts: Ok(Box::new(facts())) },
         Command::RecordFacts { name: "demo".into(), generation: 1, facts: Err("no such model".into()) },
         Command::RecordWait { name: "other".into(), generation: 1, waits_for: "worker w1 is reading it".into() },
+        Command::RaiseLevel { level: 2 },
+        Command::UndoService { name: "demo".into(), to: Some(1) },
+        Command::RecordRollout { name: "demo".into(), generation: 1, stuck: Some("no room".into()) },
         Command::DeleteService { name: "other".into() },
     ];
     let ca = |digits: &str| CaRecord { sha256: digits.repeat(32), certificate_pem: "pem".into() };
@@ -224,7 +228,7 @@ fn entries() -> Vec<(&'static str, Vec<Envelope>)> {
         Command::CordonNode { node: node(), cordoned: true },
         Command::DrainNode { node: node(), draining: true, is_forced: true },
         Command::JoinNode { spec: Box::new(worker("w1", 2)) },
-        Command::PutMember { member: MemberRecord { id: 3, name: "c1".into(), address: "c1:7000".into() } },
+        Command::PutMember { member: MemberRecord::new(3, "c1", "c1:7000", Default::default()) },
         Command::RemoveMember { id: 3 },
     ];
     let record = IdempotencyRecord {
@@ -262,7 +266,7 @@ fn states() -> Vec<(&'static str, ClusterState)> {
         Command::RecordFacts { name: "demo".into(), generation: 1, facts: Ok(Box::new(facts())) },
         commit(3),
     ];
-    let named = vec![put_token(), Command::PutMember { member: MemberRecord { id: 3, name: "c1".into(), address: "c1:7000".into() } }];
+    let named = vec![put_token(), Command::PutMember { member: MemberRecord::new(3, "c1", "c1:7000", Default::default()) }];
     vec![("empty", after(&[])), ("placed", after(&envelopes(placed))), ("named", after(&envelopes(named)))]
 }
 
@@ -276,6 +280,8 @@ fn requests() -> Seeds {
         name: "w9".into(),
         signing_request_der: key.into(),
         address: String::new(),
+        version: "0.1.0".into(),
+        level: forge_shared::version::LEVEL,
     };
     vec![
         ("apply", lettered(b'e', &execute(Command::ApplyService { service: Box::new(service("other")) }))),
@@ -311,7 +317,16 @@ fn sessions() -> Seeds {
 
 fn replies() -> Seeds {
     let applied = Applied { revision: Revision(9), changed: true, existing: None };
-    let member = MemberStatus { id: 1, name: "c1".into(), address: "c1:7000".into(), is_voter: true, is_reachable: true, matched_index: 9 };
+    let member = MemberStatus {
+        id: 1,
+        name: "c1".into(),
+        address: "c1:7000".into(),
+        version: "0.1.0".into(),
+        level: 1,
+        is_voter: true,
+        is_reachable: true,
+        matched_index: 9,
+    };
     let status = GroupStatus {
         cluster_id: "c".into(),
         group_id: "c".into(),
@@ -323,6 +338,8 @@ fn replies() -> Seeds {
         revision: Revision(9),
         members: vec![member],
         version: "0.1.0".into(),
+        level: forge_shared::version::LEVEL,
+        older: Vec::new(),
     };
     let planned = PlannedService {
         service: service("demo"),
@@ -338,7 +355,7 @@ fn replies() -> Seeds {
     let detail = |error_json: Vec<u8>| wire::ErrorDetail { leader: "c2:7000".into(), is_retryable: true, error_json: error_json.into() };
     let missing = CommandError::NotFound { kind: "node".into(), name: "w".into(), nearest: Some("w1".into()) };
     let loads = ClusterLoads { nodes: vec![(worker("w1", 1), NodeLoad::default(), 20)] };
-    let member = Object::Member(MemberRecord { id: 1, name: "c1".into(), address: "c1:7000".into() });
+    let member = Object::Member(MemberRecord::new(1, "c1", "c1:7000", Default::default()));
     vec![
         ("applied", lettered(b'e', &wire::ExecuteReply { applied_json: json(&applied).into() })),
         ("objects", lettered(b'r', &wire::ReadReply { revision: 9, objects_json: vec![json(&member).into()] })),
@@ -422,7 +439,7 @@ fn seeds_of_the_cluster_are_taken() {
         member_id: 3,
         group_id: "c".into(),
         is_founder: false,
-        peers: vec![MemberRecord { id: 1, name: "c1".into(), address: "c1:7000".into() }],
+        peers: vec![MemberRecord::new(1, "c1", "c1:7000", Default::default())],
     };
     let founder = MemberFile { is_founder: true, peers: Vec::new(), ..member.clone() };
     let restored = MemberFile { group_id: "c-0badcafe".into(), ..founder.clone() };

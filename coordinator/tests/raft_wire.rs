@@ -49,11 +49,11 @@ struct Server {
 }
 
 fn anyone() -> SenderCheck {
-    Arc::new(|_| Ok(Box::new(|_| Ok(()))))
+    Arc::new(|_, _| Ok(Box::new(|_| Ok(()))))
 }
 
 fn only(id: u64) -> SenderCheck {
-    Arc::new(move |_| {
+    Arc::new(move |_, _| {
         let refused =
             move |from| tonic::Status::permission_denied(format!("the certificate is member {id}'s, and the message says {from}"));
         Ok(Box::new(move |from| if from == id { Ok(()) } else { Err(refused(from)) }))
@@ -71,7 +71,7 @@ impl Addresses {
                 peer_endpoint(endpoint).connect().await.map_err(|error| error.to_string())
             })
         });
-        let transport = GrpcTransport::new(cluster_id, connector, tokio::runtime::Handle::current());
+        let transport = GrpcTransport::new(cluster_id, Default::default(), connector, tokio::runtime::Handle::current());
         let mut options = RaftOptions::new(id, cluster_id, folder.path());
         options.bootstrap = bootstrap;
         options.limits.snapshot_entries = 10;

@@ -6,9 +6,9 @@ use std::marker::PhantomData;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
-use forge_shared::config::{Group, KEYS, Key, Kind, Setting};
-use forge_shared::spec::{ByteSize, ModelServiceSpec};
-use serde_json::{Value, json};
+use forge_shared::config::{Group, KEYS, Key, Kind, Setting, default_values};
+use forge_shared::spec::ByteSize;
+use serde_json::Value;
 
 /// The key that has a second flag, `--no-prefix-cache`.
 const PREFIX_CACHE: &str = "prefixCache";
@@ -131,6 +131,7 @@ fn flag(key: &'static Key) -> Arg {
         Kind::Whole { .. } => arg.value_name("N"),
         Kind::Switch => arg.value_name("BOOL").num_args(0..=1).require_equals(true).default_missing_value("true"),
         Kind::Size => arg.value_name("SIZE"),
+        Kind::Portion => arg.value_name("N"),
         Kind::List => arg.value_name("LIST").visible_alias("cors-origin"),
     };
     arg.value_parser(move |text: &str| Setting::flag(key, text))
@@ -176,7 +177,7 @@ fn flagged(path: &str) -> Option<&'static Key> {
 
 /// A key's default as people write it; nothing where it depends on model or machine, or is empty.
 pub fn default_of(key: &Key) -> Option<String> {
-    let defaults = json!(ModelServiceSpec::default());
+    let defaults = default_values("");
     match defaults.pointer(&format!("/{}", key.path.replace('.', "/")))? {
         Value::Null => None,
         Value::Array(items) if items.is_empty() => None,
@@ -190,6 +191,7 @@ pub fn default_of(key: &Key) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use serde_json::json;
 
     use super::*;
 
@@ -211,6 +213,7 @@ mod tests {
                 Kind::Choice(words) => words[0],
                 Kind::Switch => "true",
                 Kind::Size => "1MiB",
+                Kind::Portion => "25%",
                 Kind::Text | Kind::List => "text",
                 Kind::Whole { .. } => "7",
             };
@@ -243,6 +246,7 @@ mod tests {
             Kind::Whole { .. } => "whole number".to_owned(),
             Kind::Switch => "true, false".to_owned(),
             Kind::Size => "size".to_owned(),
+            Kind::Portion => "number or percentage".to_owned(),
             Kind::Choice(words) => words.join(", "),
             Kind::List => "list".to_owned(),
         };

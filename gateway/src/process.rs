@@ -69,11 +69,13 @@ async fn serve(
     let listeners = Listeners::bind(&config).await?;
     let now_ms = SystemClock.unix_s().saturating_mul(1000);
     let incarnation = incarnation::next(&file.membership.directory, now_ms).map_err(|error| cannot(error.to_string()))?;
+    let build = forge_cluster::build::of_this_process().map_err(cannot)?;
     let spec = NodeSpec {
         id: NodeId::from(file.name.as_str()),
         role: Role::Gateway,
         incarnation,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: build.version,
+        level: build.level,
         address: listeners.api().to_string(),
         metrics_address: listeners.metrics().to_string(),
         devices: Vec::new(),

@@ -202,6 +202,15 @@ fn merged(spec: &Value, setting: &Setting) -> Value {
     }
 }
 
+/// A specification with the default of every key, those included that documents leave out.
+pub fn default_values(model: &str) -> Value {
+    let spec = ModelServiceSpec { model: model.to_owned(), ..Default::default() };
+    let rollout = json!(spec.rollout);
+    let mut values = json!(spec);
+    values["rollout"] = rollout;
+    values
+}
+
 fn unknown_key(origin: &str, name: &str) -> ConfigError {
     let known = KEYS.iter().map(|key| key.path.to_owned());
     ConfigError::Unknown { origin: origin.into(), what: "key", name: name.into(), nearest: nearest(name, known) }

@@ -8,6 +8,8 @@ pub mod generate;
 pub mod ids;
 pub mod link;
 pub mod plan;
+pub mod rollout;
 pub mod spec;
 pub mod telemetry;
 pub mod tree;
+pub mod version;

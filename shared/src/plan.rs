@@ -171,7 +171,7 @@ pub struct ModelShape {
     pub expert_bytes: Vec<u64>,
     /// Bytes of a layer that a tensor rank has beyond its part ([`crate::tree::layer_share`]), at most, where 2, 4 and 8
     /// ranks share it: norms, routers, latents, heads that several ranks need. Nothing where that was not counted.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tensor_extra_bytes: Vec<u64>,
 }
 

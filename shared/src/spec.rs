@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::rollout::RolloutSpec;
+
 /// The one API version this build understands.
 pub const API_VERSION: &str = "forge/v1";
 /// The most ranks of a replica.
@@ -72,6 +74,10 @@ pub struct ModelServiceSpec {
     pub replicas: u32,
     /// Shards of each copy.
     pub layout: Layout,
+    /// How copies are replaced when the wish changes. Left out of documents where it is the default, for builds of level 1
+    /// do not know it.
+    #[serde(skip_serializing_if = "RolloutSpec::is_default")]
+    pub rollout: RolloutSpec,
     /// A Jinja file that replaces the model's own chat template.
     pub chat_template: Option<String>,
     /// Where the API listens.
@@ -99,6 +105,7 @@ impl Default for ModelServiceSpec {
             check_weights: true,
             replicas: 1,
             layout: Layout::default(),
+            rollout: RolloutSpec::default(),
             chat_template: None,
             gateway: GatewaySpec::default(),
         }
@@ -336,7 +343,7 @@ impl ModelService {
         if spec.replicas == 0 {
             return fail("spec.replicas", "must be at least 1; `forgectl delete NAME` ends the last one".into());
         }
-        Ok(())
+        spec.rollout.check().or_else(|(field, reason)| fail(field, reason))
     }
 }
 

@@ -88,11 +88,13 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
         let probing = tokio::task::spawn_blocking(wish);
         probing.await.map_err(|error| cannot(format!("looking for devices: {error}")))?
     };
+    let build = forge_cluster::build::of_this_process().map_err(cannot)?;
     let spec = NodeSpec {
         id: NodeId::from(options.name.as_str()),
         role: Role::Worker,
         incarnation: incarnation::next(&options.data_dir, now_ms()).map_err(|error| cannot_start(error.to_string()))?,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: build.version,
+        level: build.level,
         address: options.advertise.clone().unwrap_or_else(|| address.to_string()),
         metrics_address: metrics_address.to_string(),
         devices: infos,

@@ -77,6 +77,8 @@ impl ClusterApi for Leader {
             revision: Revision(1),
             members: Vec::new(),
             version: "test".into(),
+            level: forge_shared::version::LEVEL,
+            older: Vec::new(),
         };
         Box::pin(async move { Ok(status) })
     }

@@ -96,6 +96,7 @@ async fn run(config: &CoordinatorConfig, founds_group: bool) -> Result<(), Coord
         heartbeat: Duration::from_millis(config.heartbeat_ms),
         surroundings: Surroundings::default(),
         certificates: CertificateOptions { life: Duration::from_secs(config.certificate_life_s), ..CertificateOptions::default() },
+        build: forge_cluster::build::of_this_process().map_err(start)?,
     };
     let prepared = tokio::select! {
         prepared = prepare(options) => prepared?,

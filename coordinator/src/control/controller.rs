@@ -16,13 +16,17 @@ use forge_shared::plan::{ModelFacts, Plan, Refusal};
 use forge_shared::spec::ModelService;
 
 use super::commit::Commit;
+use super::deadline::Deadlines;
 use super::failures::Failures;
 use super::inspect::Inspections;
 use super::lease::LeaseTable;
-use super::rollout::{Replaced, Work};
+use super::rollout::{Budget, Replaced, Work};
 use super::{RUNS_ON_ONE_NODE, drain_ms, present, wish_of};
 use crate::placement::{self, Cluster, Placement, Wish};
 use crate::state::ClusterState;
+
+/// Ready replicas whose successors are tried in vain in one pass: the others wait for the next.
+const TRIES: usize = 8;
 
 /// What the leader is to do.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,6 +67,7 @@ pub struct Controller {
     lost_since_ms: BTreeMap<NodeId, u64>,
     /// Nodes that were proposed to be lost or removed, and when to propose it again.
     proposed_nodes: BTreeMap<(NodeId, Incarnation), u64>,
+    deadlines: Deadlines,
     /// The state that a placement was proposed for, and when to propose it again.
     proposed_plans: Option<(Revision, u64)>,
 }
@@ -80,9 +85,12 @@ impl Controller {
         self.inspections.decide(now_ms, state, &mut intents);
         self.failures.follow(now_ms, state);
         self.watch_draining(now_ms, state);
+        intents.extend(self.deadlines.decide(now_ms, state).into_iter().map(Intent::Propose));
         let is_waited_for = |(basis, again_ms): (Revision, u64)| basis == state.placement_revision() && now_ms < again_ms;
+        let moves_nothing = |intent: &Intent| {
+            matches!(intent, Intent::Inspect { .. } | Intent::Propose(Command::RecordWait { .. } | Command::RecordRollout { .. }))
+        };
         // A placement beside the loss of a node would be stale when it is applied; what a service waits for moves nothing.
-        let moves_nothing = |intent: &Intent| matches!(intent, Intent::Inspect { .. } | Intent::Propose(Command::RecordWait { .. }));
         if intents.iter().all(moves_nothing)
             && !self.proposed_plans.is_some_and(is_waited_for)
             && let Some(commit) = self.place(now_ms, state)
@@ -192,11 +200,26 @@ impl Controller {
         let mut placed = 0;
         let (failed, often) = self.failures.nodes(name);
         let mut refusal = None;
+        let (mut homeless, mut budget) = (0, work.budget);
         for &index in &work.missing {
             if commit.is_full() {
                 return None;
             }
             let refused = placing.somewhere(index, &[&failed, &often]).err();
+            // One that stands beside its predecessor and found no other place may have that one's, unless it is itself what
+            // failed.
+            if refused.is_some()
+                && failed.is_empty()
+                && budget.available > budget.floor
+                && let Some(before) = Replaced::predecessor(service, index)
+                && placing.refused_instead(&before, &often, None).is_none()
+            {
+                budget.available -= 1;
+                remove(commit, [before.id(name)]);
+                continue;
+            }
+            // Neither one that failed where it was nor one whose place comes free fits nowhere.
+            homeless += usize::from(refused.is_some() && often.is_empty() && !work.waits && is_gone(service, index));
             // Where a predecessor still finishes its requests its memory comes free soon.
             refusal = refusal.or(refused.filter(|_| !work.waits));
             placed += placing.give(placed, commit);
@@ -213,28 +236,21 @@ impl Controller {
             }
             placed += placing.give(placed, commit);
         }
-        for replaced in &work.ready {
-            let elsewhere: Vec<NodeId> = often.iter().chain(&replaced.nodes).cloned().collect();
-            // A place with less context is no place for what answers, unless it must go.
-            let moved = match replaced.is_forced_off {
-                true => placing.somewhere(replaced.index, &[&elsewhere]),
-                false => placing.one(replaced.index, &elsewhere, placing.served_len(replaced)),
-            };
-            let Err(refused) = moved else { break };
-            if replaced.is_forced_off || !replaced.is_on_draining && placing.fits_instead(replaced, &often) {
-                remove(commit, [replaced.id(name)]);
-                refusal = refusal.or(Some(refused).filter(|_| replaced.is_forced_off));
-                break;
-            }
-            refusal = refusal.or(Some(refused));
-            // One that serves on where it is, until there is room elsewhere, holds up nobody else's change.
-            if !replaced.is_on_draining {
-                break;
-            }
+        let changes = Changes { service, work, budget, often: &often, homeless };
+        let (drained, changed) = work.ready.split_at(work.ready.partition_point(|replaced| replaced.is_on_draining));
+        let (refused, is_moving) = placing.empty_nodes(drained, &often, &mut placed, commit);
+        refusal = refusal.or(refused);
+        if is_moving {
+            return refusal;
         }
-        placing.give(placed, commit);
-        refusal
+        refusal.or(placing.replace_changed(&changes, changed, &mut placed, commit))
     }
+}
+
+/// Whether nothing of an index is there, nor on its way out.
+fn is_gone(service: &ServiceRecord, index: u32) -> bool {
+    let leaving = service.leaving.iter().map(|leaving| &leaving.replica);
+    service.replicas.iter().chain(leaving).all(|replica| replica.plan.replica.index != index)
 }
 
 /// Whether a wished replica is not there, or does not run.
@@ -262,6 +278,18 @@ impl Replaced {
 fn others<'a>(service: &'a ServiceRecord, made: &'a [Plan], index: u32) -> Vec<&'a Plan> {
     let (_, standing) = present(service);
     standing.into_iter().filter(|plan| plan.replica.index != index).chain(made).collect()
+}
+
+/// What is known besides the ready replicas whose wish was changed.
+struct Changes<'a> {
+    service: &'a ServiceRecord,
+    work: &'a Work,
+    /// What of the strategy is left.
+    budget: Budget,
+    /// Nodes where the service failed too often.
+    often: &'a [NodeId],
+    /// Wished replicas that fit nowhere.
+    homeless: usize,
 }
 
 /// One service's placement in the making.
@@ -294,7 +322,7 @@ impl Placing<'_> {
 
     /// Places one replica off `avoided` nodes, and off those where an older epoch of it still runs.
     fn one(&mut self, index: u32, avoided: &[NodeId], kept_len: Option<usize>) -> Result<(), Refusal> {
-        let Placement { plans, refusal } = self.plan(index, avoided, kept_len);
+        let Placement { plans, refusal } = self.plan(index, avoided, kept_len, None);
         if let Some(plan) = plans.first() {
             self.epoch = plan.epoch;
         }
@@ -308,14 +336,90 @@ impl Placing<'_> {
         plans.map(|plan| commit.plan(PlannedReplica { plan, generation: self.service.generation })).count()
     }
 
-    /// Whether a replica's successor fits where it is now, once it is gone.
-    fn fits_instead(&mut self, replaced: &Replaced, avoided: &[NodeId]) -> bool {
-        let Some(old) = self.service.replicas.iter().find(|replica| replica.plan.epoch == replaced.epoch) else { return false };
+    /// Moves the first replica off its drained node that can be: one whose node is not drained by force keeps its context,
+    /// and serves on where it is until there is room elsewhere; another ends without a successor. What was refused, and
+    /// whether one moves or ends.
+    fn empty_nodes(&mut self, drained: &[Replaced], often: &[NodeId], placed: &mut usize, commit: &mut Commit) -> (Option<Refusal>, bool) {
+        let mut refusal = None;
+        for replaced in drained {
+            if commit.is_full() {
+                return (refusal, true);
+            }
+            let elsewhere: Vec<NodeId> = often.iter().chain(&replaced.nodes).cloned().collect();
+            // A place with less context is no place for what answers, unless it must go.
+            let moved = match replaced.is_forced_off {
+                true => self.somewhere(replaced.index, &[&elsewhere]),
+                false => self.one(replaced.index, &elsewhere, self.served_len(replaced)),
+            };
+            *placed += self.give(*placed, commit);
+            let Err(refused) = moved else { return (refusal, true) };
+            refusal = refusal.or(Some(refused));
+            if replaced.is_forced_off {
+                remove(commit, [replaced.id(self.name)]);
+                return (refusal, true);
+            }
+        }
+        (refusal, false)
+    }
+
+    /// Replaces ready replicas as far as the strategy lets it: beside them, or else in their places. What fits nowhere is
+    /// refused while nothing else is under way.
+    fn replace_changed(&mut self, changes: &Changes<'_>, changed: &[Replaced], placed: &mut usize, commit: &mut Commit) -> Option<Refusal> {
+        let Changes { service, work, mut budget, often, homeless } = *changes;
+        let mut refusal = None;
+        let mut tries = TRIES;
+        for (position, replaced) in changed.iter().enumerate() {
+            if commit.is_full() || tries == 0 {
+                break;
+            }
+            let may_take_away = budget.may_take_away(homeless);
+            let is_first = position == 0 && !budget.is_surging;
+            if budget.surge == 0 && !may_take_away && !is_first {
+                break;
+            }
+            let mut refused = None;
+            if budget.surge > 0 {
+                let elsewhere: Vec<NodeId> = often.iter().chain(&replaced.nodes).cloned().collect();
+                refused = self.one(replaced.index, &elsewhere, self.served_len(replaced)).err();
+                if refused.is_none() {
+                    budget.surge -= 1;
+                    budget.is_surging = true;
+                    *placed += self.give(*placed, commit);
+                    continue;
+                }
+                tries -= 1;
+            }
+            match self.refused_instead(replaced, often, self.served_len(replaced)) {
+                None if may_take_away => {
+                    budget.available -= 1;
+                    remove(commit, [replaced.id(self.name)]);
+                }
+                // Nobody may be missing, and there is no room beside: nothing will change that.
+                None if is_first && budget.available >= service.service.spec.replicas as usize => {
+                    let one = vec![("rollout.maxUnavailable".to_owned(), "1".to_owned())];
+                    refusal = refusal.or(refused.map(|refused| Refusal { nearest: one, ..refused }));
+                }
+                None => {}
+                Some(instead) => {
+                    tries = tries.saturating_sub(1);
+                    let is_alone = !work.waits && !budget.is_surging && work.missing.is_empty() && work.unready.is_empty();
+                    refusal = refusal.or(refused.or(Some(instead)).filter(|_| is_alone));
+                }
+            }
+        }
+        refusal
+    }
+
+    /// Why a replica's successor does not fit where it is now, once it is gone; nothing where it does. `kept_len` as of
+    /// [`Placing::plan`].
+    fn refused_instead(&mut self, replaced: &Replaced, avoided: &[NodeId], kept_len: Option<usize>) -> Option<Refusal> {
+        let leaving = self.service.leaving.iter().map(|leaving| &leaving.replica);
+        let old = self.service.replicas.iter().chain(leaving).find(|replica| replica.plan.epoch == replaced.epoch)?;
         self.cluster.release(&old.plan);
-        let plans = self.plan(replaced.index, avoided, self.served_len(replaced)).plans;
+        let Placement { plans, refusal } = self.plan(replaced.index, avoided, kept_len, Some(replaced.epoch));
         plans.iter().for_each(|plan| self.cluster.release(plan));
         self.cluster.take(&old.plan);
-        !plans.is_empty()
+        refusal
     }
 
     /// The context that the generation has had, where nothing that stands says which.
@@ -331,12 +435,14 @@ impl Placing<'_> {
         longest_len.and(own).or(longest_len)
     }
 
+    /// A plan off `avoided` nodes and off those where an older epoch of the replica runs, but for one that is to be `gone`.
     /// `kept_len`, if given, is the context it has instead of the longest that fits; a stated one goes before.
-    fn plan(&mut self, index: u32, avoided: &[NodeId], kept_len: Option<usize>) -> Placement {
+    fn plan(&mut self, index: u32, avoided: &[NodeId], kept_len: Option<usize>, gone: Option<Epoch>) -> Placement {
         let mut spec = self.service.service.spec.clone();
         spec.max_model_len = spec.max_model_len.or(kept_len);
         let standing = others(self.service, &self.plans, index);
-        let older = self.service.leaving.iter().filter(|leaving| leaving.replica.plan.replica.index == index);
+        let is_older = |plan: &Plan| plan.replica.index == index && Some(plan.epoch) != gone;
+        let older = self.service.leaving.iter().filter(|leaving| is_older(&leaving.replica.plan));
         let older = older.flat_map(|leaving| leaving.replica.plan.ranks.iter().map(|rank| rank.node.clone()));
         let avoided: Vec<(u32, NodeId)> = avoided.iter().cloned().chain(older).map(|node| (index, node)).collect();
         let wish = Wish {

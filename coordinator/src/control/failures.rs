@@ -52,7 +52,8 @@ impl Failures {
     pub fn follow(&mut self, now_ms: u64, state: &ClusterState) {
         self.services.retain(|name, _| state.services().contains_key(name));
         for (name, service) in state.services() {
-            let failed = service.replicas.iter().filter(|replica| !runs(replica));
+            // What failed under an older wish says nothing of this one.
+            let failed = service.replicas.iter().filter(|replica| !runs(replica) && replica.generation == service.generation);
             if failed.clone().next().is_none() && !self.services.contains_key(name) {
                 continue;
             }

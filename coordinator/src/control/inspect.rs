@@ -79,7 +79,7 @@ impl Inspections {
             if now_ms.saturating_sub(since_ms) >= SAY_AFTER_MS && now_ms >= known.say_again_ms {
                 known.say_again_ms = now_ms.saturating_add(SAY_AFTER_MS);
                 let command = Command::RecordWait { name: name.clone(), generation: service.generation, waits_for };
-                intents.push(Intent::Propose(command));
+                intents.extend(state.check_level(&command).is_ok().then_some(Intent::Propose(command)));
             }
         }
     }
@@ -152,7 +152,7 @@ impl Inspections {
                 known.give_up_question(now_ms);
                 return None;
             }
-            Some(Ok(facts)) => Ok(facts),
+            Some(Ok(facts)) => Ok(state.known_facts(facts)),
             Some(Err(reason)) => {
                 known.refused.insert(node.clone(), reason);
                 let refused = &known.refused;

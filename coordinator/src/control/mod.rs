@@ -9,6 +9,7 @@
 
 mod commit;
 mod controller;
+mod deadline;
 mod failures;
 mod inspect;
 mod lease;
@@ -124,7 +125,30 @@ pub fn plan_service(state: &ClusterState, service: &ModelService, facts: &ModelF
                 .to_owned(),
         );
     }
+    notes.extend(known.filter(|known| !known.is_deleted).and_then(|known| how_it_rolls(known, service)));
     Ok(PlannedService { service: service.clone(), changes, plans, refused_devices, notes })
+}
+
+/// How a changed wish would be rolled out, in a sentence.
+fn how_it_rolls(known: &ServiceRecord, service: &ModelService) -> Option<String> {
+    let old = known.replicas.iter().filter(|replica| runs(replica)).count();
+    if !changes_replicas(&known.service, service) || old == 0 {
+        return None;
+    }
+    let (wished, rollout) = (service.spec.replicas, &service.spec.rollout);
+    let (surge, unavailable) = (rollout.surge(wished), rollout.unavailable(wished));
+    let beside = match surge {
+        0 => "none beside the one that it replaces (rollout.maxSurge)".to_owned(),
+        surge => format!("up to {surge} at a time beside those that they replace (rollout.maxSurge)"),
+    };
+    let instead = match unavailable {
+        0 => "and none takes a place before its successor is ready (rollout.maxUnavailable is 0)".to_owned(),
+        count => format!("and where there is no room for both up to {count} of {wished} may be missing (rollout.maxUnavailable)"),
+    };
+    let (next, deadline_s) = (known.generation + 1, rollout.progress_deadline_s);
+    Some(format!(
+        "it would become generation {next}: {old} replicas are replaced, {beside}, {instead}; without progress for {deadline_s} s it is said to be stuck"
+    ))
 }
 
 /// Whether a rank of a plan is on a node that is being emptied.

@@ -1,8 +1,11 @@
+mod rollouts;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use forge_shared::cluster::node::NodePhase;
 use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport, ReplicaStatus};
 use forge_shared::plan::Refusal;
+use forge_shared::rollout::RolloutSpec;
 use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
 use proptest::prelude::*;
 
@@ -23,6 +26,8 @@ struct Leader {
     alive: Vec<(String, u64)>,
     /// Nodes on which every replica fails.
     broken: Vec<String>,
+    /// Batch sizes with which every replica fails: a bad wish.
+    bad_batches: Vec<usize>,
     /// Replicas that were ever told to drain.
     drained: Vec<Plan>,
     weights_mib: u64,
@@ -42,6 +47,7 @@ impl Leader {
             now_ms: 0,
             alive,
             broken: Vec::new(),
+            bad_batches: Vec::new(),
             drained: Vec::new(),
             weights_mib: 100,
             proposed: 0,
@@ -96,7 +102,8 @@ impl Leader {
         for (node, incarnation) in self.alive.clone() {
             let id = NodeId(node.clone());
             for assignment in assignments(&self.world.state, &id) {
-                let phase = match (self.broken.contains(&node), assignment.drain_ms) {
+                let fails = self.broken.contains(&node) || self.bad_batches.contains(&assignment.plan.max_batch_size);
+                let phase = match (fails, assignment.drain_ms) {
                     (_, Some(_)) => ReplicaPhase::Stopped,
                     (true, None) => ReplicaPhase::Failed,
                     (false, None) => ReplicaPhase::Ready,
@@ -537,7 +544,8 @@ fn a_device_that_cannot_run_is_refused_once_and_not_tried_again_and_again() {
     node.devices[0].cannot_run = Some("this build has no kernels for cuda".into());
     world.run(Command::JoinNode { spec: Box::new(node) }).expect("joins");
     let mut leader = Leader::new(world);
-    leader.apply("demo", spec(1));
+    // So long that it is not said to be stuck meanwhile.
+    leader.apply("demo", ModelServiceSpec { rollout: RolloutSpec { progress_deadline_s: 86_400, ..Default::default() }, ..spec(1) });
     leader.settle(20_000);
     let refusal = leader.service("demo").refusal.as_ref().map(Refusal::to_string).unwrap_or_default();
     assert!(refusal.contains("no kernels for cuda"), "{refusal}");

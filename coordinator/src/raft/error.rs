@@ -66,6 +66,14 @@ pub enum RaftError {
         /// The state machine's word.
         why: String,
     },
+    /// An entry that this build does not know.
+    #[error("entry {index} of the log cannot be applied: {why}")]
+    Entry {
+        /// Its place in the log.
+        index: u64,
+        /// The state machine's word.
+        why: String,
+    },
     /// Options that do not fit together.
     #[error("raft options: {0}")]
     Options(String),

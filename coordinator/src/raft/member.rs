@@ -377,8 +377,7 @@ impl<D: Disk> Member<D> {
             self.core.applied(self.applied);
         }
         committed.extend(more);
-        self.apply(committed, sink);
-        Ok(())
+        self.apply(committed, sink)
     }
 
     fn write(&mut self, batch: &Batch) -> Result<(), RaftError> {
@@ -423,11 +422,15 @@ impl<D: Disk> Member<D> {
         Ok(())
     }
 
-    fn apply(&mut self, committed: Vec<Committed>, sink: &mut dyn Sink) {
+    fn apply(&mut self, committed: Vec<Committed>, sink: &mut dyn Sink) -> Result<(), RaftError> {
         if committed.is_empty() {
-            return;
+            return Ok(());
         }
         for entry in committed {
+            if let CommittedKind::Data(data) = &entry.what {
+                let index = entry.index;
+                self.machine.knows(data).map_err(|why| RaftError::Entry { index, why })?;
+            }
             let pending = self.pending.remove(&entry.index);
             let is_ours = pending.as_ref().is_some_and(|pending| pending.term == entry.term);
             self.applied = entry.index;
@@ -455,6 +458,7 @@ impl<D: Disk> Member<D> {
             }
         }
         self.core.applied(self.applied);
+        Ok(())
     }
 
     /// Whoever proposed to a leader that is none any more learns that the outcome is open.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use forge_proto::raft as wire;
+use forge_shared::version::{Build, FIRST_LEVEL};
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use prost::Message as _;
@@ -35,8 +36,9 @@ pub fn not_a_member(id: u64) -> Status {
 /// Makes a channel to a member; called again after each failure. The error is for the log.
 pub type Connector = Arc<dyn Fn(u64) -> BoxFuture<'static, Result<Channel, String>> + Send + Sync>;
 
-/// Says who is at the other end of a connection, from what TLS left in the request's extensions.
-pub type SenderCheck = Arc<dyn Fn(&tonic::Extensions) -> Result<Speaker, Status> + Send + Sync>;
+/// Says who is at the other end of a connection, from what TLS left in the request's extensions, and is told what the
+/// sender says it is a build of.
+pub type SenderCheck = Arc<dyn Fn(&tonic::Extensions, Build) -> Result<Speaker, Status> + Send + Sync>;
 
 /// Whether a sender may speak as this member now. Asked for every batch: members are removed while their streams are open.
 pub type Speaker = Box<dyn Fn(u64) -> Result<(), Status> + Send + Sync>;
@@ -55,6 +57,7 @@ const DEADLINE: Duration = Duration::from_secs(2);
 const IDLE: Duration = Duration::from_secs(300);
 /// Between two chunks of a snapshot.
 const CHUNK_DEADLINE: Duration = Duration::from_secs(30);
+const MAX_VERSION_CHARS: usize = 64;
 const SHORTEST_BACKOFF: Duration = Duration::from_millis(20);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(1);
 
@@ -69,9 +72,14 @@ pub fn peer_endpoint(endpoint: Endpoint) -> Endpoint {
         .keep_alive_while_idle(true)
 }
 
+/// Headers of every call: the sender's build. Who sends none is of the first release.
+const VERSION_HEADER: &str = "forge-version";
+const LEVEL_HEADER: &str = "forge-level";
+
 /// The sending side.
 pub struct GrpcTransport {
     cluster_id: String,
+    build: Build,
     connector: Connector,
     runtime: tokio::runtime::Handle,
     handle: OnceLock<RaftHandle>,
@@ -84,9 +92,10 @@ pub struct GrpcTransport {
 impl GrpcTransport {
     /// For a member of `cluster_id`; its tasks run on `runtime`.
     #[must_use]
-    pub fn new(cluster_id: impl Into<String>, connector: Connector, runtime: tokio::runtime::Handle) -> Arc<Self> {
+    pub fn new(cluster_id: impl Into<String>, build: Build, connector: Connector, runtime: tokio::runtime::Handle) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             cluster_id: cluster_id.into(),
+            build,
             connector,
             runtime,
             handle: OnceLock::new(),
@@ -166,10 +175,10 @@ async fn carry(weak: std::sync::Weak<GrpcTransport>, to: u64, mut queue: mpsc::R
         let Some(first) = queue.recv().await else { return };
         let Some(transport) = weak.upgrade() else { return };
         let connected = transport.client(to).await;
-        let cluster_id = transport.cluster_id.clone();
+        let (cluster_id, build) = (transport.cluster_id.clone(), transport.build.clone());
         drop(transport);
         let why = match connected {
-            Ok(client) => match stream(client, &cluster_id, first, &mut queue, &mut backoff).await {
+            Ok(client) => match stream(client, (&cluster_id, &build), first, &mut queue, &mut backoff).await {
                 Some(why) => why,
                 None => return,
             },
@@ -213,13 +222,13 @@ impl Broken {
 /// Sends until the stream breaks (why), or nobody sends any more (`None`).
 async fn stream(
     mut client: RaftClient<Channel>,
-    cluster_id: &str,
+    (cluster_id, build): (&str, &Build),
     first: Vec<wire::Message>,
     queue: &mut mpsc::Receiver<Vec<wire::Message>>,
     backoff: &mut Duration,
 ) -> Option<Broken> {
     let (sender, batches) = mpsc::channel(16);
-    let call = client.messages(ReceiverStream::new(batches));
+    let call = client.messages(stating(build, ReceiverStream::new(batches)));
     tokio::pin!(call);
     let mut waiting = vec![first];
     loop {
@@ -244,6 +253,31 @@ async fn stream(
             }
         }
     }
+}
+
+/// A request that says what its sender is a build of.
+#[must_use]
+pub fn stating<T>(build: &Build, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let headers = request.metadata_mut();
+    headers.insert(LEVEL_HEADER, build.level.into());
+    // A version that is no header is for people only.
+    drop(build.version.parse().map(|version| headers.insert(VERSION_HEADER, version)));
+    request
+}
+
+/// What a request's sender says it is a build of.
+fn stated<T>(request: &Request<T>) -> Result<Build, Status> {
+    let header = |name| request.metadata().get(name).and_then(|value| value.to_str().ok());
+    let level = match request.metadata().get(LEVEL_HEADER) {
+        None => FIRST_LEVEL,
+        Some(_) => {
+            let level = header(LEVEL_HEADER).and_then(|text| text.parse().ok()).filter(|level| *level >= FIRST_LEVEL);
+            level.ok_or_else(|| Status::invalid_argument(format!("the header {LEVEL_HEADER} is no level")))?
+        }
+    };
+    let version = header(VERSION_HEADER).unwrap_or_default().chars().take(MAX_VERSION_CHARS).collect();
+    Ok(Build { version, level })
 }
 
 /// Packs messages into batches, in order.
@@ -291,7 +325,7 @@ async fn push_snapshot(transport: &GrpcTransport, to: u64, message: wire::Messag
         offset = end;
         Some(chunk)
     });
-    let call = client.install_snapshot(tokio_stream::iter(chunks));
+    let call = client.install_snapshot(stating(&transport.build, tokio_stream::iter(chunks)));
     match timeout(deadline, call).await {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(status)) => Err(status.to_string()),
@@ -339,7 +373,7 @@ fn refusal(error: RaftError) -> Status {
 #[tonic::async_trait]
 impl Raft for RaftService {
     async fn messages(&self, request: Request<Streaming<wire::MessageBatch>>) -> Result<Response<wire::Received>, Status> {
-        let speaker = (self.check)(request.extensions())?;
+        let speaker = (self.check)(request.extensions(), stated(&request)?)?;
         let mut batches = request.into_inner();
         while let Ok(batch) = timeout(IDLE, batches.message()).await {
             let Some(batch) = batch? else { break };
@@ -356,7 +390,7 @@ impl Raft for RaftService {
     }
 
     async fn install_snapshot(&self, request: Request<Streaming<wire::SnapshotChunk>>) -> Result<Response<wire::Received>, Status> {
-        let speaker = (self.check)(request.extensions())?;
+        let speaker = (self.check)(request.extensions(), stated(&request)?)?;
         let mut chunks = request.into_inner();
         // One at a time: each may take as much memory as a snapshot may.
         let _one = self.arriving.try_lock().map_err(|_| Status::resource_exhausted("another snapshot is arriving; try again"))?;

@@ -7,6 +7,14 @@ pub type Frozen = Box<dyn FnOnce() -> Vec<u8> + Send>;
 
 /// What the group replicates. Lives on the raft thread: `apply` must be quick, deterministic and must not fail.
 pub trait StateMachine: Send + 'static {
+    /// Whether this build knows how to apply an entry. Asked before each [`StateMachine::apply`].
+    ///
+    /// # Errors
+    /// Which build does; the member then stops rather than go on with another state than its peers.
+    fn knows(&self, data: &[u8]) -> Result<(), String> {
+        let _ = data;
+        Ok(())
+    }
     /// Applies the entry at `index`; the reply goes to the proposer if it is at this member. Called once per index, in
     /// order, with gaps where raft itself used an index.
     fn apply(&mut self, index: u64, data: &[u8]) -> Vec<u8>;

@@ -13,6 +13,7 @@ use forge_proto::node::{JoinReply, JoinRequest};
 use forge_shared::cluster::command::{Command, CommandError, MemberRecord};
 use forge_shared::cluster::node::{NodePhase, Role};
 use forge_shared::ids::NodeId;
+use forge_shared::version::{Build, FIRST_LEVEL};
 use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
@@ -62,6 +63,9 @@ impl AdmissionService {
         let id = format!("join-{}-{role}-{}", request.name, hex::encode(&digest[..16]));
         let command = Command::UseJoinToken { id: request.token_id.clone(), role, node: request.name.clone() };
         self.check_token(&request, &id, &command)?;
+        let build = Build { version: request.version.clone(), level: request.level.max(FIRST_LEVEL) };
+        // Later it would be refused as well, and the token used up.
+        coordinator.0.replicated.read().check_build(role, &request.name, &build)?;
         let identity = Identity::new(&coordinator.0.options.cluster_id, role, &request.name)
             .map_err(|error| CoordinatorError::message("name", error))?;
         // Before the token is used up: a request that cannot be signed uses nothing.
@@ -72,7 +76,7 @@ impl AdmissionService {
         let applied = coordinator.submit(submission, timeout).await?;
         let member_id = if is_coordinator {
             // No member ever had this number: it is the place of this very use in the log.
-            self.add_member(MemberRecord { id: applied.revision.0, name: request.name, address: request.address }, timeout).await?
+            self.add_member(MemberRecord::new(applied.revision.0, &request.name, &request.address, build), timeout).await?
         } else {
             0
         };

@@ -47,7 +47,7 @@ fn reason(refused: Result<forge_shared::cluster::command::Applied, CommandError>
 fn world() -> World {
     let mut world = World::new();
     world.join("w1", 1, &[64]).expect("joins");
-    world.run(Command::PutMember { member: MemberRecord { id: 1, name: "c1".into(), address: "c:7000".into() } }).expect("new");
+    world.run(Command::PutMember { member: MemberRecord::new(1, "c1", "c:7000", Default::default()) }).expect("new");
     for (role, name, serial) in [(Role::Worker, "w1", "01"), (Role::Coordinator, "c1", "02"), (Role::Admin, "root", "03")] {
         put(&mut world, role, name, serial, OLD, &[OLD]);
     }

@@ -12,6 +12,7 @@ use forge_shared::cluster::node::{DeviceInfo, DeviceKind, NodeSpec, Role};
 use forge_shared::ids::{Epoch, Incarnation, NodeId, ServiceName};
 use forge_shared::plan::{ModelFacts, ModelShape};
 use forge_shared::spec::{ModelService, ModelServiceSpec};
+use forge_shared::version::{FIRST_LEVEL, LEVEL};
 
 use super::{ClusterState, check_rules, snapshot};
 
@@ -21,11 +22,13 @@ static START: LazyLock<ClusterState> = LazyLock::new(start);
 /// A cluster of two workers and a service whose model is known, at revision 4.
 fn start() -> ClusterState {
     let mut state = ClusterState::new("fuzz");
+    state.level = LEVEL;
     let worker = |id: &str| NodeSpec {
         id: NodeId::from(id),
         role: Role::Worker,
         incarnation: Incarnation(1),
         version: "1".into(),
+        level: forge_shared::version::LEVEL,
         address: format!("{id}:7100"),
         metrics_address: String::new(),
         devices: vec![DeviceInfo {
@@ -143,7 +146,8 @@ pub fn fuzz_envelopes(bytes: &[u8]) {
 /// Bytes as a snapshot: as they are, and as a body whose first line is right. What is taken must encode to what it came
 /// from, once written by this build.
 pub fn fuzz_snapshot(bytes: &[u8]) {
-    for bytes in [bytes.to_vec(), snapshot::with_header(bytes)] {
+    let framed = (FIRST_LEVEL..=LEVEL).map(|level| snapshot::with_header(level, bytes));
+    for bytes in framed.chain([bytes.to_vec()]) {
         if let Ok(state) = ClusterState::decode(&bytes) {
             let again = ClusterState::decode(&state.encode());
             assert_eq!(again.as_ref(), Ok(&state), "a snapshot changes when it is read");

@@ -41,7 +41,7 @@ mod tests {
         let mut world = World::new();
         world.join("a", 1, &[64]).expect("joins");
         world.apply("s", ModelServiceSpec::default()).expect("applied");
-        world.run(Command::PutMember { member: MemberRecord { id: 1, name: "c1".into(), address: "c:7000".into() } }).expect("new");
+        world.run(Command::PutMember { member: MemberRecord::new(1, "c1", "c:7000", Default::default()) }).expect("new");
         world.run(Command::RemoveMember { id: 1 }).expect("removed");
         let ca = |digits: &str| CaRecord { sha256: digits.repeat(32), certificate_pem: "pem".into() };
         world.run(Command::BeginCaRotation { from: ca("aa"), to: ca("bb") }).expect("begun");

@@ -15,6 +15,8 @@ pub const MAX_REPLICAS: u32 = 1_024;
 pub const MAX_REPLICAS_TOTAL: usize = 16_384;
 /// Older wishes of one service that still have replicas.
 pub const MAX_OLDER_WISHES: usize = 8;
+/// Earlier wishes of one service to go back to; the oldest go first.
+pub const MAX_HISTORY: usize = 8;
 /// Bytes of one service's wish as JSON.
 pub const MAX_SERVICE_BYTES: usize = 64 << 10;
 /// API keys, revoked ones included.

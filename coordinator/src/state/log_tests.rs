@@ -13,6 +13,7 @@ use forge_shared::cluster::node::{NodePhase, Role};
 use forge_shared::cluster::service::{Facts, ReplicaPhase, ReplicaReport, ReplicaStatus};
 use forge_shared::ids::{Epoch, Incarnation, NodeId, ServiceName};
 use forge_shared::plan::Plan;
+use forge_shared::rollout::RolloutSpec;
 use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
 use proptest::prelude::*;
 
@@ -70,7 +71,7 @@ impl Log {
         let incarnation = |id: &NodeId| state.nodes().get(id).map_or(1, |node| node.spec.incarnation.0);
         let (node, name) = (node_id(a), service_name(a));
         let bent = c % 4 == 0;
-        match kind % 26 {
+        match kind % 28 {
             0 | 1 => {
                 let layout = if b.is_multiple_of(8) { Layout { tensor: 2, ..Layout::default() } } else { Layout::default() };
                 let spec = ModelServiceSpec {
@@ -78,6 +79,7 @@ impl Log {
                     max_batch_size: 1 + usize::from(c % 2),
                     kv_memory: Some(ByteSize(40 * MIB)),
                     layout,
+                    rollout: RolloutSpec { progress_deadline_s: if c % 8 == 1 { 60 } else { 600 }, ..Default::default() },
                     ..Default::default()
                 };
                 Command::ApplyService { service: Box::new(service(&name.0, spec)) }
@@ -107,7 +109,7 @@ impl Log {
             18 => Command::DrainNode { node, draining: b.is_multiple_of(2), is_forced: b.is_multiple_of(4) },
             19 => Command::RemoveNode { node },
             20 => self.token(a, b, c),
-            23..=25 => self.certificate(a, b, c),
+            24..=26 => self.certificate(a, b, c),
             21 => match b % 4 {
                 0 => Command::RevokeKey { name: format!("k{}", a % 3) },
                 1 => {
@@ -135,9 +137,17 @@ impl Log {
                     Command::PutKey { key: Box::new(key) }
                 }
             },
+            22 => Command::UndoService { name, to: (b % 3 != 0).then(|| u64::from(c % 6)) },
+            23 => match b % 3 {
+                0 => Command::RaiseLevel { level: 1 + u32::from(c % 3) },
+                _ => {
+                    let generation = state.services().get(&name).map_or(1, |service| service.generation);
+                    Command::RecordRollout { name, generation, stuck: (!bent).then(|| format!("no room {c}")) }
+                }
+            },
             _ if bent => Command::RemoveMember { id: u64::from(a % 4) },
             _ => {
-                let member = MemberRecord { id: u64::from(a % 4), name: format!("c{}", b % 4), address: format!("c{}:7000", b % 4) };
+                let member = MemberRecord::new(u64::from(a % 4), &format!("c{}", b % 4), &format!("c{}:7000", b % 4), Default::default());
                 Command::PutMember { member }
             }
         }
@@ -295,7 +305,7 @@ fn random_logs_reach_every_command() {
             log.entries.push(envelope);
         }
     }
-    assert_eq!(taken.len(), 26, "{taken:?}");
+    assert_eq!(taken.len(), 29, "{taken:?}");
     assert!(placed > 100, "{placed} plans, {taken:?}");
 }
 

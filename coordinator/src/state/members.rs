@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 
 use forge_shared::cluster::command::{CommandError, MemberRecord};
 use forge_shared::cluster::event::{Change, Kind, Object};
+use forge_shared::cluster::node::Role;
 use serde::{Deserialize, Serialize};
 
 use super::notices::Weight;
@@ -51,6 +52,7 @@ impl ClusterState {
     pub(super) fn put_member(&mut self, member: &MemberRecord, step: &mut Step) -> Result<Effect, CommandError> {
         checks::label("member.name", &member.name)?;
         checks::address("member.address", &member.address)?;
+        self.check_build(Role::Coordinator, &member.name, &member.build())?;
         if member.id == 0 {
             return checks::invalid("member.id", "must not be 0");
         }
@@ -74,7 +76,7 @@ impl ClusterState {
         }
         self.members.insert(member.id, member.clone());
         step.changes.push(Change::Put { object: Object::Member(member.clone()) });
-        let message = format!("coordinator {} is member {}, at {}", member.name, member.id, member.address);
+        let message = format!("coordinator {} is member {}, at {}, and runs {}", member.name, member.id, member.address, member.build());
         self.notice(step, Weight::Normal, "MemberChanged", format!("member/{}", member.name), message);
         Ok(Effect::CHANGED)
     }
@@ -98,7 +100,7 @@ mod tests {
     use forge_shared::cluster::command::Command;
 
     fn member(id: u64, name: &str) -> Command {
-        Command::PutMember { member: MemberRecord { id, name: name.into(), address: "c:7000".into() } }
+        Command::PutMember { member: MemberRecord::new(id, name, "c:7000", Default::default()) }
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod clock;
 mod fuzz;
 mod history;
 mod idempotency;
+mod level;
 mod limits;
 #[cfg(test)]
 mod log_tests;
@@ -34,6 +35,7 @@ mod snapshot;
 pub(crate) mod test_support;
 #[cfg(test)]
 mod tests;
+mod wishes;
 
 use std::collections::BTreeMap;
 
@@ -45,10 +47,12 @@ use forge_shared::cluster::node::NodeRecord;
 use forge_shared::cluster::service::{ReplicaPhase, ReplicaRecord, ServiceRecord};
 use forge_shared::ids::{Epoch, NodeId, ServiceName};
 use forge_shared::plan::Plan;
+use forge_shared::version::{first_level, is_first_level};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use fuzz::Fuzzed;
 pub use fuzz::{fuzz_envelopes, fuzz_snapshot};
+pub(crate) use level::level_of;
 pub use limits::*;
 #[cfg(test)]
 pub(crate) use plans::check_plan;
@@ -91,6 +95,9 @@ pub struct ClusterState {
     cluster_id: String,
     /// Index of the last entry, whether it changed something or not.
     applied: Revision,
+    /// What all processes know; see `level.rs`.
+    #[serde(default = "first_level", skip_serializing_if = "is_first_level")]
+    level: u32,
     revision: Revision,
     /// The last revision that placement depends on: a node, or a service's wish, facts or placements.
     placement_revision: Revision,
@@ -143,6 +150,8 @@ impl ClusterState {
         ClusterState {
             cluster_id: cluster_id.to_owned(),
             applied: Revision(0),
+            // The same for all members, whatever their build: the first leader raises it.
+            level: first_level(),
             revision: Revision(0),
             placement_revision: Revision(0),
             clock: Clock::default(),
@@ -203,9 +212,12 @@ impl ClusterState {
     }
 
     fn run(&mut self, command: &Command, step: &mut Step) -> Result<Effect, CommandError> {
+        self.check_level(command)?;
         match command {
             Command::ApplyService { service } => self.apply_service(service, step),
             Command::ScaleService { name, replicas } => self.scale_service(name, *replicas, step),
+            Command::UndoService { name, to } => self.undo_service(name, *to, step),
+            Command::RecordRollout { name, generation, stuck } => self.record_rollout(name, *generation, stuck.as_deref(), step),
             Command::DeleteService { name } => self.delete_service(name, step),
             Command::RecordFacts { name, generation, facts } => self.record_facts(name, *generation, facts.as_deref(), step),
             Command::RecordWait { name, generation, waits_for } => self.record_wait(name, *generation, waits_for, step),
@@ -232,6 +244,7 @@ impl ClusterState {
             Command::RecordIdempotency { record } => self.record_idempotency(record),
             Command::PutMember { member } => self.put_member(member, step),
             Command::RemoveMember { id } => self.remove_member(*id, step),
+            Command::RaiseLevel { level } => self.raise_level(*level, step),
         }
     }
 
@@ -365,5 +378,7 @@ fn is_asked(command: &Command) -> bool {
             | Command::LoseNode { .. }
             | Command::RecordCertificate { .. }
             | Command::RecordIdempotency { .. }
+            | Command::RecordRollout { .. }
+            | Command::RaiseLevel { .. }
     )
 }

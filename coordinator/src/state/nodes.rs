@@ -25,6 +25,7 @@ pub(super) struct RemovedNode {
 impl ClusterState {
     pub(super) fn join_node(&mut self, spec: &NodeSpec, step: &mut Step) -> Result<Effect, CommandError> {
         check_spec(spec)?;
+        self.check_build(spec.role, &spec.id.0, &spec.build())?;
         let stale = |known: Incarnation| CommandError::Stale {
             reason: format!(
                 "node {} is known in incarnation {}, and this is {}: a newer process runs under this name; stop one of the two",
@@ -254,7 +255,6 @@ fn check_spec(spec: &NodeSpec) -> Result<(), CommandError> {
     if spec.incarnation.0 == 0 {
         return checks::invalid("spec.incarnation", "must be at least 1");
     }
-    checks::text("spec.version", &spec.version, 64)?;
     checks::address("spec.address", &spec.address)?;
     if !spec.metrics_address.is_empty() {
         checks::address("spec.metricsAddress", &spec.metrics_address)?;

@@ -16,6 +16,7 @@ use forge_shared::spec::{ByteSize, ModelServiceSpec};
 use forge_shared::tree::share;
 
 use super::checks::{bounded, invalid};
+use super::level::KEPT;
 use super::notices::Weight;
 use super::services::leave;
 use super::{ClusterState, Effect, MAX_COMMIT, Step, checks, standing};
@@ -132,7 +133,9 @@ impl ClusterState {
             }
         }
         service.last_epoch = plan.epoch;
-        service.longest_len = service.longest_len.max(Some(plan.max_model_len));
+        if self.level >= KEPT {
+            service.longest_len = service.longest_len.max(Some(plan.max_model_len));
+        }
         if let Some(position) = service.replicas.iter().position(|replica| replica.plan.replica.index == id.index) {
             let old = service.replicas.remove(position);
             let serves = old.status.phase == ReplicaPhase::Ready;

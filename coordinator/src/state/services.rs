@@ -1,6 +1,7 @@
 //! Services: wishes, their generations, and what is known of their models.
 //!
-//! Invariant: a changed wish is a new generation (but for the number of replicas, which changes no replica), and facts
+//! Invariant: a changed wish is a new generation (but for the number of replicas and the
+//! strategy of rollouts, which change no replica), and facts
 //! belong to one generation; an older wish is kept exactly as long as a replica carries it out.
 
 use forge_shared::cluster::command::CommandError;
@@ -36,6 +37,9 @@ impl ClusterState {
                 replicas: Vec::new(),
                 leaving: Vec::new(),
                 older: Vec::new(),
+                history: Vec::new(),
+                changed_ms: self.wish_time_ms(),
+                stuck: None,
                 is_deleted: false,
                 refusal: None,
                 last_epoch: self.epoch_floor,
@@ -64,6 +68,7 @@ impl ClusterState {
                 };
                 record.older.push(OlderWish { generation: record.generation, service: record.service.clone(), weights_digest });
             }
+            self.remember_wish(&mut record, wish);
             record.generation += 1;
             record.longest_len = None;
             record.facts = Facts::NEW;
@@ -239,7 +244,7 @@ pub(super) fn leave(record: &mut ServiceRecord, replica: ReplicaRecord, is_drain
 /// Whether replicas of the one wish cannot carry out the other.
 pub fn changes_replicas(old: &ModelService, new: &ModelService) -> bool {
     let mut old = old.clone();
-    old.spec.replicas = new.spec.replicas;
+    (old.spec.replicas, old.spec.rollout) = (new.spec.replicas, new.spec.rollout);
     old != *new
 }
 
@@ -248,7 +253,7 @@ fn client_names(wish: &ModelService) -> [Option<&str>; 2] {
     [Some(wish.metadata.name.as_str()), wish.spec.model_name.as_deref()]
 }
 
-fn about(name: &ServiceName) -> String {
+pub(super) fn about(name: &ServiceName) -> String {
     format!("service/{name}")
 }
 

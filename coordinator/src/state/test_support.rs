@@ -25,7 +25,9 @@ pub(crate) struct World {
 
 impl World {
     pub fn new() -> Self {
-        World { state: ClusterState::new("test"), index: 0, now_ms: 1_700_000_000_000, changes: Vec::new() }
+        let mut state = ClusterState::new("test");
+        state.level = forge_shared::version::LEVEL;
+        World { state, index: 0, now_ms: 1_700_000_000_000, changes: Vec::new() }
     }
 
     pub fn envelope(&self, command: Command) -> Envelope {
@@ -104,6 +106,7 @@ pub(crate) fn worker(id: &str, incarnation: u64, devices_mib: &[u64]) -> NodeSpe
         role: Role::Worker,
         incarnation: Incarnation(incarnation),
         version: "1.0.0".into(),
+        level: forge_shared::version::LEVEL,
         address: format!("{id}:7100"),
         metrics_address: format!("{id}:9000"),
         devices: devices.collect(),

@@ -407,7 +407,7 @@ fn a_clock_that_jumped_leaves_tokens_and_records_usable() {
     };
     world.run(Command::RecordIdempotency { record: record("before", now_ms + 900_000) }).expect("kept");
     world.now_ms = now_ms + 3_600_000;
-    world.run(Command::PutMember { member: MemberRecord { id: 1, name: "c1".into(), address: "c1:7000".into() } }).expect("an hour ahead");
+    world.run(Command::PutMember { member: MemberRecord::new(1, "c1", "c1:7000", Default::default()) }).expect("an hour ahead");
     assert!(world.state.idempotency("k", "before").is_some(), "a jump does not end a record");
     world.now_ms = now_ms + 1_000;
     world.run(Command::PutJoinToken { token: token(now_ms + 61_000, 1) }).expect("is not born dead");
@@ -458,7 +458,7 @@ fn keys_and_members_keep_their_names() {
     world.run(Command::RevokeKey { name: "team".into() }).expect("revoked");
     assert!(!world.run(Command::RevokeKey { name: "team".into() }).expect("again").changed);
     world.run(put(&key)).expect_err("revoked for good");
-    let member = |id, name: &str| Command::PutMember { member: MemberRecord { id, name: name.into(), address: "c:7000".into() } };
+    let member = |id, name: &str| Command::PutMember { member: MemberRecord::new(id, name, "c:7000", Default::default()) };
     world.run(member(1, "c1")).expect("new");
     world.run(member(2, "c1")).expect_err("one name");
     world.run(member(0, "c0")).expect_err("no id");
@@ -486,8 +486,8 @@ fn snapshots_are_read_as_written_and_damage_is_refused() {
     let read = ClusterState::decode(&bytes).expect("own bytes");
     assert_eq!(read, world.state);
     assert_eq!(read.encode(), bytes);
-    let newer = String::from_utf8(bytes.clone()).expect("text").replacen("state 1 ", "state 2 ", 1);
-    assert_eq!(ClusterState::decode(newer.as_bytes()), Err(StateError::Newer { found: 2, known: 1 }));
+    let newer = String::from_utf8(bytes.clone()).expect("text").replacen("state 2 ", "state 3 ", 1);
+    assert_eq!(ClusterState::decode(newer.as_bytes()), Err(StateError::Newer { found: 3, known: 2 }));
     for end in (0..bytes.len()).step_by(97) {
         assert!(matches!(ClusterState::decode(&bytes[..end]), Err(StateError::Damaged { .. })), "{end}");
     }

@@ -98,7 +98,7 @@ async fn damaged_and_oversized_messages_are_refused_and_the_coordinator_goes_on(
 async fn tokens_let_in_whom_they_say_and_as_often() {
     let cluster = Cluster::found().await;
     let token = JoinTokenText::parse(&cluster.token(Role::Worker, 1).await).expect("a token");
-    let wish = |role, name: &str| JoinWish { role, name: name.into(), address: String::new() };
+    let wish = |role, name: &str| JoinWish { role, name: name.into(), address: String::new(), build: Default::default() };
     let refused = |joined: Result<forge_cluster::tls::Joined, ClusterError>| match joined {
         Err(ClusterError::Command(CommandError::Token { reason })) => reason,
         other => panic!("refused: {other:?}"),
@@ -129,6 +129,8 @@ async fn who_did_not_hear_that_it_was_let_in_asks_again_and_uses_nothing_up() {
         name: name.into(),
         signing_request_der: NodeKey::generate().and_then(|key| key.signing_request_der()).expect("a request").into(),
         address: String::new(),
+        version: String::new(),
+        level: forge_shared::version::LEVEL,
     };
     let mut admission = AdmissionClient::new(raw(&cluster, Role::Worker).await);
     let first = request("w");

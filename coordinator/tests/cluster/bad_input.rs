@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use forge_cluster::api::{ClusterApi, ClusterError, Session};
 use forge_cluster::tls::{ChannelOptions, NODE_LIFETIME, PeerName, SharedCredentials, channel};
+use forge_coordinator::raft::transport::stating;
 use forge_proto::raft as wire;
 use forge_proto::raft::raft_client::RaftClient;
 use forge_shared::cluster::command::Command;
@@ -13,6 +14,7 @@ use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport, ReplicaStatus}
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 use forge_shared::ids::{Epoch, ReplicaId};
 use forge_shared::spec::ByteSize;
+use forge_shared::version::Build;
 use tonic::{Code, Status};
 
 use crate::support::{
@@ -56,7 +58,7 @@ async fn push(cluster: &Cluster, role: Role, name: &str, batch: wire::MessageBat
     let to = PeerName::Any(Role::Coordinator);
     let channel = channel(&cluster.members[0].address, &to, &identity, ChannelOptions::default()).expect("a channel");
     let mut client = RaftClient::new(channel).max_encoding_message_size(64 << 20);
-    client.messages(futures::stream::iter([batch])).await.expect_err("it is refused")
+    client.messages(stating(&Build::default(), futures::stream::iter([batch]))).await.expect_err("it is refused")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -98,7 +100,11 @@ async fn what_is_no_message_of_a_member_is_refused_and_the_group_goes_on() {
         data: vec![0; 50].into(),
         ..wire::SnapshotChunk::default()
     };
-    let half = RaftClient::new(channel).install_snapshot(futures::stream::iter([half])).await.expect_err("it is half of one");
+    // Who says nothing of its build is of the first, and this cluster is further.
+    let old = RaftClient::new(channel.clone()).install_snapshot(futures::stream::iter([half.clone()])).await.expect_err("too old");
+    assert!(old.code() == Code::FailedPrecondition && old.message().contains("start a newer"), "{old:?}");
+    let half = stating(&Build::default(), futures::stream::iter([half]));
+    let half = RaftClient::new(channel).install_snapshot(half).await.expect_err("it is half of one");
     assert!(half.code() == Code::InvalidArgument && half.message().contains("ends before"), "{half:?}");
 
     assert!(execute(&cluster.admin(), Command::ApplyService { service: Box::new(wish("s", 1)) }).await.changed);

@@ -294,7 +294,7 @@ async fn a_ca_is_rotated_under_load_and_the_old_one_is_worth_nothing_afterwards(
         Err(ClusterError::Forbidden { reason }) => assert!(reason.contains("not of this cluster's CA"), "{reason}"),
         other => panic!("{other:?}"),
     }
-    let wish = JoinWish { role: Role::Worker, name: "w3".into(), address: String::new() };
+    let wish = JoinWish { role: Role::Worker, name: "w3".into(), address: String::new(), build: Default::default() };
     let old_token = JoinTokenText::parse(&old_token).expect("a token");
     match join(&old_token, &wish, Duration::from_secs(2)).await {
         Err(ClusterError::Forbidden { reason }) => assert!(reason.contains("CA"), "{reason}"),

@@ -9,3 +9,4 @@ mod group;
 mod machine;
 mod nodes;
 mod support;
+mod upgrade;

@@ -17,6 +17,7 @@ use forge_shared::cluster::session::{Assignment, NodeDown, NodeUp};
 use forge_shared::ids::Incarnation;
 use forge_shared::plan::{ModelFacts, ModelShape};
 use forge_shared::spec::{ModelService, ModelServiceSpec};
+use forge_shared::version::{Build, LEVEL};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -70,6 +71,8 @@ pub struct Cluster {
     pub ca: ClusterCa,
     pub members: Vec<Running>,
     pub certificates: CertificateOptions,
+    /// What coordinators that are started state.
+    pub level: u32,
 }
 
 /// Credentials of a role, signed by `ca` for as long as they say.
@@ -102,17 +105,21 @@ pub async fn start(options: RunOptions) -> Running {
 impl Cluster {
     /// A founded cluster of one.
     pub async fn found() -> Cluster {
-        Cluster::found_on(Surroundings::default()).await
+        Cluster::found_as(LEVEL, Surroundings::default()).await
     }
 
     /// A founded cluster of one, on such a machine.
     pub async fn found_on(surroundings: Surroundings) -> Cluster {
+        Cluster::found_as(LEVEL, surroundings).await
+    }
+
+    async fn found_as(level: u32, surroundings: Surroundings) -> Cluster {
         let _ =
             tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("FORGE_LOG")).with_test_writer().try_init();
         let folder = tempfile::tempdir().expect("a folder");
         let ca = ClusterCa::create(CLUSTER, now_s()).expect("a CA");
         let certificates = CertificateOptions::default();
-        let mut cluster = Cluster { folder, ca, members: Vec::new(), certificates };
+        let mut cluster = Cluster { folder, ca, members: Vec::new(), certificates, level };
         let tls = cluster.path("c1/tls");
         cluster.ca.save(&tls).expect("saved");
         credentials(&cluster.ca, Role::Coordinator, "c1", now_s(), NODE_LIFETIME).save(&tls).expect("saved");
@@ -128,8 +135,17 @@ impl Cluster {
     }
 
     /// Three on such machines, of which two joined by token.
-    pub async fn of_three_on([first, second, third]: [Surroundings; 3]) -> Cluster {
-        let mut cluster = Cluster::found_on(first).await;
+    pub async fn of_three_on(machines: [Surroundings; 3]) -> Cluster {
+        Cluster::of_three_as(LEVEL, machines).await
+    }
+
+    /// Three, of an older build perhaps.
+    pub async fn of_three_at(level: u32) -> Cluster {
+        Cluster::of_three_as(level, Default::default()).await
+    }
+
+    async fn of_three_as(level: u32, [first, second, third]: [Surroundings; 3]) -> Cluster {
+        let mut cluster = Cluster::found_as(level, first).await;
         for (name, surroundings) in [("c2", second), ("c3", third)] {
             cluster.add_on(name, surroundings).await;
         }
@@ -160,6 +176,7 @@ impl Cluster {
             heartbeat: Duration::from_millis(500),
             surroundings: Surroundings::default(),
             certificates: self.certificates.clone(),
+            build: Build { level: self.level, ..Build::default() },
         }
     }
 
@@ -223,7 +240,7 @@ impl Cluster {
 /// A worker's credentials, by a join token.
 pub async fn join_worker(token: &str, name: &str) -> Credentials {
     let token = JoinTokenText::parse(token).expect("a token");
-    let wish = JoinWish { role: Role::Worker, name: name.into(), address: String::new() };
+    let wish = JoinWish { role: Role::Worker, name: name.into(), address: String::new(), build: Default::default() };
     join(&token, &wish, SOON).await.expect("let in").credentials
 }
 
@@ -270,6 +287,7 @@ pub fn worker_spec(name: &str, incarnation: u64) -> NodeSpec {
         role: Role::Worker,
         incarnation: Incarnation(incarnation),
         version: "0.1.0".into(),
+        level: forge_shared::version::LEVEL,
         address: "127.0.0.1:7100".into(),
         metrics_address: "127.0.0.1:9000".into(),
         devices: vec![DeviceInfo {

@@ -42,6 +42,7 @@ fn spec(name: &str) -> NodeSpec {
         role: Role::Worker,
         incarnation: Incarnation(1),
         version: "1".into(),
+        level: forge_shared::version::LEVEL,
         address: "h:1".into(),
         metrics_address: "h:2".into(),
         devices: vec![DeviceInfo {
@@ -219,6 +220,9 @@ fn starting() -> ServiceRecord {
         refusal: None,
         last_epoch: Epoch(1),
         longest_len: None,
+        history: Vec::new(),
+        changed_ms: None,
+        stuck: None,
     }
 }
 

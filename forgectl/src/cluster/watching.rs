@@ -186,6 +186,7 @@ mod tests {
             role: Role::Gateway,
             incarnation: Incarnation(1),
             version: version.into(),
+            level: forge_shared::version::LEVEL,
             address: "h:1".into(),
             metrics_address: "h:2".into(),
             devices: Vec::new(),

@@ -25,6 +25,7 @@ use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport, ServiceRecord}
 use forge_shared::ids::{Incarnation, NodeId};
 use forge_shared::spec::ModelService;
 use forge_shared::telemetry::Metrics;
+use forge_shared::version::Build;
 use forge_store::ForgeHome;
 use forge_worker::actors::NodeEvent;
 use forge_worker::ledger::{Ledger, LedgerDevice};
@@ -121,6 +122,7 @@ impl EmbeddedCoordinator {
             heartbeat: HEARTBEAT,
             surroundings: Surroundings::default(),
             certificates: CertificateOptions::default(),
+            build: Build::default(),
         });
         let prepared = prepared.await.map_err(|error| broken(&error))?;
         let address = prepared.address().map_err(|error| Failure::of(&error))?.to_string();
@@ -147,7 +149,8 @@ impl EmbeddedCoordinator {
             id: NodeId::from(WORKER),
             role: Role::Worker,
             incarnation: first_incarnation(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: forge_shared::version::VERSION.to_owned(),
+            level: forge_shared::version::LEVEL,
             address: listener.local_addr().map_err(|error| Failure::of(&error))?.to_string(),
             metrics_address: String::new(),
             devices: vec![device],

@@ -12,6 +12,7 @@ use forge_shared::cluster::node::{NodeLoad, NodeSpec};
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 use forge_shared::plan::{Plan, Refusal};
 use forge_shared::spec::ModelService;
+use forge_shared::version::first_level;
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -141,6 +142,12 @@ pub struct GroupStatus {
     pub members: Vec<MemberStatus>,
     /// Forge's version of who answers.
     pub version: String,
+    /// What every process of the cluster knows; newer features wait for it.
+    #[serde(default = "first_level")]
+    pub level: u32,
+    /// Who is below the level of who answers, in words.
+    #[serde(default)]
+    pub older: Vec<String>,
 }
 
 /// A member as the answering one sees it.
@@ -153,6 +160,12 @@ pub struct MemberStatus {
     pub name: String,
     /// `host:port`.
     pub address: String,
+    /// Forge's version it runs, as it last said.
+    #[serde(default)]
+    pub version: String,
+    /// That version's level.
+    #[serde(default = "first_level")]
+    pub level: u32,
     /// Votes, or only follows.
     pub is_voter: bool,
     /// Heard of within an election timeout (known to the leader only).

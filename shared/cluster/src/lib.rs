@@ -4,6 +4,7 @@
 //! is the one seam: `forgectl serve` has a coordinator behind it in the same process, everything else a wire.
 
 pub mod api;
+pub mod build;
 pub mod client;
 pub mod config;
 pub mod engine;

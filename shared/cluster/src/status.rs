@@ -33,6 +33,7 @@ pub fn to_status(error: &ClusterError, leader: Option<&str>) -> Status {
                 CommandError::Conflict { .. } => Code::AlreadyExists,
                 CommandError::Stale { .. } => Code::Aborted,
                 CommandError::TooMany { .. } => Code::ResourceExhausted,
+                CommandError::Level { .. } => Code::FailedPrecondition,
                 CommandError::Token { .. } => Code::PermissionDenied,
                 CommandError::Unsafe { .. } => Code::FailedPrecondition,
             };

@@ -14,6 +14,7 @@ use super::service::ReplicaReport;
 use crate::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
 use crate::plan::{ModelFacts, Plan, Refusal};
 use crate::spec::ModelService;
+use crate::version::{Build, first_level, is_first_level};
 
 /// A command as it stands in the log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +40,12 @@ pub enum Command {
     ApplyService { service: Box<ModelService> },
     /// Changes the number of replicas.
     ScaleService { name: ServiceName, replicas: u32 },
+    /// Goes back to an earlier wish, the last one or that of a generation, as a new generation. The number of replicas and
+    /// the strategy stay. Level 2.
+    UndoService { name: ServiceName, to: Option<u64> },
+    /// The rollout of a generation makes no progress, with the reason, or goes on again. Of another generation: changes
+    /// nothing. Level 2.
+    RecordRollout { name: ServiceName, generation: u64, stuck: Option<String> },
     /// Removes a service; its ready replicas finish their requests first.
     DeleteService { name: ServiceName },
     /// What a worker found out of a service's model. Of an older generation: changes nothing.
@@ -115,6 +122,8 @@ pub enum Command {
     PutMember { member: MemberRecord },
     /// Its removal.
     RemoveMember { id: u64 },
+    /// Every process is at this level: what it brought may be written from now on. Refused where one is not.
+    RaiseLevel { level: u32 },
 }
 
 /// A replica's plan and the generation it was made for.
@@ -193,6 +202,24 @@ pub struct MemberRecord {
     pub name: String,
     /// `host:port` of its service.
     pub address: String,
+    /// Forge's version it runs, as it last said; empty before.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub version: String,
+    /// That version's level.
+    #[serde(default = "first_level", skip_serializing_if = "is_first_level")]
+    pub level: u32,
+}
+
+impl MemberRecord {
+    /// A member of this build.
+    pub fn new(id: u64, name: &str, address: &str, build: Build) -> Self {
+        MemberRecord { id, name: name.to_owned(), address: address.to_owned(), version: build.version, level: build.level }
+    }
+
+    /// What it runs.
+    pub fn build(&self) -> Build {
+        Build { version: self.version.clone(), level: self.level }
+    }
 }
 
 /// What a command answers.
@@ -260,12 +287,31 @@ pub enum CommandError {
         /// Whom or why, and what to do.
         reason: String,
     },
+    /// Something that not every process of the cluster knows, or a process that does not know what the others use.
+    #[error("{what} takes level {needed} and the cluster is at level {level}{}; docs/upgrade.md says how to go on", older_help(.older))]
+    Level {
+        /// What was asked for.
+        what: String,
+        /// The level it takes.
+        needed: u32,
+        /// The cluster's.
+        level: u32,
+        /// Who is older: role, name, version and level.
+        older: Vec<String>,
+    },
     /// A token that lets nobody in.
     #[error("join token refused: {reason}")]
     Token {
         /// Why, and how to get a good one.
         reason: String,
     },
+}
+
+fn older_help(older: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let more = if older.len() > SHOWN { format!(" and {} more", older.len() - SHOWN) } else { String::new() };
+    let shown = older.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    if shown.is_empty() { ", to be raised in a moment".to_owned() } else { format!(": {shown}{more}") }
 }
 
 fn nearest_help(nearest: &Option<String>) -> String {

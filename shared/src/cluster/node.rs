@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Epoch, Incarnation, NodeId, ServiceName};
+use crate::version::{Build, first_level, is_first_level};
 
 /// What a process is in the cluster. It is written in its certificate, and nothing else decides it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -64,12 +65,22 @@ pub struct NodeSpec {
     pub incarnation: Incarnation,
     /// Forge's version it runs.
     pub version: String,
+    /// That version's level.
+    #[serde(default = "first_level", skip_serializing_if = "is_first_level")]
+    pub level: u32,
     /// `host:port` where others reach it: a worker's engine service, a gateway's API.
     pub address: String,
     /// `host:port` of its metrics and probes, for operators.
     pub metrics_address: String,
     /// What it can give; empty for gateways.
     pub devices: Vec<DeviceInfo>,
+}
+
+impl NodeSpec {
+    /// What it runs.
+    pub fn build(&self) -> Build {
+        Build { version: self.version.clone(), level: self.level }
+    }
 }
 
 /// Kind of a device.

@@ -31,6 +31,15 @@ pub struct ServiceRecord {
     /// Wishes of older generations that still have replicas.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub older: Vec<OlderWish>,
+    /// Wishes before this one, the oldest first, to go back to. Level 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<PastWish>,
+    /// When the wish of this generation came, milliseconds since 1970 by the leader's clock. Level 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_ms: Option<u64>,
+    /// Why its rollout makes no progress, once its deadline for it is over. Level 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stuck: Option<String>,
     /// It was deleted, and its last replicas finish their requests; the record goes with the last of them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_deleted: bool,
@@ -41,6 +50,63 @@ pub struct ServiceRecord {
     /// Longest context that a plan of this generation had, tokens: the next plan keeps it where it fits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub longest_len: Option<usize>,
+}
+
+/// How far the newest generation of a service is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RolloutProgress {
+    /// Replicas that are wished.
+    pub wished: u32,
+    /// Those of the newest generation that are placed and run, or may.
+    pub updated: u32,
+    /// Those of the newest generation that answer.
+    pub ready: u32,
+    /// Replicas of older generations that still run.
+    pub old: u32,
+    /// Those of them that take requests.
+    pub old_serving: u32,
+}
+
+impl RolloutProgress {
+    /// Whether all that is wished answers, and nothing older is left.
+    pub fn is_complete(&self) -> bool {
+        self.ready == self.wished && self.old == 0
+    }
+}
+
+impl ServiceRecord {
+    /// How far its rollout is.
+    pub fn progress(&self) -> RolloutProgress {
+        let runs = |replica: &&ReplicaRecord| !matches!(replica.status.phase, ReplicaPhase::Failed | ReplicaPhase::Stopped);
+        let is_ready = |replica: &&ReplicaRecord| replica.status.phase == ReplicaPhase::Ready;
+        let wished = self.service.spec.replicas;
+        let updated =
+            || self.replicas.iter().filter(|replica| replica.generation == self.generation && replica.plan.replica.index < wished);
+        let is_old = |replica: &&ReplicaRecord| replica.generation < self.generation;
+        let leaving = || self.leaving.iter().filter(|leaving| leaving.replica.generation < self.generation);
+        let standing = || self.replicas.iter().filter(is_old).filter(runs);
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        RolloutProgress {
+            wished,
+            updated: count(updated().filter(runs).count()),
+            ready: count(updated().filter(is_ready).count()),
+            old: count(standing().count() + leaving().count()),
+            old_serving: count(standing().filter(is_ready).count() + leaving().filter(|leaving| !leaving.is_draining).count()),
+        }
+    }
+}
+
+/// A wish that was replaced by a newer one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PastWish {
+    /// Which.
+    pub generation: u64,
+    /// The wish.
+    pub service: ModelService,
+    /// When it came, milliseconds since 1970 by the leader's clock; unknown where that was not written down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_ms: Option<u64>,
 }
 
 /// A replica on its way out. It is told apart from its successor, which has the same id, by its epoch.

@@ -4,6 +4,7 @@
 
 use serde_json::{Value, json};
 
+use crate::rollout::Portion;
 use crate::spec::ByteSize;
 
 /// What a key's value may be.
@@ -20,6 +21,8 @@ pub enum Kind {
     Switch,
     /// Bytes, such as `512MiB`.
     Size,
+    /// A number of replicas, or a percentage of them.
+    Portion,
     /// One of these words.
     Choice(&'static [&'static str]),
     /// Texts; separated by commas where one text holds all.
@@ -68,7 +71,7 @@ const PORT: Kind = Kind::Whole { max: u16::MAX as u64 };
 /// Every key there is, in the order of the help.
 pub static KEYS: &[Key] = {
     use Group::{Api, Cluster, Engine, Model};
-    use Kind::{Choice, List, Size, Switch, Text};
+    use Kind::{Choice, List, Portion, Size, Switch, Text};
     &[
         key("model", Text, Model, "Catalogue alias, hub id, https URL, path or pypi:PACKAGE"),
         optional("modelName", Text, Model, "Name in the API; the model's own by default"),
@@ -106,6 +109,9 @@ pub static KEYS: &[Key] = {
         key("layout.tensor", COUNT, Cluster, "Tensor-parallel ranks of a copy"),
         key("layout.pipeline", COUNT, Cluster, "Pipeline stages of a copy"),
         key("layout.expert", COUNT, Cluster, "Ranks that the experts of a copy are divided over"),
+        key("rollout.maxUnavailable", Portion, Cluster, "Copies that may be missing while a change rolls, such as 1 or 25%"),
+        key("rollout.maxSurge", Portion, Cluster, "New copies that may be loading beside the old ones, such as 1 or 25%"),
+        key("rollout.progressDeadlineS", COUNT, Cluster, "Time without progress after which a change is said to be stuck, seconds"),
     ]
 };
 
@@ -162,6 +168,7 @@ impl Key {
             }
             Kind::Switch => switch(text).map(Value::from).ok_or_else(|| self.expected(&format!("{text:?}"))),
             Kind::Size => text.parse::<ByteSize>().map(|size| json!(size)),
+            Kind::Portion => text.parse::<Portion>().map(|portion| json!(portion)),
             Kind::Choice(_) => self.check(&json!(text.trim().to_ascii_lowercase())),
             Kind::List => Ok(text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(Value::from).collect()),
         }
@@ -187,6 +194,10 @@ impl Key {
             (Kind::Switch, Value::Bool(_)) => Ok(value.clone()),
             (Kind::Switch, Value::String(text)) => switch(text).map_or_else(expected, |on| Ok(json!(on))),
             (Kind::Size, Value::String(text)) => text.parse::<ByteSize>().map(|size| json!(size)),
+            (Kind::Portion, Value::String(text)) => text.parse::<Portion>().map(|portion| json!(portion)),
+            (Kind::Portion, _) => {
+                whole(value).filter(|count| *count <= u64::from(u32::MAX)).map_or_else(expected, |count| Ok(json!(count)))
+            }
             (Kind::Size, _) => whole(value).map_or_else(expected, |bytes| Ok(json!(bytes))),
             (Kind::Choice(words), Value::String(text)) if words.contains(&text.as_str()) => Ok(value.clone()),
             (Kind::List, Value::Array(items)) if items.iter().all(Value::is_string) => Ok(value.clone()),
@@ -201,6 +212,7 @@ impl Key {
             Kind::Whole { max } => format!("expected a whole number from 0 to {max}, found {found}"),
             Kind::Switch => format!("expected true or false, found {found}"),
             Kind::Size => format!("expected a size such as 512MiB, found {found}"),
+            Kind::Portion => format!("expected a number of replicas or a percentage such as 25%, found {found}"),
             Kind::Choice(words) => format!("expected one of {}, found {found}", words.join(", ")),
             Kind::List => format!("expected a list of texts, found {found}"),
         }

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::rollout::{Portion, RolloutSpec};
 use crate::spec::{ByteSize, GatewaySpec, KvCacheDtype, Layout, LoadMode};
 
 const HEAD: &str = "apiVersion: forge/v1\nkind: ModelService\n";
@@ -39,7 +40,7 @@ fn what_was_found_of_a_service_is_accepted_beside_the_wish_and_not_read() {
 #[test]
 fn the_table_has_the_keys_of_the_specification() {
     let mut in_spec = Vec::new();
-    leaves(&json!(ModelServiceSpec::default()), "", &mut in_spec);
+    leaves(&default_values(""), "", &mut in_spec);
     in_spec.sort();
     let mut in_table: Vec<String> = KEYS.iter().map(|key| key.path.to_owned()).collect();
     in_table.sort();
@@ -52,7 +53,7 @@ fn the_table_has_the_keys_of_the_specification() {
 
 #[test]
 fn absent_keys_are_those_that_are_optional() {
-    let defaults = json!(ModelServiceSpec::default());
+    let defaults = default_values("");
     for key in KEYS {
         let value = defaults.pointer(&format!("/{}", key.path.replace('.', "/"))).expect("in the table");
         assert_eq!(value.is_null(), key.optional, "{}", key.path);
@@ -266,7 +267,14 @@ fn service() -> impl Strategy<Value = ModelService> {
         (0u64..1 << 59).prop_map(ByteSize),
         (0u64..100_000, 0u64..100_000, any::<u32>()),
     );
-    (text(), engine, overrides, gateway).prop_map(|(name, engine, overrides, gateway)| {
+    let portion = || prop_oneof![(0u32..100).prop_map(Portion::Count), (0u32..=100).prop_map(Portion::Percent)];
+    let rollout = (portion(), portion(), 1u64..1000).prop_map(|(max_unavailable, max_surge, progress_deadline_s)| RolloutSpec {
+        max_unavailable,
+        max_surge,
+        progress_deadline_s,
+    });
+    let rollout = rollout.prop_filter("it lets something move", |rollout| rollout.check().is_ok());
+    (text(), engine, overrides, gateway, rollout).prop_map(|(name, engine, overrides, gateway, rollout)| {
         let (host, port, metrics_host, metrics_port, insecure) = gateway.0;
         let (block_size, max_batch_size, max_step_tokens, max_waiting) = engine.5;
         let spec = ModelServiceSpec {
@@ -288,6 +296,7 @@ fn service() -> impl Strategy<Value = ModelService> {
             load: engine.8,
             replicas: engine.9.0,
             layout: Layout { tensor: engine.9.1, pipeline: engine.9.2, expert: engine.9.3 },
+            rollout,
             chat_template: engine.10,
             gateway: GatewaySpec {
                 host,
@@ -325,7 +334,7 @@ proptest! {
     #[test]
     fn the_highest_layer_that_names_a_key_wins(
         services in prop::collection::vec(service(), 4),
-        masks in prop::collection::vec(any::<u32>(), 4),
+        masks in prop::collection::vec(any::<u64>(), 4),
     ) {
         let layer = |index: usize| -> Vec<Setting> {
             let all = settings_of(&services[index]);
@@ -340,8 +349,10 @@ proptest! {
         };
         // Ranges between keys may be broken by the mixture; what is wanted here is where each value came from.
         let Ok(resolved) = layers.resolve() else { return Ok(()) };
-        let resolved = json!(resolved.spec);
-        let defaults = json!(ModelServiceSpec { model: "m".into(), ..Default::default() });
+        let rollout = json!(resolved.spec.rollout);
+        let mut resolved = json!(resolved.spec);
+        resolved["rollout"] = rollout;
+        let defaults = default_values("m");
         for key in KEYS {
             let pointer = format!("/{}", key.path.replace('.', "/"));
             let highest = (0..4).rev().find_map(|index| layer(index).into_iter().find(|setting| setting.key == key));

@@ -11,6 +11,7 @@ use forge_shared::cluster::service::ReplicaPhase;
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 use forge_shared::ids::{Epoch, Incarnation, NodeId};
 use forge_shared::plan::{ModelFacts, ModelShape};
+use forge_shared::version::LEVEL;
 use forge_worker::agent::{Agent, AgentAction, AgentInput, Death, RestartLimits, RunId, RunState};
 
 use crate::host::Host;
@@ -117,6 +118,7 @@ impl Worker {
             role: Role::Worker,
             incarnation: Incarnation(self.incarnation),
             version: env!("CARGO_PKG_VERSION").into(),
+            level: LEVEL,
             address: self.host.address(),
             metrics_address: String::new(),
             devices: vec![device],

@@ -160,6 +160,7 @@ pub fn spec(name: &str) -> NodeSpec {
         role: Role::Worker,
         incarnation: Incarnation(1),
         version: "test".into(),
+        level: forge_shared::version::LEVEL,
         address: "127.0.0.1:1".into(),
         metrics_address: "127.0.0.1:2".into(),
         devices: Vec::new(),

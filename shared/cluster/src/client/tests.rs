@@ -115,12 +115,16 @@ impl Cluster for Script {
                     id,
                     name: "leader".into(),
                     address: "host:7000".into(),
+                    version: "1".into(),
+                    level: forge_shared::version::LEVEL,
                     is_voter: true,
                     is_reachable: true,
                     matched_index: 1,
                 }],
             },
             version: "1".into(),
+            level: forge_shared::version::LEVEL,
+            older: Vec::new(),
         };
         Ok(Response::new(wire::StatusReply { status_json: serde_json::to_vec(&status).unwrap().into() }))
     }
@@ -343,6 +347,7 @@ async fn one_that_gives_no_answer_is_asked_last_from_then_on() {
         role: Role::Worker,
         incarnation: Incarnation(1),
         version: "1".into(),
+        level: forge_shared::version::LEVEL,
         address: "127.0.0.1:7100".into(),
         metrics_address: String::new(),
         devices: Vec::new(),
@@ -439,6 +444,7 @@ async fn a_session_moves_to_the_leader_and_carries_both_ways() {
         role: Role::Worker,
         incarnation: Incarnation(1),
         version: "1".into(),
+        level: forge_shared::version::LEVEL,
         address: "127.0.0.1:7100".into(),
         metrics_address: String::new(),
         devices: Vec::new(),

@@ -41,7 +41,7 @@ impl Membership {
             ));
         };
         let token = JoinTokenText::parse(&token).map_err(|error| error.to_string())?;
-        let wish = JoinWish { role, name: name.to_owned(), address: String::new() };
+        let wish = JoinWish { role, name: name.to_owned(), address: String::new(), build: crate::build::of_this_process()? };
         let joined = join(&token, &wish, timeout).await.map_err(|error| format!("joining the cluster: {error}"))?;
         let save = |credentials: &Credentials| -> Result<(), TlsError> { credentials.save(&self.directory) };
         save(&joined.credentials).map_err(|error| error.to_string())?;

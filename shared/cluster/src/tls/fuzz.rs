@@ -57,7 +57,7 @@ pub fn certificate_files(bytes: &[u8]) {
 pub fn join_reply(bytes: &[u8]) {
     let (Some(key), Ok(reply)) = (KEY.as_ref(), JoinReply::decode(bytes)) else { return };
     let Ok(token) = JoinTokenText::generate([7; 32], vec!["c1:7000".into()]) else { return };
-    let wish = JoinWish { role: Role::Worker, name: "w1".into(), address: String::new() };
+    let wish = JoinWish { role: Role::Worker, name: "w1".into(), address: String::new(), build: Default::default() };
     match accept(&token, &wish, key, reply) {
         Err(ClusterError::Protocol { reason }) => assert!(!reason.is_empty(), "a refusal without words"),
         other => panic!("an answer of no CA that the token knows: {other:?}"),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use forge_proto::node::admission_client::AdmissionClient;
 use forge_proto::node::{JoinReply, JoinRequest};
 use forge_shared::cluster::node::Role;
+use forge_shared::version::Build;
 use tokio::time::Instant;
 
 use super::connector::{ChannelOptions, pinned_channel};
@@ -34,6 +35,8 @@ pub struct JoinWish {
     pub name: String,
     /// `host:port` where a coordinator will be reached; empty for other roles.
     pub address: String,
+    /// What it is a build of: one older than the cluster is not let in.
+    pub build: Build,
 }
 
 /// What it got.
@@ -64,6 +67,8 @@ pub async fn join(token: &JoinTokenText, wish: &JoinWish, timeout: Duration) -> 
         name: wish.name.clone(),
         signing_request_der: key.signing_request_der().map_err(forbidden)?.into(),
         address: wish.address.clone(),
+        version: wish.build.version.clone(),
+        level: wish.build.level,
     };
     let begun = Instant::now();
     let mut pause = FIRST_PAUSE;

@@ -158,7 +158,7 @@ async fn a_token_lets_in_and_pins_the_ca() {
     let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s());
     let digest = ca.digest();
     let (address, token) = serve(ca, server).await;
-    let wish = JoinWish { role: Role::Worker, name: "w9".into(), address: String::new() };
+    let wish = JoinWish { role: Role::Worker, name: "w9".into(), address: String::new(), build: Default::default() };
     let joined = join(&token, &wish, Duration::from_secs(5)).await.unwrap();
     assert_eq!(joined.credentials.ca_digest(), digest);
     assert_eq!(call(&address, coordinator(), joined.credentials).await.unwrap(), "forge://c1/worker/w9");
@@ -189,7 +189,7 @@ async fn a_token_is_not_shown_to_a_man_in_the_middle() {
         let server = SharedCredentials::new(server.with_cas(cas).unwrap());
         let (address, _, shown) = serve_shared(ClusterCa::from_pem(evil.certificate_pem(), &evil.key_pem()).unwrap(), &server).await;
         let token = JoinTokenText::generate(ca.digest(), vec![address]).unwrap();
-        let wish = JoinWish { role: Role::Worker, name: "w9".into(), address: String::new() };
+        let wish = JoinWish { role: Role::Worker, name: "w9".into(), address: String::new(), build: Default::default() };
         let error = join(&token, &wish, Duration::from_millis(300)).await.unwrap_err();
         assert!(matches!(&error, ClusterError::Forbidden { reason } if reason.contains("is not of this cluster's CA")), "{error:?}");
         assert_eq!(shown.load(Ordering::Relaxed), 0, "the secret went to a stranger");

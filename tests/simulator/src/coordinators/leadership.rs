@@ -1,13 +1,14 @@
 //! Leading: when a coordinator begins and ends to lead, and the leader's passes. Decisions are `Leading`'s.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use forge_coordinator::CoordinatorError;
-use forge_coordinator::leading::{LeaderOptions, Leading, missing_record};
+use forge_coordinator::leading::{LeaderOptions, Leading, changed_records, level_to_raise};
 use forge_coordinator::raft::RaftError;
 use forge_coordinator::raft::member::{Answer, RequestId};
 use forge_coordinator::replicated::decode_reply;
 use forge_shared::cluster::command::MemberRecord;
+use forge_shared::version::Build;
 
 use super::{CLUSTER, Coordinator, Out, Process, Purpose, envelope};
 use crate::host::Host;
@@ -80,8 +81,7 @@ impl Coordinator {
     pub(super) fn pass(&mut self, world: &mut World) {
         let wall_ms = self.wall_ms(world);
         let (host, life) = (self.host, self.life);
-        let address = host.address();
-        let id = u64::from(self.id);
+        let voters = self.voters.clone();
         let Some(leader) = self.process.as_mut().and_then(|process| process.leader.as_mut()) else { return };
         if world.now_ms < leader.next_pass_ms {
             // A later one was put nearer meanwhile.
@@ -96,8 +96,13 @@ impl Coordinator {
             let Some(leader) = &mut process.leader else { return Ok(()) };
             let state = process.replicated.read();
             let mut commands = leader.core.pass(world.now_ms, &state, false).unwrap_or_default();
-            let record = MemberRecord { id, name: host.to_string(), address };
-            commands.extend(missing_record(&state, record));
+            // In production a member is written down when it is let in.
+            for &voter in &voters {
+                let host = Host::Coordinator(voter as u16);
+                let record = MemberRecord::new(voter, &host.to_string(), &host.address(), Build::default());
+                commands.extend(changed_records(&state, record, &BTreeMap::new()));
+            }
+            commands.extend(level_to_raise(&state, &Build::default(), &process.member.status()));
             drop(state);
             leader.open.clear();
             leader.open_until_ms = world.now_ms + PROPOSE_WITHIN_MS;

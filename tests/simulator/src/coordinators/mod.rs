@@ -20,6 +20,7 @@ use forge_coordinator::state::ClusterState;
 use forge_proto::raft as wire;
 use forge_shared::cluster::command::{Command, Envelope};
 use forge_shared::cluster::event::{Kind, Object};
+use forge_shared::version::Build;
 use prost::Message as _;
 
 use crate::host::Host;
@@ -145,7 +146,7 @@ impl Coordinator {
             return;
         }
         self.life = world.number();
-        let replicated = Replicated::new(ClusterState::new(CLUSTER));
+        let replicated = Replicated::new(ClusterState::new(CLUSTER), Build::default());
         let machine = Box::new(Watched::new(self.id, replicated.clone(), self.ledger.clone()));
         let seed = self.random.number();
         match Member::open(self.options(), seed, self.disk.clone(), machine) {
