@@ -4,6 +4,7 @@
 
 pub mod cluster;
 pub mod measure;
+pub mod rollout;
 
 use std::path::PathBuf;
 
@@ -14,6 +15,7 @@ use self::cluster::{
     ApplyArgs, ClusterArgs, ContextArgs, DeleteArgs, DescribeArgs, DrainArgs, GetArgs, LogsArgs, NodeArgs, ScaleArgs, ServerArgs, TopArgs,
 };
 use self::measure::{BenchArgs, EvalArgs};
+use self::rollout::RolloutArgs;
 use crate::logging::LogFormat;
 use crate::output::OutputFormat;
 use crate::spec_flags::{EngineKeys, ServiceKeys, SpecFlags};
@@ -98,6 +100,8 @@ pub enum Command {
     Uncordon(NodeArgs),
     /// Change how many replicas a model has
     Scale(ScaleArgs),
+    /// Watch a change of a model roll out, take it back, list what there was before
+    Rollout(RolloutArgs),
     /// Delete a model service, whose running requests finish, or forget a node that is lost
     Delete(DeleteArgs),
     /// Watch nodes, replicas, queues, tokens/s and KV use

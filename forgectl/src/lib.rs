@@ -126,6 +126,7 @@ fn dispatch(cli: &Cli, program: &str, typed: &str) -> Result<()> {
         Command::Cordon(args) => cluster::cordon(args, true),
         Command::Uncordon(args) => cluster::cordon(args, false),
         Command::Scale(args) => cluster::scale(args),
+        Command::Rollout(args) => cluster::rollout(args),
         Command::Delete(args) => cluster::delete(args),
         Command::Top(args) => cluster::top(args),
         Command::Completions(args) => commands::completions::completions(args, program),

@@ -94,6 +94,7 @@ fn every_command_has_help_under_both_names() {
         "cordon",
         "uncordon",
         "scale",
+        "rollout",
         "delete",
         "top",
     ];

@@ -16,6 +16,9 @@ impl From<ClusterError> for Failure {
         match error {
             ClusterError::Command(CommandError::Invalid { .. }) => failure.exit(Exit::Usage),
             ClusterError::Command(CommandError::Stale { .. }) => failure.help("the cluster changed meanwhile: run the command again"),
+            ClusterError::Command(CommandError::Level { .. }) => {
+                failure.help("`forgectl cluster status` and `forgectl get nodes -o wide` show what every process runs")
+            }
             ClusterError::Command(_) => failure,
             ClusterError::NotPlaceable(_) => failure
                 .exit(Exit::NotPlaceable)

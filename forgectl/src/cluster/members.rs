@@ -11,9 +11,11 @@ use forge_cluster::config::{CoordinatorConfig, load};
 use forge_cluster::tls::{JoinTokenText, ca_digest};
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::node::Role;
+use forge_shared::version::Build;
 
 use super::connect::{TIMEOUT, request_id, with_cluster};
 use super::init::CONFIG_FILE;
+use super::rows;
 use crate::cli::cluster::{JoinTokenArgs, MembersCommand, RestoreArgs, ServerArgs};
 use crate::failure::{Failure, Result};
 use crate::output::{OutputFormat, column, print_facts, print_list, print_text, wide};
@@ -59,10 +61,11 @@ fn show_status(status: &GroupStatus, output: OutputFormat) -> Result<()> {
             ("TERM", status.term.to_string()),
             ("REVISION", status.revision.to_string()),
             ("VERSION", status.version.clone()),
+            ("LEVEL", level(status)),
         ],
     )?;
     print_text("\n")?;
-    let columns = [column("ID"), column("NAME"), column("ADDRESS"), column("ROLE"), column("STATE"), wide("LOG")];
+    let columns = [column("ID"), column("NAME"), column("ADDRESS"), column("ROLE"), column("STATE"), column("VERSION"), wide("LOG")];
     print_list(output, &status.members, &columns, |member| {
         let role = match (member.id == status.leader_id, member.is_voter) {
             (true, _) => "leader",
@@ -81,9 +84,21 @@ fn show_status(status: &GroupStatus, output: OutputFormat) -> Result<()> {
             member.address.clone(),
             role.into(),
             state.into(),
+            rows::build(&Build { version: member.version.clone(), level: member.level }),
             member.matched_index.to_string(),
         ]
     })
+}
+
+/// The cluster's level, and who keeps it below what the answering coordinator knows.
+fn level(status: &GroupStatus) -> String {
+    const SHOWN: usize = 5;
+    let older = &status.older;
+    let more = if older.len() > SHOWN { format!(" and {} more", older.len() - SHOWN) } else { String::new() };
+    match older.as_slice() {
+        [] => status.level.to_string(),
+        _ => format!("{}, until these are upgraded: {}{more}", status.level, older[..older.len().min(SHOWN)].join(", ")),
+    }
 }
 
 /// `forgectl cluster members`.

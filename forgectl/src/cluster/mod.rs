@@ -14,6 +14,7 @@ mod get;
 mod init;
 mod keys;
 mod members;
+mod rollout;
 mod rotate;
 mod rows;
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub use get::{describe, get};
 pub use init::{admin, init, issue};
 pub use keys::keys;
 pub use members::{backup, change_members, join_token, restore, status};
+pub use rollout::rollout;
 pub use top::top;
 pub use verbs::{cordon, delete, drain, logs, scale};
 

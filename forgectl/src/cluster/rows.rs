@@ -5,6 +5,7 @@ use forge_shared::cluster::event::Notice;
 use forge_shared::cluster::node::{DeviceInfo, NodePhase, NodeRecord};
 use forge_shared::cluster::service::{Facts, ReplicaPhase, ReplicaRecord, ServiceRecord};
 use forge_shared::plan::{Plan, RankPlan};
+use forge_shared::version::Build;
 
 use crate::output::{Column, column, wide};
 use crate::time::{Utc, ago};
@@ -30,8 +31,13 @@ pub fn node(node: &NodeRecord) -> Vec<String> {
         if node.spec.devices.is_empty() { "-".into() } else { bytes(memory) },
         ago(Utc(node.since_ms / 1000)),
         node.spec.address.clone(),
-        node.spec.version.clone(),
+        build(&node.spec.build()),
     ]
+}
+
+/// A version and its level.
+pub fn build(build: &Build) -> String {
+    if build.version.is_empty() { "-".into() } else { build.to_string() }
 }
 
 pub fn node_state(node: &NodeRecord) -> String {

@@ -1,5 +1,5 @@
-//! The wait until a service runs: all replicas of its newest generation answer, and every gateway that lives sends requests to
-//! them. It changes nothing; without gateways there are none to wait for.
+//! The wait until a service is as it is wished, whatever that is judged by, and every gateway that lives sends requests to all
+//! ready replicas of its newest generation. It changes nothing; without gateways there are none to wait for.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -27,21 +27,66 @@ struct Seen {
     gateways: BTreeMap<String, NodeSpec>,
 }
 
+/// What a look at a service says.
+pub(super) enum Step {
+    /// Not there yet.
+    GoesOn(String),
+    /// There.
+    Done(String),
+    /// It will not come to that by itself.
+    Failed(Failure),
+}
+
 /// Watches the service until it runs.
 ///
 /// # Errors
 /// A model that fails (1), a replica that fits nowhere (3), a time that is over (4).
 pub(super) async fn wait_until_running(cluster: &RemoteCluster, name: &str, since: Revision, timeout: Duration) -> Result<()> {
-    match tokio::time::timeout(timeout, watch(cluster, name, since)).await {
+    let judge = |service: &ServiceRecord| {
+        let (state, reason) = rows::model_state(service);
+        match state {
+            "running" => Step::Done(progress(service, state)),
+            "failed" => Step::Failed(Failure::new(format!("{name}: {reason}")).help("correct the specification and apply it again")),
+            "not placeable" => {
+                Step::Failed(Failure::new(reason).exit(Exit::NotPlaceable).help("take the nearest settings, or add a worker"))
+            }
+            _ => Step::GoesOn(progress(service, state)),
+        }
+    };
+    let line = follow_service(cluster, (name, since), (timeout, "does not run"), judge).await?;
+    eprintln!("{line}");
+    Ok(())
+}
+
+/// Watches a service from a revision on until `judge` says that it is done (its last line), and every gateway that lives
+/// serves it; or failed. Shows the lines between. What is not so when the time is over is said with `what_is_not`.
+///
+/// # Errors
+/// What `judge` says, and a time that is over (4).
+pub(super) async fn follow_service(
+    cluster: &RemoteCluster,
+    (name, since): (&str, Revision),
+    (timeout, what_is_not): (Duration, &str),
+    judge: impl Fn(&ServiceRecord) -> Step,
+) -> Result<String> {
+    let mut shown = Progress::default();
+    let done = tokio::time::timeout(timeout, watch(cluster, (name, since), judge, &mut shown)).await;
+    shown.end();
+    match done {
         Ok(done) => done,
-        Err(_) => Err(Failure::new(format!("{name} does not run after {} s", timeout.as_secs()))
+        Err(_) => Err(Failure::new(format!("{name} {what_is_not} after {} s", timeout.as_secs()))
             .exit(Exit::LostContact)
             .help(format!("the cluster goes on: `forgectl describe model {name}` says what it is waiting for"))),
     }
 }
 
-async fn watch(cluster: &RemoteCluster, name: &str, since: Revision) -> Result<()> {
-    let (mut said, mut seen) = (String::new(), Seen::default());
+async fn watch(
+    cluster: &RemoteCluster,
+    (name, since): (&str, Revision),
+    judge: impl Fn(&ServiceRecord) -> Step,
+    shown: &mut Progress,
+) -> Result<String> {
+    let mut seen = Seen::default();
     let mut items = cluster.watch(vec![Kind::Service, Kind::Node], None);
     let mut pictures = cluster.loads(LOADS_INTERVAL);
     let mut loads = ClusterLoads { nodes: Vec::new() };
@@ -62,18 +107,11 @@ async fn watch(cluster: &RemoteCluster, name: &str, since: Revision) -> Result<(
         let Some(service) = &seen.service else {
             return Err(Failure::new(format!("{name} was deleted meanwhile")));
         };
-        let (state, reason) = rows::model_state(service);
-        match (state, not_served(service, seen.gateways.values(), &loads)) {
-            ("running", Some(gateway)) => tell(&mut said, format!("{name}: gateway {gateway} does not send requests to it yet")),
-            ("running", None) => {
-                tell(&mut said, progress(service, state));
-                return Ok(());
-            }
-            ("failed", _) => return Err(Failure::new(format!("{name}: {reason}")).help("correct the specification and apply it again")),
-            ("not placeable", _) => {
-                return Err(Failure::new(reason).exit(Exit::NotPlaceable).help("take the nearest settings, or add a worker"));
-            }
-            _ => tell(&mut said, progress(service, state)),
+        match (judge(service), not_served(service, seen.gateways.values(), &loads)) {
+            (Step::Done(_), Some(gateway)) => shown.tell(format!("{name}: gateway {gateway} does not send requests to it yet")),
+            (Step::Done(line), None) => return Ok(line),
+            (Step::Failed(failure), _) => return Err(failure),
+            (Step::GoesOn(line), _) => shown.tell(line),
         }
     }
 }
@@ -133,17 +171,25 @@ fn progress(service: &ServiceRecord, state: &str) -> String {
 }
 
 /// One line per change; on a terminal over the last one.
-fn tell(said: &mut String, line: String) {
-    if *said == line {
-        return;
+#[derive(Default)]
+struct Progress(String);
+
+impl Progress {
+    fn tell(&mut self, line: String) {
+        if self.0 == line {
+            return;
+        }
+        if std::io::stderr().is_terminal() {
+            eprint!("\r\x1b[K{line}");
+        } else {
+            eprintln!("{line}");
+        }
+        self.0 = line;
     }
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K{line}");
-        if line.contains("running:") {
+
+    fn end(&self) {
+        if !self.0.is_empty() && std::io::stderr().is_terminal() {
             eprintln!();
         }
-    } else {
-        eprintln!("{line}");
     }
-    *said = line;
 }
