@@ -151,13 +151,17 @@ impl ClusterState {
 
 #[cfg(test)]
 mod tests {
-    use forge_shared::cluster::command::MemberRecord;
+    use forge_shared::cluster::certificate::CaRecord;
+    use forge_shared::cluster::command::{MemberRecord, PlannedReplica};
+    use forge_shared::cluster::service::Facts;
+    use forge_shared::ids::{NodeId, ServiceName};
     use forge_shared::rollout::{Portion, RolloutSpec};
     use forge_shared::spec::ModelServiceSpec;
     use forge_shared::version::FIRST_LEVEL;
 
-    use super::super::test_support::{World, worker};
+    use super::super::test_support::{World, facts, worker};
     use super::*;
+    use crate::placement::{Cluster, Wish, plan};
 
     fn at_first_level() -> World {
         let mut world = World::new();
@@ -171,8 +175,34 @@ mod tests {
     }
 
     fn join(world: &mut World, id: &str, incarnation: u64, level: u32) -> Result<(), CommandError> {
-        let spec = forge_shared::cluster::node::NodeSpec { level, ..worker(id, incarnation, &[64]) };
+        let spec = forge_shared::cluster::node::NodeSpec { level, ..worker(id, incarnation, &[4_096]) };
         world.run(Command::JoinNode { spec: Box::new(spec) }).map(|_| ())
+    }
+
+    fn ca(digits: &str) -> CaRecord {
+        CaRecord { sha256: digits.repeat(32), certificate_pem: digits.to_owned() }
+    }
+
+    /// Places a service's first replica.
+    fn place(world: &mut World, name: &str) {
+        let name = ServiceName::from(name);
+        let record = &world.state.services()[&name];
+        let Facts::Known { facts } = &record.facts else { panic!("{:?}", record.facts) };
+        let wish = Wish {
+            service: &name,
+            spec: &record.service.spec,
+            facts,
+            indices: &[0],
+            last_epoch: record.last_epoch,
+            standing: &[],
+            avoided: &[],
+            on_one_node: true,
+        };
+        let plans = plan(&mut Cluster::of(&world.state), &wish).plans.into_iter();
+        let plans: Vec<_> = plans.map(|plan| PlannedReplica { plan, generation: record.generation }).collect();
+        assert_eq!(plans.len(), 1);
+        let basis = world.state.revision();
+        world.run(Command::CommitPlans { basis, plans, removed: vec![], refusals: vec![], settled: vec![] }).expect("placed");
     }
 
     #[test]
@@ -221,17 +251,34 @@ mod tests {
         let mut world = at_first_level();
         world.apply("demo", ModelServiceSpec::default()).expect("new");
         world.apply("demo", ModelServiceSpec { max_batch_size: 3, ..Default::default() }).expect("changed");
+        let mut counted = facts(10);
+        counted.shape.tensor_extra_bytes = vec![1, 2, 3];
+        let known = world.state.known_facts(Box::new(counted.clone()));
+        assert_eq!(*known, facts(10), "what tensor ranks share is assumed");
+        world.record_facts("demo", *known).expect("known");
+        join(&mut world, "w1", 1, 1).expect("old");
+        place(&mut world, "demo");
         let text = String::from_utf8(world.state.encode()).expect("JSON");
         assert!(text.starts_with("forge-cluster-state 1 "), "the format is the level");
-        for newer in ["history", "changedMs", "stuck", "rollout", "\"level\""] {
+        for newer in ["history", "changedMs", "stuck", "rollout", "\"level\"", "waitsFor", "longestLen", "isForced", "certificates"] {
             assert!(!text.contains(newer), "{newer}");
         }
         for command in [
             Command::UndoService { name: "demo".into(), to: None },
             Command::RecordRollout { name: "demo".into(), generation: 2, stuck: None },
+            Command::RecordWait { name: "demo".into(), generation: 2, waits_for: "a worker".into() },
+            Command::DrainNode { node: NodeId::from("w1"), draining: true, is_forced: true },
+            Command::RecordFacts { name: "demo".into(), generation: 2, facts: Ok(Box::new(counted.clone())) },
+            Command::RevokeCertificates { serials: Default::default(), force: false },
+            Command::BeginCaRotation { from: ca("aa"), to: ca("bb") },
+            Command::SwitchCa { force: true },
+            Command::FinishCaRotation { force: true },
+            Command::AbandonCaRotation,
         ] {
             assert!(matches!(world.run(command), Err(CommandError::Level { needed: 2, level: 1, .. })));
         }
+        world.lose("w1", 1).expect("lost");
+        world.run(Command::RemoveNode { node: NodeId::from("w1") }).expect("removed");
         world.run(Command::RaiseLevel { level: 2 }).expect("nobody is older");
         world.apply("demo", ModelServiceSpec { max_batch_size: 4, ..Default::default() }).expect("changed");
         let bytes = world.state.encode();

@@ -108,11 +108,7 @@ impl Cluster {
         Cluster::found_as(LEVEL, Surroundings::default()).await
     }
 
-    /// A founded cluster of one, on such a machine.
-    pub async fn found_on(surroundings: Surroundings) -> Cluster {
-        Cluster::found_as(LEVEL, surroundings).await
-    }
-
+    /// A founded cluster of one, of an older build perhaps, on such a machine.
     async fn found_as(level: u32, surroundings: Surroundings) -> Cluster {
         let _ =
             tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("FORGE_LOG")).with_test_writer().try_init();

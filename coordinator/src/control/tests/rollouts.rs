@@ -156,6 +156,39 @@ fn what_fits_nowhere_holds_up_no_change_of_the_others() {
     assert!(service.replicas.iter().all(|replica| replica.generation == 2) && service.replicas.len() == 2);
 }
 
+#[test]
+fn what_has_no_room_off_a_drained_node_serves_on_while_the_others_roll_as_many_at_a_time_as_they_may() {
+    let mut leader = running(nodes(4, 1), wish(4, strategy(2, 1), 1));
+    let drain = |is_forced| Command::DrainNode { node: NodeId::from("n0"), draining: true, is_forced };
+    leader.world.run(drain(false)).expect("drains");
+    leader.apply(NAME, wish(4, strategy(2, 1), 2));
+    let seen = leader.watch(80);
+    assert_eq!((seen.available, seen.surging), (2, 0), "two at a time, and never the one on the drained node");
+    let generations: Vec<u64> = leader.service(NAME).replicas.iter().map(|replica| replica.generation).collect();
+    assert_eq!((generations.iter().filter(|generation| **generation == 2).count(), generations.len()), (3, 4));
+    assert!(leader.service(NAME).refusal.is_some(), "it is said that there is no room");
+    // By force it goes, whatever the strategy keeps.
+    leader.apply(NAME, wish(4, strategy(0, 1), 2));
+    leader.world.run(drain(true)).expect("drains by force");
+    leader.watch(40);
+    assert_eq!((leader.available(), leader.service(NAME).replicas.len()), (3, 3));
+}
+
+#[test]
+fn a_drained_node_s_replica_keeps_its_context_while_a_change_rolls() {
+    let mut leader = running(Leader::of(&[("a", 1_000), ("b", 250)]), ModelServiceSpec { replicas: 1, ..Default::default() });
+    let context = |leader: &Leader| leader.service(NAME).replicas[0].plan.max_model_len;
+    assert_eq!((leader.places(NAME), context(&leader)), (vec!["a"], 8192));
+    // The change may have the place of what it replaces, and all of its context there.
+    leader.apply(NAME, ModelServiceSpec { replicas: 1, max_batch_size: 2, ..Default::default() });
+    leader.settle(60_000);
+    assert!(leader.is_at(2));
+    let served = context(&leader);
+    leader.world.run(Command::DrainNode { node: NodeId::from("a"), draining: true, is_forced: false }).expect("drains");
+    leader.settle(60_000);
+    assert_eq!(context(&leader), served, "{:?}", leader.places(NAME));
+}
+
 #[derive(Debug, Clone)]
 enum Turn {
     Change { batch: usize, max_unavailable: u32, max_surge: u32 },
