@@ -289,8 +289,15 @@ fn random_logs_reach_every_command() {
     let mut taken: BTreeMap<String, usize> = BTreeMap::new();
     let mut placed = 0;
     let mut word = 1u64;
-    for _ in 0..40 {
+    for number in 0..40 {
         let mut log = Log { entries: Vec::new(), state: ClusterState::new("test"), now_ms: START_MS };
+        // Every other log is that of a group whose level was raised at once: what is new takes effect from there on.
+        if number % 2 == 0 {
+            let command = Command::RaiseLevel { level: forge_shared::version::LEVEL };
+            let raise = Envelope { request_id: "raise".into(), proposed_ms: START_MS, traceparent: String::new(), command };
+            log.state.apply(Revision(1), &raise).0.expect("nobody is older");
+            log.entries.push(raise);
+        }
         for _ in 0..160 {
             word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let [.., a, b, c, d] = word.to_be_bytes()[..5] else { unreachable!("five bytes") };
