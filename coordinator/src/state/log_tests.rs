@@ -289,7 +289,7 @@ fn random_logs_reach_every_command() {
     let mut taken: BTreeMap<String, usize> = BTreeMap::new();
     let mut placed = 0;
     let mut word = 1u64;
-    for number in 0..40 {
+    for number in 0..120 {
         let mut log = Log { entries: Vec::new(), state: ClusterState::new("test"), now_ms: START_MS };
         // Every other log is that of a group whose level was raised at once: what is new takes effect from there on.
         if number % 2 == 0 {
