@@ -99,7 +99,7 @@ def starts(copy, model):
         "apiVersion: forge/v1\nkind: ModelService\nmetadata:\n  name: demo\n"
         f"spec:\n  model: smollm2:135m\n  replicas: {workers}\n  maxModelLen: 256\n  threads: 1\n"
     )
-    address, body = f"{copy.host}:{copy.key('gateway', 'port')}", {"model": "demo", "prompt": "The capital of France is", "max_tokens": 8}
+    address, body = f"{copy.host}:{copy.key('gateway', 'port')}", {"model": "demo", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 
     answers = {}
 
