@@ -7,8 +7,7 @@
 //! | level | brought |
 //! |---|---|
 //! | 1 | what the first release has |
-//! | 2 | `spec.rollout`, earlier wishes of a service and the way back to them, rollouts that are stuck; what a service waits |
-//! |   | for; nodes drained by force, kept contexts, counts of what tensor ranks share; certificates and CAs in the log |
+//! | 2 | `spec.rollout`, earlier wishes of a service and the way back to them, rollouts that are stuck |
 //!
 //! Invariant: a document of level 1 is written as the first release writes it: what came later is left out.
 
