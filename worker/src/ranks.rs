@@ -117,7 +117,7 @@ fn share_of(cores: &[usize], position: usize, sharing: usize) -> Vec<usize> {
 /// Loads the ranks of a plan in this process, outside any node: each on cores of its own where the machine has as many.
 ///
 /// # Errors
-/// As [`layout`]; the model's, and the device's.
+/// As `layout`; the model's, and the device's.
 pub fn load_here(model: &PreparedModel, options: &DecoderOptions, plan: &Plan) -> Result<Box<dyn StepModel>, WorkerError> {
     let layout = match plan.ranks.first() {
         Some(first) => layout(plan, &first.node)?,

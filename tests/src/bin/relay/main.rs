@@ -1,6 +1,8 @@
 //! The network of a chaos test: joins network namespaces by tun devices, and spoils what passes as it is told.
 //!
-//!     relay SEED HOST=NAMESPACE,ADDRESS…
+//! ```text
+//! relay SEED HOST=NAMESPACE,ADDRESS…
+//! ```
 //!
 //! In each namespace it makes the device `eth0`, which is gone when it ends; addresses and routes are the caller's. It prints
 //! `ready`, takes the lines of `forge_tests::relay::Command` on standard input, answers each on standard output, and
