@@ -88,7 +88,7 @@ impl EngineCore {
         })
     }
 
-    /// Lets so many steps be under way at once: what a [`forge_model::Pipeline`] takes.
+    /// Lets so many steps be under way at once: what a `forge_model::step::Pipeline` takes.
     pub fn allow_under_way(&mut self, steps: usize) {
         self.scheduler.allow_under_way(steps);
     }

@@ -7,8 +7,8 @@
 //!                       first stage             second stage
 //! ```
 //!
-//! Each rank is a thread with its own kernels, weights and keys ([`rank`]). Every step's plan goes to all of them; within
-//! a stage they share sums over their groups ([`local`]), hidden states go from each rank to the one in its place of the
+//! Each rank is a thread with its own kernels, weights and keys (`rank`). Every step's plan goes to all of them; within
+//! a stage they share sums over their groups (`local`), hidden states go from each rank to the one in its place of the
 //! next stage, and the last stage's first rank gives the logits. While one stage computes a step, the stage before it may
 //! compute the next: so many steps as there are stages may be under way.
 //!
