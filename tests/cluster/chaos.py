@@ -31,7 +31,7 @@ from clients import Bounds, Load, Watch
 from cluster import COORDINATORS, GATEWAYS, WORKERS, Cluster
 from faults import Hands, parse, schedule
 from network import Failed, Loopback, why_no_namespaces
-from relay import Relayed, check
+from relay import Relayed, check, why_no_tun
 import report
 import small_model
 
@@ -233,7 +233,7 @@ class Chaos:
 
 def choose(options, seed):
     """The network to run in. Without namespaces it is an error, or, if that was allowed, the loopback without faults of links."""
-    why = why_no_namespaces() if options.network != "loopback" else None
+    why = (why_no_namespaces() or why_no_tun()) if options.network != "loopback" else None
     if why and options.network == "namespaces":
         raise Failed(f"chaos needs network namespaces (root, iproute2): {why}; with --network any it only kills and freezes")
     if why or options.network == "loopback":

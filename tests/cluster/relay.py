@@ -19,6 +19,15 @@ from network import HOSTS, Failed, Namespaces, run
 PORT, COUNT = 5000, 100
 
 
+def why_no_tun():
+    """Why the relay cannot run here, or nothing."""
+    try:
+        with open("/dev/net/tun", "r+b", buffering=0):
+            return None
+    except OSError as error:
+        return f"/dev/net/tun cannot be opened: {error}"
+
+
 class Relayed(Namespaces):
     """Every packet between hosts passes one process of ours, which loses, delays and reorders as it is told."""
 
