@@ -39,10 +39,18 @@ pub(super) struct Certificates {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Kept {
     record: CertificateRecord,
-    /// When it was written down: of two of one second, the later is the newer.
+    /// When it was written down: of two of one second and kind, the later is the newer.
     at: Revision,
     /// By the calm count.
     ends_calm_ms: u64,
+}
+
+impl Kept {
+    /// Orders a holder's certificates by age. A second is coarse, and one made by hand is written down when it is seen: it may
+    /// stand behind the one that its holder asked for with it.
+    fn newness(&self) -> (u64, bool, Revision) {
+        (self.record.issued_s, !self.record.believes.is_empty(), self.at)
+    }
 }
 
 impl Certificates {
@@ -85,7 +93,7 @@ impl Certificates {
         let standing = self.records.values().filter(|kept| kept.record.revoked_s.is_none());
         for kept in standing.filter(|kept| !without.contains(kept.record.serial.as_str())) {
             let known = newest.entry((kept.record.role, &kept.record.name)).or_insert(kept);
-            if (kept.record.issued_s, kept.at) > (known.record.issued_s, known.at) {
+            if kept.newness() > known.newness() {
                 *known = kept;
             }
         }
