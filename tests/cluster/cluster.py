@@ -28,6 +28,8 @@ class Cluster:
             "NO_COLOR": "1",
         }
         self.receiver, self.followers = None, {}
+        # Hosts whose processes stand for an older build, and its level.
+        self.levels = {}
         (folder / "op").mkdir()
 
     def address(self, host, port):
@@ -91,6 +93,8 @@ class Cluster:
         if self.receiver:
             command += ["--set", f"telemetry.otlpEndpoint={self.otlp_endpoint()}"]
         environment = {**self.environment, "FORGE_HOME": str(home / "home")}
+        if host in self.levels:
+            environment["FORGE_TEST_LEVEL"] = str(self.levels[host])
         with open(home / "log", "ab") as log:
             self.processes[host] = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=home, start_new_session=True)
 

@@ -22,6 +22,7 @@ import time
 from cluster import COORDINATORS, GATEWAYS, WORKERS, Cluster
 from network import NETWORKS, Failed, why_no_namespaces
 from streams import MAX_TOKENS, Stream, check_equal, disturbed, streams
+import small_model
 import views
 
 
@@ -128,23 +129,24 @@ def choose(wanted):
     return network
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(scenario, make=Cluster, about=None, count=6):
+    """One scenario over a cluster of its own; the process's exit code."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", default="target/debug", help="folder of the programs, otlp_receiver among them")
-    parser.add_argument("--model", required=True, help="a model file or folder")
+    parser.add_argument("--model", help="a model file or folder; without it one of random weights, made for it")
     parser.add_argument("--network", choices=[*NETWORKS, "any"], default="any")
     parser.add_argument("--keep", help="folder for state and logs; without it they are removed when all held")
-    parser.add_argument("--streams", type=int, default=6, help="answers at once")
+    parser.add_argument("--streams", type=int, default=count, help="answers at once")
     options = parser.parse_args()
-    options.model = str(pathlib.Path(options.model).resolve())
     folder = pathlib.Path(options.keep or tempfile.mkdtemp(prefix="forge-cluster-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    options.model = str(pathlib.Path(options.model).resolve() if options.model else small_model.write(folder / "small"))
     # So that an interrupted run leaves no process and no namespace behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     try:
         with choose(options.network) as network:
-            cluster = Cluster(options, folder, network)
+            cluster = make(options, folder, network)
             try:
                 scenario(cluster, options.streams)
             finally:
@@ -162,4 +164,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(scenario, about=__doc__))
