@@ -85,7 +85,7 @@ pub struct Gateway {
 pub(crate) struct GatewayState {
     pub(crate) config: GatewayConfig,
     pub(crate) models: Models,
-    pub(crate) retries: Mutex<RetryBudget>,
+    pub(crate) retries: Arc<Mutex<RetryBudget>>,
     pub(crate) metrics: Metrics,
     pub(crate) keys: KeyRing,
     pub(crate) rates: Mutex<RateLimits>,
@@ -166,7 +166,7 @@ impl Gateway {
         let limits = &config.limits;
         let state = GatewayState {
             models: Models::default(),
-            retries: Mutex::default(),
+            retries: Arc::default(),
             metrics,
             keys,
             rates: Mutex::default(),

@@ -99,7 +99,7 @@ fn is_ready(versions: &[&Arc<Model>]) -> bool {
 fn model_status(versions: &[&Arc<Model>]) -> Option<Value> {
     let replicas: Vec<Arc<Replica>> = versions.iter().flat_map(|model| model.replicas().to_vec()).collect();
     let replicas = replicas.iter().map(|replica| {
-        let status = replica.link.status();
+        let status = replica.link().status();
         json!({
             "replica": replica.key(),
             "ready": status.ready,

@@ -9,6 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use forge_shared::cluster::command::IdempotencyRecord;
 use sha2::{Digest, Sha256};
 
 use crate::error::ApiError;
@@ -59,8 +60,21 @@ impl KeyedRequest {
     }
 
     /// Hex of the hash of route and body.
-    pub fn body_sha256(&self) -> String {
+    fn body_sha256(&self) -> String {
         hex::encode(self.body)
+    }
+
+    /// What the cluster writes down of this key, used for the first time at `now_s` (seconds since 1970), as far as this
+    /// gateway knows, with the numerics of a replica that is ready.
+    pub fn record(&self, tenant: &str, key: &str, numerics_id: String, now_s: u64) -> IdempotencyRecord {
+        IdempotencyRecord {
+            tenant: tenant.to_owned(),
+            key: key.to_owned(),
+            body_sha256: self.body_sha256(),
+            clock_s: now_s,
+            numerics_id,
+            expires_ms: now_s.saturating_add(KEEP.as_secs()).saturating_mul(1000),
+        }
     }
 
     /// The seed of a request that gives none: it follows from tenant and key, so it survives this process.
@@ -111,6 +125,18 @@ impl IdempotencyRecords {
         Idempotent { seed: request.seed(), template_clock_s, numerics_id }
     }
 
+    /// Remembers a key by the record that counts: the cluster's, which may be of an earlier use at another gateway, or this
+    /// gateway's own where no coordinator answered.
+    ///
+    /// # Errors
+    /// [`ApiError::IdempotencyMismatch`] where it was used with another body.
+    pub fn settle(&mut self, request: &KeyedRequest, record: IdempotencyRecord, now: Duration) -> Result<Idempotent, ApiError> {
+        if record.body_sha256 != request.body_sha256() {
+            return Err(ApiError::IdempotencyMismatch);
+        }
+        Ok(self.remember(request, now, record.clock_s, record.numerics_id.into()))
+    }
+
     fn expire(&mut self, now: Duration) {
         while self.oldest_first.front().is_some_and(|(_, expires)| *expires <= now) {
             self.forget_oldest();
@@ -132,6 +158,14 @@ impl IdempotencyRecords {
     pub fn is_empty(&self) -> bool {
         self.records.is_empty()
     }
+}
+
+/// The id under which a record is proposed: the same for every gateway and every try, so that a retry that overtakes its
+/// first is the same command.
+pub fn command_id(record: &IdempotencyRecord) -> String {
+    let id = Sha256::new().chain_update(&record.tenant).chain_update([0]).chain_update(&record.key).chain_update([0]);
+    let id = id.chain_update(&record.body_sha256).chain_update(record.clock_s.to_le_bytes());
+    format!("idempotency-{}", hex::encode(id.finalize()))
 }
 
 /// SHA-256 over parts, each preceded by its length, so that no two lists of parts look alike.
@@ -168,6 +202,20 @@ mod tests {
         let later = request("a", "k", b"y");
         assert_eq!(records.find(&later, KEEP), Ok(None), "forgotten");
         assert_eq!(records.remember(&later, KEEP, 700, "n".into()).seed, accepted.seed, "and the seed is the same");
+    }
+
+    #[test]
+    fn the_clusters_record_counts_and_not_this_gateways() {
+        let mut records = IdempotencyRecords::new(10);
+        let request = request("a", "k", b"x");
+        let own = request.record("a", "k", "n2".into(), 700);
+        let known = IdempotencyRecord { clock_s: 100, numerics_id: "n1".into(), ..own.clone() };
+        assert_ne!(command_id(&own), command_id(&known));
+        let settled = records.settle(&request, known, ZERO).unwrap();
+        assert_eq!((settled.template_clock_s, &*settled.numerics_id), (100, "n1"));
+        assert_eq!(records.find(&request, ZERO), Ok(Some(settled)));
+        let other = IdempotencyRecord { body_sha256: "00".into(), ..own };
+        assert_eq!(records.settle(&request, other, ZERO), Err(ApiError::IdempotencyMismatch));
     }
 
     #[test]

@@ -7,13 +7,15 @@
 //!
 //! | concept | where | I/O |
 //! |---|---|---|
+//! | what a request does next, from submission to its last event | [`core::Course`] | none |
 //! | what was accepted and sent, replay after an engine's death | [`journal`] | none |
+//! | which replicas there are, are dialed and are served | [`cluster::Directory`], [`cluster::Roster`], [`core::Models`] | none |
 //! | which replica answers | [`router`] | none |
 //! | rate limits | [`limits`] | none |
 //! | idempotency keys | [`idempotency`] | none |
 //! | parsing and refusing | [`request`] | none |
 //! | shapes of answers | [`response`] | none |
-//! | keeping a request alive over engines | `driver` | channels |
+//! | carrying a request's course out | `driver` | channels |
 //! | API keys | [`keys`] | a file |
 //! | routes, sockets, drain | `routes`, `server` | sockets |
 
@@ -22,6 +24,8 @@ pub mod breaker;
 pub mod clock;
 pub mod cluster;
 mod config;
+pub mod core;
+mod course;
 mod driver;
 mod error;
 mod gateway;

@@ -26,7 +26,7 @@ use crate::prefix_index::PromptBlocks;
 use crate::router::{ReplicaLoad, pick};
 
 /// A model and its replicas.
-pub(crate) struct Model {
+pub struct Model {
     pub(crate) card: Arc<ModelCard>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) chat_template: Option<ChatTemplate>,
@@ -40,8 +40,8 @@ pub(crate) struct Model {
 }
 
 /// One replica, how many requests this gateway has there, and how it did of late.
-pub(crate) struct Replica {
-    pub(crate) link: Arc<dyn EngineLink>,
+pub struct Replica {
+    link: Arc<dyn EngineLink>,
     key: String,
     identity: u64,
     in_flight: Arc<AtomicUsize>,
@@ -59,29 +59,29 @@ impl Drop for ReplicaGuard {
 }
 
 /// An attempt at a replica. A client that hangs up drops it in the middle, which must not count as an open probe for ever.
-pub(crate) struct Attempt<'a> {
-    breaker: &'a Mutex<Breaker>,
+pub(crate) struct Attempt {
+    replica: Arc<Replica>,
     is_probe: bool,
 }
 
-impl Attempt<'_> {
+impl Attempt {
     /// The replica answered.
     pub(crate) fn succeeded(mut self) {
         self.is_probe = false;
-        self.breaker.lock().succeeded();
+        self.replica.breaker.lock().succeeded();
     }
 
     /// The replica could not be reached.
     pub(crate) fn failed(mut self, now: Duration) {
         self.is_probe = false;
-        self.breaker.lock().failed(now);
+        self.replica.breaker.lock().failed(now);
     }
 }
 
-impl Drop for Attempt<'_> {
+impl Drop for Attempt {
     fn drop(&mut self) {
         if self.is_probe {
-            self.breaker.lock().abandoned();
+            self.replica.breaker.lock().abandoned();
         }
     }
 }
@@ -136,13 +136,18 @@ impl Replica {
     }
 
     /// An attempt begins, which its breaker is told of: by [`Attempt::succeeded`], [`Attempt::failed`], or when dropped.
-    pub(crate) fn attempt(&self) -> Attempt<'_> {
+    pub(crate) fn attempt(self: &Arc<Self>) -> Attempt {
         let is_probe = self.breaker.lock().begin();
-        Attempt { breaker: &self.breaker, is_probe }
+        Attempt { replica: self.clone(), is_probe }
+    }
+
+    /// The way to its engine.
+    pub fn link(&self) -> &Arc<dyn EngineLink> {
+        &self.link
     }
 
     /// Its name in the cluster.
-    pub(crate) fn key(&self) -> &str {
+    pub fn key(&self) -> &str {
         &self.key
     }
 
@@ -164,7 +169,7 @@ impl Model {
     }
 
     /// Numerics of a replica that can answer, of one that its breaker does not hold back if there is any.
-    pub(crate) fn numerics_id(&self, now: Duration) -> Option<String> {
+    pub fn numerics_id(&self, now: Duration) -> Option<String> {
         let replicas = self.replicas();
         let ready = || replicas.iter().filter(|replica| replica.link.status().ready);
         let chosen = ready().find(|replica| replica.breaker().allows(now)).or_else(|| ready().next());
@@ -200,7 +205,7 @@ impl Model {
     }
 
     /// Why no replica can answer, if none can.
-    pub(crate) fn unready_reason(&self) -> Option<String> {
+    pub fn unready_reason(&self) -> Option<String> {
         let mut reason = String::from("no replica is placed");
         for replica in self.replicas().iter() {
             let status = replica.link.status();
@@ -264,7 +269,7 @@ pub(crate) fn fingerprint(numerics_id: &str) -> String {
 
 /// All models served, as of now.
 #[derive(Default)]
-pub(crate) struct Models {
+pub struct Models {
     table: RwLock<Arc<ModelTable>>,
     /// Models that are no longer served and still have requests, which wait for a replica.
     retired: Mutex<Vec<Weak<Model>>>,
@@ -277,14 +282,17 @@ impl Models {
     }
 
     /// The model of a request; without a name, the first one.
-    pub(crate) fn find(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
+    ///
+    /// # Errors
+    /// [`ApiError::UnknownModel`]; [`ApiError::Unavailable`] where it may still come.
+    pub fn find(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
         self.table().find(name).cloned()
     }
 
     /// Replaces what is served. Models that stay are the same objects, so that their requests see new replicas. A model
     /// of one of `services`, the oldest first, that has no replica at the moment stays listed and answers that it is not
     /// ready; any other that goes loses its replicas. Gives the names that more than one service claims.
-    pub(crate) fn publish(&self, served: &[ServedReplica], services: &[String]) -> Vec<NameClash> {
+    pub fn publish(&self, served: &[ServedReplica], services: &[String]) -> Vec<NameClash> {
         let old = self.table();
         let mut retired = self.retired.lock();
         let mut groups: Vec<(Arc<Model>, Vec<&ServedReplica>)> = Vec::new();

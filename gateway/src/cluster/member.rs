@@ -12,16 +12,16 @@ use forge_cluster::engine::EngineDialer;
 use forge_shared::cluster::command::{Applied, Command, IdempotencyRecord};
 use forge_shared::cluster::event::Kind;
 use forge_shared::cluster::node::NodeSpec;
-use forge_shared::ids::{Epoch, ServiceName};
-use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::directory::Directory;
 use super::replicas::{FindText, Replicas};
+use super::roster::{Serves, epochs};
 use super::session;
 use super::shares::Shares;
 use crate::gateway::Gateway;
+use crate::idempotency::command_id;
 use crate::keys::KeyRing;
 use crate::model_table::NameClash;
 
@@ -29,9 +29,6 @@ use crate::model_table::NameClash;
 const WATCH_RETRY: Duration = Duration::from_millis(500);
 /// For writing down an idempotency key before a request is admitted.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Replicas that requests go to, by their epochs.
-pub(super) type Serves = BTreeMap<ServiceName, Vec<Epoch>>;
 
 /// What a member is made of.
 #[derive(Clone)]
@@ -156,11 +153,7 @@ async fn follow(
         };
         published.send_replace(Some(directory.wishes().into_iter().map(of).collect()));
         // After the publishing: what the cluster is told to be served is.
-        let mut epochs = Serves::new();
-        for replica in &served {
-            epochs.entry(replica.service.as_str().into()).or_default().push(replica.epoch);
-        }
-        serves.send_replace(epochs);
+        serves.send_replace(epochs(&served));
         for clash in found.iter().filter(|clash| !clashes.contains(clash)) {
             tracing::warn!(%clash, "ask for the other service by its own name");
         }
@@ -183,10 +176,7 @@ impl SharedRecords {
     /// # Errors
     /// No coordinator answered in time, or the cluster refused it.
     pub(crate) async fn record(&self, record: IdempotencyRecord) -> Result<IdempotencyRecord, ClusterError> {
-        // The same for every gateway and every try: a retry that overtakes its first is the same command.
-        let id = Sha256::new().chain_update(&record.tenant).chain_update([0]).chain_update(&record.key).chain_update([0]);
-        let id = id.chain_update(&record.body_sha256).chain_update(record.clock_s.to_le_bytes());
-        let request_id = format!("idempotency-{}", hex::encode(id.finalize()));
+        let request_id = command_id(&record);
         let began = Instant::now();
         let command = Command::RecordIdempotency { record: record.clone() };
         let Applied { existing, .. } = self.api.execute(request_id, command, RECORD_TIMEOUT).await?;

@@ -6,6 +6,7 @@
 mod directory;
 mod member;
 mod replicas;
+mod roster;
 mod session;
 mod shares;
 
@@ -13,4 +14,5 @@ pub use directory::{Directory, Wanted};
 pub(crate) use member::SharedRecords;
 pub use member::{ClusterMember, MemberParts, Published};
 pub use replicas::FindText;
+pub use roster::{Dialed, Roster, Serves, epochs, load, version};
 pub use shares::Shares;

@@ -1,7 +1,7 @@
 //! The replicas a gateway has dialed, each looked after by a task: it fetches the model's text parts once the replica
 //! can answer, and keeps the index of its cached prompt blocks.
 //!
-//! Invariant: a replica is served only when its card and text are known, and never after the directory dropped it.
+//! Which are dialed and served is the [`Roster`]'s decision; this dials and fetches.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::Wanted;
+use super::roster::{Dialed, Roster, version};
 use crate::gateway::{ReplicaPrefixes, ServedModel, ServedReplica};
 
 /// For fetching tokenizer and template, some megabytes.
@@ -26,8 +27,13 @@ const TEXT_RETRY: Duration = Duration::from_millis(500);
 
 /// See the module documentation.
 pub(super) struct Replicas {
+    roster: Roster<Watched>,
+    dialing: Dialing,
+}
+
+/// What is needed to dial.
+struct Dialing {
     dialer: Arc<dyn EngineDialer>,
-    dialed: HashMap<String, Dialed>,
     texts: Arc<Shared<ModelText>>,
     built: Option<FindText>,
     changed: Arc<Notify>,
@@ -59,13 +65,19 @@ impl<T> Shared<T> {
     }
 }
 
-struct Dialed {
-    target: EngineTarget,
+/// A dialed replica and the task that looks after it.
+struct Watched {
     served: Arc<Mutex<Option<ServedReplica>>>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Dialed {
+impl Dialed for Watched {
+    fn served(&self) -> Option<ServedReplica> {
+        self.served.lock().clone()
+    }
+}
+
+impl Drop for Watched {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -74,37 +86,33 @@ impl Drop for Dialed {
 impl Replicas {
     /// None yet. `changed` is told whenever [`Replicas::served`] may have.
     pub(super) fn new(dialer: Arc<dyn EngineDialer>, built: Option<FindText>, changed: Arc<Notify>) -> Self {
-        Replicas { dialer, dialed: HashMap::new(), texts: Arc::default(), built, changed }
+        Replicas { roster: Roster::default(), dialing: Dialing { dialer, texts: Arc::default(), built, changed } }
     }
 
     /// Dials what is wanted and not dialed, and lets go of the rest.
     pub(super) fn reconcile(&mut self, wanted: &[Wanted]) {
-        self.dialed.retain(|key, dialed| wanted.iter().any(|wanted| wanted.key == *key && wanted.target == dialed.target));
-        for Wanted { key, target } in wanted {
-            if !self.dialed.contains_key(key) {
-                tracing::info!(replica = key, node = %target.node, address = target.address, epoch = target.epoch.0, "replica dialed");
-                let dialed = self.dial(key.clone(), target.clone());
-                self.dialed.insert(key.clone(), dialed);
-            }
-        }
-    }
-
-    fn dial(&self, key: String, target: EngineTarget) -> Dialed {
-        let served = Arc::new(Mutex::new(None));
-        let (texts, changed, slot) = (self.texts.clone(), self.changed.clone(), served.clone());
-        let client = self.dialer.dial(target.clone());
-        let name = Name { key, service: target.replica.service.0.clone(), epoch: target.epoch };
-        let (built, of) = (self.built.clone(), target.clone());
-        let find = move || built.as_ref().and_then(|find| find(&of));
-        let task = tokio::spawn(look_after(name, client, (texts, find), slot, changed));
-        Dialed { target, served, task }
+        self.roster.reconcile(wanted, |Wanted { key, target }| {
+            tracing::info!(replica = key, node = %target.node, address = target.address, epoch = target.epoch.0, "replica dialed");
+            self.dialing.dial(key.clone(), target.clone())
+        });
     }
 
     /// Replicas that can be served, by name.
     pub(super) fn served(&self) -> Vec<ServedReplica> {
-        let mut served: Vec<ServedReplica> = self.dialed.values().filter_map(|dialed| dialed.served.lock().clone()).collect();
-        served.sort_by(|a, b| a.key.cmp(&b.key));
-        served
+        self.roster.served()
+    }
+}
+
+impl Dialing {
+    fn dial(&self, key: String, target: EngineTarget) -> Watched {
+        let served = Arc::new(Mutex::new(None));
+        let (texts, changed, slot) = (self.texts.clone(), self.changed.clone(), served.clone());
+        let client = self.dialer.dial(target.clone());
+        let name = Name { key, service: target.replica.service.0.clone(), epoch: target.epoch };
+        let built = self.built.clone();
+        let find = move || built.as_ref().and_then(|find| find(&target));
+        let task = tokio::spawn(look_after(name, client, (texts, find), slot, changed));
+        Watched { served, task }
     }
 }
 
@@ -155,7 +163,7 @@ async fn model_text(
             Err(error) => tracing::warn!(replica = key, %error, "the model's tokenizer was not fetched; trying again"),
             Ok(bytes) => {
                 let digest = hex::encode(Sha256::digest(&bytes));
-                let version = format!("{digest}/{}/{}", card.max_model_len, card.vocab_size);
+                let version = version(&digest, &card);
                 if let Some(text) = texts.get(&digest) {
                     return (text, version);
                 }

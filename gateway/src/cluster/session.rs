@@ -8,14 +8,13 @@ use std::time::Duration;
 
 use forge_cluster::api::{ClusterError, Session};
 use forge_cluster::session::{SessionAction, SessionCore, SessionInput};
-use forge_shared::cluster::node::NodeLoad;
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::MemberParts;
-use super::member::Serves;
+use super::roster::{Serves, load};
 use crate::gateway::Gateway;
 
 /// For a connection and its hello.
@@ -112,12 +111,7 @@ impl Shell {
                 // One that does not fit is not heard in time anyway.
                 let Some(room) = self.link.as_ref().and_then(|link| link.up.try_reserve().ok()) else { return };
                 let usage = self.parts.shares.take_usage(&self.parts.keys.limited());
-                let load = NodeLoad {
-                    resident_bytes: forge_cluster::resident_bytes(),
-                    replicas: Vec::new(),
-                    requests_in_progress: self.gateway.in_flight() as u64,
-                    serves: Some(self.serves.borrow().clone()),
-                };
+                let load = load(self.serves.borrow().clone(), self.gateway.in_flight() as u64, forge_cluster::resident_bytes());
                 room.send(NodeUp::Heartbeat { number, load, usage });
             }
             // A gateway serves on without a lease; its core asks for none of these, and the end is its caller's.

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use forge_shared::cluster::command::IdempotencyRecord;
 use forge_shared::generate::{AdmitError, Choice, GenerateRequest, TenantSalt};
 use forge_shared::ids::RequestId;
 use sha2::{Digest, Sha256};
@@ -15,7 +14,7 @@ use uuid::Uuid;
 use crate::error::ApiError;
 use crate::gateway::GatewayState;
 use crate::generation::{Generation, Seat, Work};
-use crate::idempotency::{Idempotent, KEEP, KeyedRequest};
+use crate::idempotency::{Idempotent, KeyedRequest};
 use crate::middleware::RequestContext;
 use crate::models::Model;
 use crate::prepare::{Prepared, fit};
@@ -196,32 +195,19 @@ pub(crate) async fn idempotent(gateway: &GatewayState, context: &RequestContext,
     if known.is_some() {
         return Ok(known);
     }
-    let Some(mut numerics_id) = keyed.model.numerics_id(gateway.now()) else {
+    let Some(numerics_id) = keyed.model.numerics_id(gateway.now()) else {
         let reason = keyed.model.unready_reason().unwrap_or_else(|| "no replica is ready".into());
         return Err(AdmitError::Unavailable { reason }.into());
     };
-    let now_s = gateway.clock.unix_s();
-    let mut clock_s = now_s;
+    let mut record = request.record(tenant, key, numerics_id, gateway.clock.unix_s());
     let records = gateway.shared_records.read().clone();
     if let Some(records) = records {
-        let record = IdempotencyRecord {
-            tenant: tenant.to_owned(),
-            key: key.to_owned(),
-            body_sha256: request.body_sha256(),
-            clock_s,
-            numerics_id: numerics_id.clone(),
-            expires_ms: now_s.saturating_add(KEEP.as_secs()).saturating_mul(1000),
-        };
-        match records.record(record).await {
-            Ok(known) if known.body_sha256 != request.body_sha256() => return Err(ApiError::IdempotencyMismatch),
-            Ok(known) => {
-                clock_s = known.clock_s;
-                numerics_id = known.numerics_id;
-            }
+        match records.record(record.clone()).await {
+            Ok(known) => record = known,
             Err(error) => tracing::warn!(%error, "an idempotency key is remembered by this gateway alone"),
         }
     }
-    Ok(Some(gateway.idempotency.lock().remember(&request, gateway.now(), clock_s, numerics_id.into())))
+    gateway.idempotency.lock().settle(&request, record, gateway.now()).map(Some)
 }
 
 /// Sends the answer: as events, or whole.
