@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 /// Each crate and the crates of this workspace it may depend on directly.
 const MAY_KNOW: &[(&str, &[&str])] = &[
     ("forge-proto", &[]),
-    ("forge-shared", &[]),
+    ("forge-tree", &[]),
+    ("forge-shared", &["forge-tree"]),
     ("forge-cluster", &["forge-proto", "forge-shared"]),
     ("forge-text", &["forge-shared"]),
-    ("forge-kernels", &["forge-shared"]),
+    ("forge-kernels", &["forge-tree"]),
     ("forge-net", &["forge-shared", "forge-kernels"]),
     ("forge-model", &["forge-shared", "forge-kernels", "forge-net"]),
     ("forge-engine", &["forge-shared", "forge-text", "forge-kernels", "forge-net", "forge-model"]),

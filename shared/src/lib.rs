@@ -1,6 +1,6 @@
 //! What every part of Forge shares: ids, specs, requests and events, configuration, metric names.
 //!
-//! What it is not: it has no policy and starts nothing. It may not depend on any other crate of the workspace.
+//! What it is not: it has no policy and starts nothing. Of the workspace it may depend only on forge-tree.
 
 pub mod cluster;
 pub mod config;
@@ -11,5 +11,6 @@ pub mod plan;
 pub mod rollout;
 pub mod spec;
 pub mod telemetry;
-pub mod tree;
 pub mod version;
+
+pub use forge_tree as tree;

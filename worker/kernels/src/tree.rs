@@ -4,9 +4,9 @@
 //! neighbours first. So tp = 1, 2, 4, 8 give the same bits, and an empty share contributes −0.0.
 //!
 //! What it is not: it holds no numbers; kernels and collectives walk it. Which leaves a rank holds is
-//! [`forge_shared::tree`]: placement counts with the same rule.
+//! [`forge_tree`]: placement counts with the same rule.
 
-pub use forge_shared::tree::{MAX_LEAVES, attention_leaves, share};
+pub use forge_tree::{MAX_LEAVES, attention_leaves, share};
 
 /// Column boundaries of a product's leaves: leaf i covers columns `bounds[i]..bounds[i + 1]`.
 ///

@@ -1,7 +1,8 @@
 //! Which leaves of the reduction tree (DESIGN §5) a rank holds.
 //!
 //! What it is: the rule by which a worker divides a model among ranks, and by which placement counts what each of
-//! them needs. What it is not: the order of a sum, which is the kernels' matter.
+//! them needs. What it is not: the order of a sum, which is the kernels' matter. It is a crate of its own so that the kernels,
+//! which take long to build, know nothing else of what is shared.
 //!
 //! Invariant: ranks hold whole subtrees, in order; together they hold every leaf once.
 
