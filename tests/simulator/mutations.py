@@ -2,11 +2,13 @@
 """Shows that the simulator's checks can fail: breaks the code in ten ways, one at a time, in a copy of the repository, and
 runs seeds until one fails.
 
-    python3 tests/simulator/mutations.py            all of them (a build each: take a machine with cores to spare)
+    python3 tests/simulator/mutations.py            all of them: a build of some minutes first, then one of the broken crate each
     python3 tests/simulator/mutations.py --only skip-fsync
     python3 tests/simulator/mutations.py --check    only whether each still finds the code that it breaks
+    python3 tests/simulator/mutations.py --in-place breaks this very checkout and its build outputs, one at a time, and mends
+                                                    them: for a checkout that nobody else uses, and that is built already
 
-Ends with 1 where one is not caught, or no longer fits the code.
+Ends with 1 where one is not caught, or no longer fits the code, or where the code as it is breaks something.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -108,38 +110,68 @@ def check() -> None:
     print(f"{len(MUTATIONS)} mutations fit the code")
 
 
+# Crates that mutations break are built fast, and all that they use is optimized once.
+BROKEN_CRATES = ["forge-cluster", "forge-coordinator", "forge-worker", "forge-simulator"]
+
+
 def copy_repository(to: pathlib.Path) -> None:
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
-    for name in tracked.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, to / name)
+    """Copies what is tracked. What is there already and has not changed keeps its time, so that nothing is built again."""
+    tracked = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True)
+    names = {name for name in tracked.stdout.decode().split("\0") if name and (ROOT / name).is_file()}
+    for name in names:
+        if (to / name).is_file() and (to / name).read_bytes() == (ROOT / name).read_bytes():
+            continue
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, to / name)
+    for path in [path for path in to.rglob("*") if path.is_file() and str(path.relative_to(to)) not in names]:
+        path.unlink()
 
 
-def catch(copy: pathlib.Path, target: str, seeds: int, mutation) -> bool:
+def build(tree: pathlib.Path, target: str) -> pathlib.Path:
+    command = ["cargo", "build", "--profile", "sim", "-p", "forge-simulator"]
+    for crate in BROKEN_CRATES:
+        command += ["--config", f"profile.sim.package.{crate}.opt-level=0"]
+    built = subprocess.run(command, cwd=tree, env={**os.environ, "CARGO_TARGET_DIR": target}, capture_output=True, text=True)
+    if built.returncode != 0:
+        sys.exit(f"it does not build:\n{built.stderr[-4000:]}")
+    return pathlib.Path(target) / "sim" / "forge-sim"
+
+
+def first_failure(program: pathlib.Path, seeds: int, threads: int) -> tuple[str, str] | None:
+    """The lowest seed that breaks something, and what it breaks."""
+    command = [program, "--seeds", f"0..{seeds}", "--threads", str(threads), "--no-shrink"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    breaks = re.search(r"^seed (\d+) breaks: (.*)$", ran.stdout, re.MULTILINE)
+    if breaks is None and ran.returncode != 0:
+        sys.exit(f"forge-sim ended with {ran.returncode}:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+    return (breaks[1], breaks[2]) if breaks else None
+
+
+def catch(tree: pathlib.Path, arguments, mutation) -> bool:
     name, what, path, code, instead = mutation
-    file = copy / path
+    file = tree / path
     whole = file.read_text()
+    began = time.monotonic()
     file.write_text(mutated(whole, name, code, instead))
     try:
-        environment = {**os.environ, "CARGO_TARGET_DIR": target}
-        command = ["cargo", "build", "--release", "-p", "forge-simulator"]
-        subprocess.run(command, cwd=copy, env=environment, check=True)
-        program = pathlib.Path(target) / "release" / "forge-sim"
-        ran = subprocess.run([program, "--seeds", f"0..{seeds}", "--no-shrink"], capture_output=True, text=True, timeout=3600)
+        program = build(tree, arguments.target)
+        built = time.monotonic()
+        found = first_failure(program, arguments.seeds, arguments.threads)
     finally:
         file.write_text(whole)
-    breaks = re.search(r"^seed (\d+) breaks: (.*)$", ran.stdout, re.MULTILINE)
-    print(f"{name} ({what}): " + (f"caught at seed {breaks[1]}: {breaks[2]}" if breaks else "NOT CAUGHT"), flush=True)
-    return breaks is not None
+    took = f"{built - began:.0f} s to build, {time.monotonic() - built:.0f} s to run"
+    print(f"{name} ({what}): " + (f"caught at seed {found[0]}: {found[1]}" if found else "NOT CAUGHT") + f" [{took}]", flush=True)
+    return found is not None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one mutation by name")
     parser.add_argument("--check", action="store_true", help="build nothing")
+    parser.add_argument("--in-place", action="store_true", help="no copy")
     parser.add_argument("--seeds", type=int, default=2000, help="most seeds for each")
-    parser.add_argument("--target", default=str(ROOT / "target" / "mutations"), help="folder of the builds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of forge-sim")
+    parser.add_argument("--target", help="folder of the builds")
     arguments = parser.parse_args()
     check()
     if arguments.check:
@@ -147,10 +179,15 @@ def main() -> int:
     chosen = [mutation for mutation in MUTATIONS if arguments.only in (None, mutation[0])]
     if not chosen:
         sys.exit(f"there is no mutation {arguments.only!r}: {', '.join(mutation[0] for mutation in MUTATIONS)}")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder)
-        copy_repository(copy)
-        caught = [catch(copy, arguments.target, arguments.seeds, mutation) for mutation in chosen]
+    # Always the same folder: cargo takes a crate elsewhere to be another one.
+    tree = ROOT if arguments.in_place else ROOT / "target" / "mutations" / "tree"
+    arguments.target = arguments.target or str(ROOT / "target" if arguments.in_place else ROOT / "target" / "mutations" / "build")
+    if not arguments.in_place:
+        copy_repository(tree)
+    found = first_failure(build(tree, arguments.target), 20, arguments.threads)
+    if found:
+        sys.exit(f"the code as it is breaks something at seed {found[0]}: {found[1]}")
+    caught = [catch(tree, arguments, mutation) for mutation in chosen]
     print(f"{sum(caught)} of {len(caught)} caught")
     return 0 if all(caught) else 1
 

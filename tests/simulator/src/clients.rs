@@ -4,8 +4,6 @@
 //! once. Invariants it checks: an acknowledged change is newer than all that was acknowledged before it was asked for, and a
 //! read sees all of that.
 
-use std::collections::BTreeSet;
-
 use forge_cluster::client::route::{Addresses, Next, Route};
 use forge_shared::cluster::command::{ApiKeyRecord, Command, CommandError, JoinToken};
 use forge_shared::cluster::node::Role;
@@ -33,8 +31,8 @@ pub const TOKEN_USES: u32 = 10_000;
 pub struct History {
     /// The newest revision that an answer told of.
     pub revision: u64,
-    /// Keys that exist for sure, by name.
-    pub keys: BTreeSet<String>,
+    /// Names of keys that exist for sure, in the order in which that was said.
+    pub keys: Vec<String>,
     /// Answers with success, and questions that were given up.
     pub done: u64,
     /// See `done`.
@@ -60,7 +58,8 @@ struct Question {
     begun_ms: u64,
     /// What had been acknowledged when it was asked for.
     seen_revision: u64,
-    seen_keys: BTreeSet<String>,
+    /// How many keys.
+    seen_keys: usize,
     route: Route,
     call: CallId,
     asked: Option<Host>,
@@ -168,7 +167,7 @@ impl Client {
             ask,
             begun_ms: world.now_ms,
             seen_revision: history.revision,
-            seen_keys: history.keys.clone(),
+            seen_keys: history.keys.len(),
             route: Route::new(&self.addresses),
             call: 0,
             asked: None,
@@ -239,7 +238,7 @@ impl Client {
                 history.revision = history.revision.max(applied.revision.0);
                 history.done += 1;
                 if let Wish::Key(name) = question.wish {
-                    history.keys.insert(name);
+                    history.keys.push(name);
                 }
             }
             // Nobody has made it yet, or somebody has removed it.
@@ -250,7 +249,7 @@ impl Client {
                 world.violate("a good command is not refused", format!("{}: {:?}: {error}", self.host, question.wish))
             }
             Answer::Read { revision, keys } => {
-                self.compare(world, &question, revision.0, keys);
+                self.compare(world, &question, &history.keys[..question.seen_keys], (revision.0, keys));
                 history.revision = history.revision.max(revision.0);
                 history.reads += 1;
             }
@@ -261,13 +260,14 @@ impl Client {
         self.later(world, after_ms);
     }
 
-    fn compare(&self, world: &mut World, question: &Question, revision: u64, keys: Vec<String>) {
+    /// Holds what was read against what had been acknowledged before it was asked for.
+    fn compare(&self, world: &mut World, question: &Question, seen_keys: &[String], (revision, mut keys): (u64, Vec<String>)) {
         if revision < question.seen_revision {
             let seen = format!("{} read revision {revision}, and {} was acknowledged before it asked", self.host, question.seen_revision);
             world.violate("reads are linearizable", seen);
         }
-        let keys: BTreeSet<String> = keys.into_iter().collect();
-        if let Some(missing) = question.seen_keys.difference(&keys).next() {
+        keys.sort_unstable();
+        if let Some(missing) = seen_keys.iter().find(|name| keys.binary_search(name).is_err()) {
             world.violate("no acknowledged command is lost", format!("{} reads no key {missing:?}, which was acknowledged", self.host));
         }
     }

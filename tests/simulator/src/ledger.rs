@@ -1,10 +1,10 @@
 //! What all coordinators together applied: the place where their states are compared.
 //!
-//! Invariants it checks after every entry: no member applies an index twice; all apply the same entry at an index, answer the
-//! same, and have the same state after it (every few entries by the state's bytes).
+//! Invariants it checks after every entry: no member applies an index twice; all apply the same entry at an index and answer
+//! the same. Every few entries, whenever a snapshot is begun and whenever one was taken: all members' whole states are the same,
+//! field by field; and at every index all snapshots' bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{DefaultHasher, Hasher};
 use std::sync::Arc;
 
 use forge_coordinator::raft::{Frozen, StateMachine};
@@ -12,9 +12,10 @@ use forge_coordinator::replicated::{Machine, Replicated, decode_reply};
 use forge_shared::cluster::command::{Command, Envelope};
 use parking_lot::Mutex;
 
+use crate::fingerprint::Fingerprint;
 use crate::world::Violation;
 
-/// The state's bytes are compared at every index that this divides.
+/// The states are compared at every index that this divides.
 const COMPARED_EVERY: u64 = 16;
 
 /// What was applied where anyone applied it first.
@@ -24,6 +25,8 @@ pub struct Ledger {
     entries: BTreeMap<u64, (u64, u64)>,
     /// Of the state after an index.
     states: BTreeMap<u64, u64>,
+    /// Of the bytes of a snapshot of an index.
+    snapshots: BTreeMap<u64, u64>,
     /// Requests that used a join token with success.
     pub uses: BTreeSet<String>,
     /// Nodes that the group took to be lost, not yet looked at: name, incarnation, reason.
@@ -34,12 +37,6 @@ pub struct Ledger {
 
 /// A ledger that all members of a run share.
 pub type SharedLedger = Arc<Mutex<Ledger>>;
-
-fn hash(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(bytes);
-    hasher.finish()
-}
 
 impl Ledger {
     fn violate(&mut self, invariant: &'static str, seen: String) {
@@ -54,7 +51,7 @@ impl Ledger {
     }
 
     fn applied(&mut self, member: u16, index: u64, data: &[u8], reply: &[u8]) {
-        let found = (hash(data), hash(reply));
+        let found = (Fingerprint::of_bytes(data), Fingerprint::of_bytes(reply));
         match self.entries.get(&index) {
             None => {
                 self.entries.insert(index, found);
@@ -88,6 +85,13 @@ impl Ledger {
         }
     }
 
+    fn snapshot(&mut self, member: u16, index: u64, bytes: &[u8]) {
+        let found = Fingerprint::of_bytes(bytes);
+        if *self.snapshots.entry(index).or_insert(found) != found {
+            self.violate("equal states have equal bytes", format!("the snapshot of c{member} at {index} has other bytes than others'"));
+        }
+    }
+
     fn state(&mut self, member: u16, index: u64, state: u64) {
         let known = *self.states.entry(index).or_insert(state);
         if known != state {
@@ -112,8 +116,12 @@ impl Watched {
     }
 
     fn compare(&self) {
-        let state = hash(&self.replicated.read().encode());
-        self.ledger.lock().state(self.member, self.applied, state);
+        let state = Fingerprint::of(&*self.replicated.read());
+        let mut ledger = self.ledger.lock();
+        match state {
+            Ok(state) => ledger.state(self.member, self.applied, state),
+            Err(error) => ledger.violate("a state can be written down", error.to_string()),
+        }
     }
 }
 
@@ -136,7 +144,12 @@ impl StateMachine for Watched {
         if self.applied > 0 {
             self.compare();
         }
-        self.machine.snapshot()
+        let (frozen, ledger, member, index) = (self.machine.snapshot(), self.ledger.clone(), self.member, self.applied);
+        Box::new(move || {
+            let bytes = frozen();
+            ledger.lock().snapshot(member, index, &bytes);
+            bytes
+        })
     }
 
     fn restore(&mut self, index: u64, data: &[u8]) -> Result<(), String> {

@@ -2,15 +2,17 @@
 //! and randomness, all from a seed.
 //!
 //! [`world`] is that world, [`faults`] what goes wrong in it, [`coordinators`], [`workers`] (with their [`tie`] to the leader) and [`clients`] are shells around cores,
-//! [`ledger`] compares what members apply, [`simulation`] is a run, [`mod@shrink`] and [`report`] are for people.
+//! [`ledger`] compares what members apply (by [`fingerprint`]), [`simulation`] is a run, [`batch`] are many, [`mod@shrink`] and [`report`] are for people.
 //!
 //! What it is not: a second implementation. Where a shell of production decides something, that decision belongs into a core.
 //!
 //! Invariant: equal plans give equal runs, event by event.
 
+pub mod batch;
 pub mod clients;
 pub mod coordinators;
 pub mod faults;
+pub mod fingerprint;
 pub mod host;
 pub mod ledger;
 pub mod message;

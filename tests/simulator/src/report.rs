@@ -17,7 +17,7 @@ pub fn failure(plan: &Plan, outcome: &Outcome, left_out: usize) -> String {
         let _ = writeln!(text, "  {:>9.3} s  for {} ms: {:?}", fault.at_ms as f64 / 1_000.0, fault.for_ms, fault.kind);
     }
     let _ = writeln!(text, "\nlast events:\n{}", outcome.timeline);
-    let _ = writeln!(text, "replay: cargo run --release -p forge-simulator -- --seed {} --trace", plan.seed);
+    let _ = writeln!(text, "replay: cargo run --profile sim -p forge-simulator -- --seed {} --trace", plan.seed);
     text
 }
 

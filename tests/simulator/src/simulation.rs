@@ -20,6 +20,8 @@ use crate::world::{Violation, Weather, World};
 
 /// Longest phase of liveness, milliseconds.
 const LIVENESS_MS: u64 = 400_000;
+/// How often it is looked whether everything has come about, milliseconds.
+const LOOK_MS: u64 = 20;
 
 /// How large a run is.
 #[derive(Debug, Clone)]
@@ -159,7 +161,14 @@ impl Simulation {
     /// All that is wished comes about.
     fn settle(&mut self, until_ms: u64) {
         self.clients.iter_mut().for_each(|client| client.is_quiet = true);
-        while self.world.violation.is_none() && !self.is_settled() {
+        let mut next_look_ms = 0;
+        while self.world.violation.is_none() {
+            if self.world.now_ms >= next_look_ms {
+                next_look_ms = self.world.now_ms + LOOK_MS;
+                if self.is_settled() {
+                    break;
+                }
+            }
             let Some(event) = self.world.advance(until_ms) else {
                 let seen = self.unsettled();
                 return self.world.violate("once faults stop everything comes about", seen);

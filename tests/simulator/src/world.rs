@@ -27,10 +27,11 @@ pub struct Violation {
     pub seen: String,
 }
 
+/// When something happens, and where it is kept until then: the heap moves its items about.
 struct Due {
     at_ms: u64,
     number: u64,
-    event: Event,
+    place: usize,
 }
 
 impl PartialEq for Due {
@@ -92,6 +93,9 @@ pub struct World {
     /// Faults that came about, by kind.
     pub faults: BTreeMap<&'static str, u64>,
     queue: BinaryHeap<Due>,
+    /// Events to come, and places that are free.
+    events: Vec<Option<Event>>,
+    free: Vec<usize>,
     streams: BTreeMap<StreamId, Stream>,
     next: u64,
 }
@@ -108,6 +112,8 @@ impl World {
             violation: None,
             faults: BTreeMap::new(),
             queue: BinaryHeap::new(),
+            events: Vec::new(),
+            free: Vec::new(),
             streams: BTreeMap::new(),
             next: 0,
         }
@@ -122,7 +128,12 @@ impl World {
     /// Puts in what happens at `at_ms`.
     pub fn put(&mut self, at_ms: u64, event: Event) {
         let number = self.number();
-        self.queue.push(Due { at_ms: at_ms.max(self.now_ms), number, event });
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.events.push(None);
+            self.events.len() - 1
+        });
+        self.events[place] = Some(event);
+        self.queue.push(Due { at_ms: at_ms.max(self.now_ms), number, place });
     }
 
     /// Reminds a process of something after `after_ms`, if it still lives this life.
@@ -138,7 +149,8 @@ impl World {
         }
         let due = self.queue.pop()?;
         self.now_ms = due.at_ms;
-        Some(due.event)
+        self.free.push(due.place);
+        self.events[due.place].take()
     }
 
     /// Whether something gets from one process to another now.

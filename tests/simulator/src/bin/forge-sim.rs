@@ -5,14 +5,15 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use forge_simulator::report::{Totals, failure};
+use forge_simulator::batch::{Batch, run_batch};
+use forge_simulator::report::failure;
 use forge_simulator::shrink::shrink;
-use forge_simulator::simulation::{Plan, run};
+use forge_simulator::simulation::Plan;
 
 /// Runs that shrinking may take.
 const SHRINK_TRIES: usize = 200;
 
-/// Runs the simulated cluster. Ends with 1 at the first seed that breaks an invariant.
+/// Runs the simulated cluster. Ends with 1 where a seed breaks an invariant, and shows the lowest that does.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Seeds to run, as `0..1000`.
@@ -21,8 +22,11 @@ struct Arguments {
     /// One seed alone.
     #[arg(long, conflicts_with = "seeds")]
     seed: Option<u64>,
+    /// Threads, each of which runs seeds of its own. What is found does not depend on it.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
     /// Prints everything that happens.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "threads")]
     trace: bool,
     /// Does not look for a smaller run of a failing seed.
     #[arg(long)]
@@ -39,18 +43,14 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let seeds = arguments.seed.map_or(arguments.seeds, |seed| seed..seed + 1);
     let began = Instant::now();
-    let mut totals = Totals::default();
-    for seed in seeds {
-        let plan = Plan { prints: arguments.trace, ..Plan::of_seed(seed) };
-        let outcome = run(&plan);
-        totals.add(&outcome);
-        if outcome.violation.is_some() {
-            let quiet = Plan { prints: false, ..plan.clone() };
-            let tries = if arguments.no_shrink { 0 } else { SHRINK_TRIES };
-            let (small, came_to) = shrink(&quiet, &outcome, tries);
-            print!("{}", failure(&small, &came_to, plan.faults.len() - small.faults.len()));
-            return ExitCode::FAILURE;
-        }
+    let plan_of = |seed| Plan { prints: arguments.trace, ..Plan::of_seed(seed) };
+    let Batch { totals, failed } = run_batch(seeds, usize::from(arguments.threads), plan_of);
+    if let Some((plan, outcome)) = failed {
+        let quiet = Plan { prints: false, ..plan };
+        let tries = if arguments.no_shrink { 0 } else { SHRINK_TRIES };
+        let (small, came_to) = shrink(&quiet, &outcome, tries);
+        print!("{}", failure(&small, &came_to, quiet.faults.len() - small.faults.len()));
+        return ExitCode::FAILURE;
     }
     print!("{}", totals.text(began.elapsed().as_secs_f64()));
     ExitCode::SUCCESS
