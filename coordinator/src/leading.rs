@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use crate::control::{Controller, Intent, LeaseTable, ShareTable, assignments};
+use crate::control::{Controller, Duties, Intent, LeaseTable, ShareTable};
 use crate::raft::RaftStatus;
 use crate::sessions::{Handle, Inspection, Purpose, Sessions};
 use crate::state::ClusterState;
@@ -155,7 +155,7 @@ impl Leading {
             passed.revision = Some(state.revision());
         }
         drop(passed);
-        self.sessions.assign((&self.options.history, state.revision()), |node| assignments(state, node));
+        self.sessions.assign((&self.options.history, state.revision()), || Duties::of(state));
         // Before anybody is given up: the clock may have gone on while this process did not.
         self.pulse(now_ms);
         let intents = {

@@ -18,6 +18,8 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use crate::control::{Duties, Duty};
+
 /// Sessions of one leader.
 pub(crate) const MAX_SESSIONS: usize = 8192;
 /// Questions without an answer yet.
@@ -60,6 +62,8 @@ struct Inner {
     questions: BTreeMap<u64, Question>,
     /// Questions that ended without an answer.
     unanswered: Vec<(NodeId, ServiceName)>,
+    /// The state's revision that all workers were told their part of.
+    assigned: Option<Revision>,
     next_session: u64,
     next_question: u64,
 }
@@ -104,6 +108,7 @@ impl Sessions {
             return None;
         }
         inner.next_session += 1;
+        inner.assigned = None;
         let handle = Handle { node: node.clone(), number: inner.next_session, ended: CancellationToken::new() };
         let entry = Entry {
             number: handle.number,
@@ -171,14 +176,21 @@ impl Sessions {
         }
     }
 
-    /// Tells each worker what it is to run, where that changed. `of` says what a node is to run.
-    pub(crate) fn assign(&self, (history, revision): (&str, Revision), of: impl Fn(&NodeId) -> Vec<Assignment>) {
+    /// Tells each worker what it is to run, where that changed. While neither the state nor the sessions do, nothing is
+    /// looked at.
+    pub(crate) fn assign<'a>(&self, (history, revision): (&str, Revision), duties: impl FnOnce() -> Duties<'a>) {
         let mut inner = self.0.lock();
+        if inner.assigned.replace(revision) == Some(revision) {
+            return;
+        }
+        let duties = duties();
         for (node, entry) in inner.sessions.iter_mut().filter(|(_, entry)| entry.spec.role == Role::Worker) {
-            let assignments = of(node);
-            if entry.sent.as_ref() == Some(&assignments) {
+            let own = duties.at(node);
+            let is_told = |sent: &Vec<Assignment>| sent.len() == own.len() && own.iter().zip(sent).all(|(duty, told)| duty.is(told));
+            if entry.sent.as_ref().is_some_and(is_told) {
                 continue;
             }
+            let assignments: Vec<Assignment> = own.iter().map(Duty::assignment).collect();
             let message = NodeDown::Assignments { history: history.to_owned(), revision, assignments: assignments.clone() };
             match entry.down.try_send(message) {
                 Ok(()) => entry.sent = Some(assignments),
@@ -304,12 +316,18 @@ mod tests {
     async fn assignments_are_sent_when_they_change_and_a_deaf_worker_loses_its_session() {
         let sessions = Sessions::default();
         let (handle, mut down) = begin(&sessions, "a", 1);
-        sessions.assign(("g", Revision(1)), |_| Vec::new());
-        sessions.assign(("g", Revision(2)), |_| Vec::new());
+        sessions.assign(("g", Revision(1)), Duties::default);
+        sessions.assign(("g", Revision(2)), Duties::default);
         assert!(matches!(down.try_recv(), Ok(NodeDown::Assignments { revision: Revision(1), .. })));
         assert!(down.try_recv().is_err(), "nothing changed");
-        let one = |epoch: u64| Assignment {
-            plan: forge_shared::plan::Plan {
+        sessions.assign(("g", Revision(2)), || unreachable!("the state is as it was"));
+        let (_other, mut other_down) = begin(&sessions, "b", 1);
+        sessions.assign(("g", Revision(2)), Duties::default);
+        assert!(matches!(other_down.try_recv(), Ok(NodeDown::Assignments { .. })), "a new session is told in the same state");
+        assert!(down.try_recv().is_err(), "and nobody else");
+        let (node, wish) = (NodeId::from("a"), service());
+        let one = |epoch: u64| {
+            vec![forge_shared::plan::Plan {
                 replica: forge_shared::ids::ReplicaId { service: "s".into(), index: 0 },
                 epoch: forge_shared::ids::Epoch(epoch),
                 max_model_len: 1,
@@ -319,13 +337,11 @@ mod tests {
                 max_step_tokens: 1,
                 max_batch_size: 1,
                 ranks: Vec::new(),
-            },
-            service: Box::new(service()),
-            weights_digest: String::new(),
-            drain_ms: None,
+            }]
         };
         for epoch in 1..=5 {
-            sessions.assign(("g", Revision(2 + epoch)), |_| vec![one(epoch)]);
+            let plans = one(epoch);
+            sessions.assign(("g", Revision(2 + epoch)), || Duties::of_one(&node, &plans, &wish));
         }
         assert!(handle.ended.is_cancelled(), "four lie unread, the fifth found no room");
     }

@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 
+use forge_shared::cluster::Revision;
 use forge_shared::cluster::node::NodePhase;
 use forge_shared::ids::{Incarnation, NodeId};
 
@@ -32,12 +33,14 @@ pub struct LeaseTable {
     is_new: bool,
     /// The last [`LeaseTable::pulse`].
     pulse_ms: Option<u64>,
+    /// The state's revision of nodes and placement that was taken over.
+    followed: Option<Revision>,
 }
 
 impl LeaseTable {
     /// An empty table, as a new leader begins with.
     pub fn new(lease_ms: u64) -> Self {
-        LeaseTable { lease_ms, leases: BTreeMap::new(), is_new: true, pulse_ms: None }
+        LeaseTable { lease_ms, leases: BTreeMap::new(), is_new: true, pulse_ms: None, followed: None }
     }
 
     /// Length of a lease, milliseconds.
@@ -49,6 +52,11 @@ impl LeaseTable {
     /// the first call two; others are forgotten. To be called after every change of the state and before
     /// [`LeaseTable::expired`].
     pub fn follow(&mut self, now_ms: u64, state: &ClusterState) {
+        // No node changes without it.
+        let revision = state.placement_revision();
+        if self.followed.replace(revision) == Some(revision) {
+            return;
+        }
         let nodes = state.nodes();
         self.leases.retain(|id, lease| {
             nodes.get(id).is_some_and(|node| node.phase == NodePhase::Ready && node.spec.incarnation == lease.incarnation)

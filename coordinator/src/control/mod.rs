@@ -10,6 +10,7 @@
 mod commit;
 mod controller;
 mod deadline;
+mod duties;
 mod failures;
 mod inspect;
 mod lease;
@@ -19,13 +20,13 @@ mod shares;
 mod tests;
 
 use forge_cluster::api::{ClusterError, PlannedService};
-use forge_shared::cluster::service::{Facts, ReplicaRecord, ServiceRecord};
-use forge_shared::cluster::session::Assignment;
-use forge_shared::ids::{Epoch, NodeId, ServiceName};
+use forge_shared::cluster::service::{Facts, ServiceRecord};
+use forge_shared::ids::{Epoch, ServiceName};
 use forge_shared::plan::{ModelFacts, Plan};
 use forge_shared::spec::ModelService;
 
 pub use controller::{Controller, ControllerOptions, Intent};
+pub use duties::{Duties, Duty};
 pub use lease::LeaseTable;
 pub use shares::ShareTable;
 
@@ -36,42 +37,22 @@ use crate::state::{ClusterState, changes_replicas, check_wish, runs};
 /// carried out.
 pub const RUNS_ON_ONE_NODE: bool = true;
 
-/// Everything a worker is to run: its ranks of placed replicas, and of leaving ones. What failed or has stopped is not in it.
-pub fn assignments(state: &ClusterState, node: &NodeId) -> Vec<Assignment> {
-    let is_here = |replica: &ReplicaRecord| runs(replica) && replica.plan.ranks.iter().any(|rank| rank.node == *node);
-    let mut assignments = Vec::new();
-    for service in state.services().values() {
-        let placed = service.replicas.iter().map(|replica| (replica, false));
-        let leaving = service.leaving.iter().map(|leaving| (&leaving.replica, leaving.is_draining));
-        for (replica, is_draining) in placed.chain(leaving).filter(|(replica, _)| is_here(replica)) {
-            let Some((wish, weights_digest)) = wish_of(service, replica.generation) else { continue };
-            assignments.push(Assignment {
-                plan: replica.plan.clone(),
-                service: Box::new(wish.clone()),
-                weights_digest,
-                drain_ms: is_draining.then(|| drain_ms(wish)),
-            });
-        }
-    }
-    assignments
-}
-
 /// How long a replica of this wish may finish its requests, milliseconds.
 fn drain_ms(wish: &ModelService) -> u64 {
     wish.spec.gateway.drain_timeout_s.saturating_mul(1_000)
 }
 
 /// The wish of a generation and the digest of its weights.
-fn wish_of(service: &ServiceRecord, generation: u64) -> Option<(&ModelService, String)> {
+fn wish_of(service: &ServiceRecord, generation: u64) -> Option<(&ModelService, &str)> {
     if generation == service.generation {
         let digest = match &service.facts {
-            Facts::Known { facts } => facts.weights_digest.clone(),
-            Facts::Unknown { .. } | Facts::Failed { .. } => String::new(),
+            Facts::Known { facts } => facts.weights_digest.as_str(),
+            Facts::Unknown { .. } | Facts::Failed { .. } => "",
         };
         return Some((&service.service, digest));
     }
     let older = service.older.iter().find(|older| older.generation == generation)?;
-    Some((&older.service, older.weights_digest.clone()))
+    Some((&older.service, &older.weights_digest))
 }
 
 /// What would be placed where, if this service were applied now. Replicas that would stay are in it.

@@ -4,7 +4,8 @@ mod rollouts;
 use std::collections::{BTreeMap, BTreeSet};
 
 use forge_shared::cluster::node::NodePhase;
-use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport, ReplicaStatus};
+use forge_shared::cluster::service::{ReplicaPhase, ReplicaRecord, ReplicaReport, ReplicaStatus};
+use forge_shared::cluster::session::Assignment;
 use forge_shared::plan::Refusal;
 use forge_shared::rollout::RolloutSpec;
 use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
@@ -13,9 +14,32 @@ use proptest::prelude::*;
 use super::*;
 use crate::state::test_support::*;
 use forge_shared::cluster::command::{Command, CommandError};
-use forge_shared::ids::{Incarnation, ReplicaId};
+use forge_shared::ids::{Incarnation, NodeId, ReplicaId};
 
 const LEASE_MS: u64 = 3_000;
+
+/// What a worker is to run, looked up for it alone: the duties of all must come to the same.
+fn assignments(state: &ClusterState, node: &NodeId) -> Vec<Assignment> {
+    let is_here = |replica: &ReplicaRecord| runs(replica) && replica.plan.ranks.iter().any(|rank| rank.node == *node);
+    let mut assignments = Vec::new();
+    for service in state.services().values() {
+        let placed = service.replicas.iter().map(|replica| (replica, None));
+        let leaving = service.leaving.iter().map(|leaving| (&leaving.replica, Some(()).filter(|()| leaving.is_draining)));
+        for (replica, drains) in placed.chain(leaving).filter(|(replica, _)| is_here(replica)) {
+            let (wish, weights_digest) = wish_of(service, replica.generation).expect("it is kept");
+            assignments.push(Assignment {
+                plan: replica.plan.clone(),
+                service: Box::new(wish.clone()),
+                weights_digest: weights_digest.to_owned(),
+                drain_ms: drains.map(|()| drain_ms(wish)),
+            });
+        }
+    }
+    let duties = Duties::of(state);
+    assert_eq!(duties.at(node).iter().map(Duty::assignment).collect::<Vec<_>>(), assignments);
+    assert!(duties.at(node).iter().zip(&assignments).all(|(duty, told)| duty.is(told)));
+    assignments
+}
 
 /// A leader with its tables, and workers that do what they are told.
 struct Leader {
