@@ -41,6 +41,7 @@ fn node(number: usize) -> NodeRecord {
         level: forge_shared::version::LEVEL,
         address: String::new(),
         metrics_address: String::new(),
+        data_plane: None,
         devices: (0..DEVICES).map(device).collect(),
     };
     NodeRecord { spec, phase: NodePhase::Ready, cordoned: false, draining: false, is_forced: false, reason: String::new(), since_ms: 0 }

@@ -66,6 +66,7 @@ fn node(number: usize) -> NodeSpec {
         level: forge_shared::version::LEVEL,
         address: format!("node-{number:04}.example:7100"),
         metrics_address: format!("node-{number:04}.example:9000"),
+        data_plane: None,
         devices: (0..8).map(device).collect(),
     }
 }

@@ -190,6 +190,8 @@ impl Leading {
             }
             // It may come again: its replicas are elsewhere by then.
             Some(record) if record.phase == NodePhase::Lost => Some(NodeDown::Moved { leader: None }),
+            // It says it again, and it is written down then.
+            Some(_) if state.lacks_of(spec) => Some(NodeDown::Moved { leader: None }),
             Some(_) => None,
         });
     }

@@ -41,7 +41,8 @@ impl Coordinator {
         let (down, down_received) = mpsc::channel(STREAM_DEPTH);
         let session = Session { up, down: down_received };
 
-        let join = Command::JoinNode { spec: Box::new(hello.clone()) };
+        let spec = self.0.replicated.read().known_spec(hello.clone());
+        let join = Command::JoinNode { spec: Box::new(spec) };
         let submission = self.own(leading.request_id("join"), join);
         let first = match self.submit(submission, timeout).await {
             Ok(_) => leading.welcome(),

@@ -279,6 +279,7 @@ mod tests {
             level: forge_shared::version::LEVEL,
             address: "127.0.0.1:7100".into(),
             metrics_address: String::new(),
+            data_plane: None,
             devices: Vec::new(),
         }
     }

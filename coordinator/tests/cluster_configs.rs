@@ -28,6 +28,7 @@ fn cluster(folder: &str, workers: usize) -> ClusterState {
             level: forge_shared::version::LEVEL,
             address: config.address().into(),
             metrics_address: config.metrics_listen.clone(),
+            data_plane: None,
             devices: config.declared(),
         };
         let command = Command::JoinNode { spec: Box::new(spec) };

@@ -85,6 +85,7 @@ fn worker(id: &str, incarnation: u64) -> NodeSpec {
         level: forge_shared::version::LEVEL,
         address: format!("{id}:7100"),
         metrics_address: String::new(),
+        data_plane: None,
         devices: vec![device],
     }
 }

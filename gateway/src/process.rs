@@ -78,6 +78,7 @@ async fn serve(
         level: build.level,
         address: listeners.api().to_string(),
         metrics_address: listeners.metrics().to_string(),
+        data_plane: None,
         devices: Vec::new(),
     };
     let shares = Arc::new(Shares::default());

@@ -7,7 +7,7 @@
 //! | level | brought |
 //! |---|---|
 //! | 1 | what the first release has |
-//! | 2 | `spec.rollout`, earlier wishes of a service and the way back to them, rollouts that are stuck |
+//! | 2 | `spec.rollout`, earlier wishes of a service and the way back to them, rollouts that are stuck; replicas whose ranks are on several workers |
 //!
 //! Invariant: a document of level 1 is written as the first release writes it: what came later is left out.
 
@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 pub const LEVEL: u32 = 2;
 /// Of the first release, and of whoever says nothing.
 pub const FIRST_LEVEL: u32 = 1;
+/// The level of workers' data planes, and of replicas whose ranks are on several workers.
+pub const DATA_PLANES: u32 = 2;
 /// This build's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 

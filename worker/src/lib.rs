@@ -5,6 +5,7 @@
 
 pub mod actors;
 pub mod agent;
+pub mod data_plane;
 mod error;
 #[cfg(debug_assertions)]
 mod fault;

@@ -88,6 +88,7 @@ async fn work(config: WorkerConfig) -> Result<()> {
         listen: address("listen", &config.listen)?,
         advertise: config.advertise.clone(),
         metrics_listen: address("metricsListen", &config.metrics_listen)?,
+        data_plane: config.data_plane.clone(),
         coordinators,
         credentials: SharedCredentials::new(entry.credentials),
         devices: config.devices.clone(),

@@ -14,18 +14,20 @@ use std::time::Duration;
 
 use forge_cluster::api::{ClusterApi, ClusterError};
 use forge_cluster::client::{RemoteCluster, keep_certificates};
-use forge_cluster::config::DeclaredDevice;
+use forge_cluster::config::{DataPlaneConfig, DeclaredDevice};
 use forge_cluster::incarnation;
 use forge_cluster::probes::{self, Probes};
 use forge_cluster::tls::SharedCredentials;
 use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::ids::NodeId;
 use forge_shared::telemetry::{Metrics, RoleLabel};
+use forge_shared::version::DATA_PLANES;
 use forge_store::ForgeHome;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::WorkerError;
+use crate::data_plane::{DataPlane, DataPlaneOptions};
 use crate::inspect::inspect;
 use crate::ledger::Ledger;
 use crate::logs::LogRing;
@@ -56,6 +58,8 @@ pub struct WorkerOptions {
     pub advertise: Option<String>,
     /// Where metrics and probes are.
     pub metrics_listen: SocketAddr,
+    /// Where other workers reach it.
+    pub data_plane: DataPlaneConfig,
     /// `host:port` of all coordinators.
     pub coordinators: Vec<String>,
     /// Its identity.
@@ -89,21 +93,31 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
         probing.await.map_err(|error| cannot(format!("looking for devices: {error}")))?
     };
     let build = forge_cluster::build::of_this_process().map_err(cannot)?;
+    let data_plane = DataPlane::start(DataPlaneOptions {
+        node: NodeId::from(options.name.as_str()),
+        config: &options.data_plane,
+        engine_listen: options.listen,
+        engine_address: options.advertise.clone().unwrap_or_else(|| address.to_string()),
+        engine_port: address.port(),
+        credentials: &options.credentials,
+    })?;
     let spec = NodeSpec {
         id: NodeId::from(options.name.as_str()),
         role: Role::Worker,
         incarnation: incarnation::next(&options.data_dir, now_ms()).map_err(|error| cannot_start(error.to_string()))?,
-        version: build.version,
         level: build.level,
+        version: build.version,
         address: options.advertise.clone().unwrap_or_else(|| address.to_string()),
         metrics_address: metrics_address.to_string(),
+        data_plane: (build.level >= DATA_PLANES).then(|| data_plane.told().clone()),
         devices: infos,
     };
     let metrics = Metrics::new();
     let models = Arc::new(StoredModels::new(options.home.clone(), options.is_offline).counting(metrics.clone()));
     let ledger = Ledger::new(ledger, Box::new(machine::free_bytes));
     let node = WorkerNode::start(&spec, ledger.clone(), models.clone(), metrics.clone()).await?;
-    tracing::info!(name = options.name, %address, %metrics_address, incarnation = spec.incarnation.0, devices = spec.devices.len(), "the worker starts");
+    let data_address = &data_plane.told().address;
+    tracing::info!(name = options.name, %address, %data_address, %metrics_address, incarnation = spec.incarnation.0, devices = spec.devices.len(), "the worker starts");
     let mut node = node.join(spec, connect(&options), Arc::new(move |service| inspect(&models, service)))?;
     let renewal = RemoteCluster::new(&options.coordinators, &options.credentials).map_err(|error| cannot(error.to_string()))?;
     let left = metrics.certificate_left_s.get_or_create_owned(&RoleLabel { role: Role::Worker.to_string() });
@@ -164,6 +178,7 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
         );
     };
     let _ = tokio::time::timeout(END_TIMEOUT, rest).await;
+    drop(data_plane);
     result
 }
 

@@ -31,6 +31,7 @@ fn start() -> ClusterState {
         level: forge_shared::version::LEVEL,
         address: format!("{id}:7100"),
         metrics_address: String::new(),
+        data_plane: None,
         devices: vec![DeviceInfo {
             index: 0,
             kind: DeviceKind::Cpu,

@@ -6,9 +6,9 @@
 //! come back); a process below it is not let in; at a level nothing of a later one is in the state.
 
 use forge_shared::cluster::command::{Command, CommandError};
-use forge_shared::cluster::node::Role;
+use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::plan::ModelFacts;
-use forge_shared::version::{Build, LEVEL};
+use forge_shared::version::{Build, DATA_PLANES, LEVEL};
 
 use super::notices::Weight;
 use super::{ClusterState, Effect, Step, checks};
@@ -40,6 +40,7 @@ fn needs(command: &Command) -> Option<(&'static str, u32)> {
         Command::RecordFacts { facts: Ok(facts), .. } if !facts.shape.tensor_extra_bytes.is_empty() => {
             Some(("the count of what tensor ranks have beyond their parts", SHARES))
         }
+        Command::JoinNode { spec } if spec.data_plane.is_some() => Some(("the address of a worker's data plane", DATA_PLANES)),
         Command::ScaleService { .. }
         | Command::DeleteService { .. }
         | Command::RecordFacts { .. }
@@ -100,6 +101,20 @@ impl ClusterState {
         facts
     }
 
+    /// What a node says of itself as the cluster's processes know it: what is newer is left out.
+    pub(crate) fn known_spec(&self, mut spec: NodeSpec) -> NodeSpec {
+        if self.level < DATA_PLANES {
+            spec.data_plane = None;
+        }
+        spec
+    }
+
+    /// Whether a node said something of itself that was left out when it joined, and that the cluster's processes know by now.
+    pub(crate) fn lacks_of(&self, spec: &NodeSpec) -> bool {
+        let known = self.nodes.get(&spec.id).filter(|known| known.spec.incarnation == spec.incarnation);
+        known.is_some_and(|known| known.spec.data_plane != self.known_spec(spec.clone()).data_plane)
+    }
+
     /// Whether the cluster's processes know all of a command.
     ///
     /// # Errors
@@ -153,8 +168,9 @@ impl ClusterState {
 mod tests {
     use forge_shared::cluster::certificate::CaRecord;
     use forge_shared::cluster::command::{MemberRecord, PlannedReplica};
+    use forge_shared::cluster::node::{DataPlane, DataTransport};
     use forge_shared::cluster::service::Facts;
-    use forge_shared::ids::{NodeId, ServiceName};
+    use forge_shared::ids::{Incarnation, NodeId, ServiceName};
     use forge_shared::rollout::{Portion, RolloutSpec};
     use forge_shared::spec::ModelServiceSpec;
     use forge_shared::version::FIRST_LEVEL;
@@ -175,7 +191,7 @@ mod tests {
     }
 
     fn join(world: &mut World, id: &str, incarnation: u64, level: u32) -> Result<(), CommandError> {
-        let spec = forge_shared::cluster::node::NodeSpec { level, ..worker(id, incarnation, &[4_096]) };
+        let spec = NodeSpec { level, ..worker(id, incarnation, &[4_096]) };
         world.run(Command::JoinNode { spec: Box::new(spec) }).map(|_| ())
     }
 
@@ -244,6 +260,28 @@ mod tests {
         assert!(world.run(Command::RaiseLevel { level: 2 }).is_err());
         join(&mut world, "w1", 2, 2).expect("upgraded");
         world.run(Command::RaiseLevel { level: 2 }).expect("all know it");
+    }
+
+    #[test]
+    fn what_a_node_says_that_not_all_know_is_written_down_once_they_do() {
+        let mut world = at_first_level();
+        let told = DataPlane { address: "w1:7100".into(), transport: DataTransport::Quic };
+        let spec = NodeSpec { data_plane: Some(told.clone()), ..worker("w1", 1, &[4_096]) };
+        let join = |spec: &NodeSpec| Command::JoinNode { spec: Box::new(spec.clone()) };
+        assert!(matches!(world.run(join(&spec)), Err(CommandError::Level { needed: 2, level: 1, .. })));
+        let known = world.state.known_spec(spec.clone());
+        world.run(join(&known)).expect("without it");
+        assert!(!world.state.lacks_of(&spec));
+        assert!(!String::from_utf8(world.state.encode()).expect("JSON").contains("dataPlane"));
+        world.run(Command::RaiseLevel { level: 2 }).expect("all know it");
+        assert!(world.state.lacks_of(&spec), "its session ends, and it says it again");
+        assert_eq!(world.state.known_spec(spec.clone()), spec);
+        assert!(world.run(join(&spec)).expect("the same process").changed);
+        assert_eq!(world.state.nodes()[&spec.id].spec.data_plane, Some(told));
+        assert!(!world.state.lacks_of(&spec) && !world.run(join(&spec)).expect("again").changed);
+        let wrong = DataPlane { address: "nowhere".into(), transport: DataTransport::Tcp };
+        let refused = world.run(join(&NodeSpec { data_plane: Some(wrong), incarnation: Incarnation(2), ..spec.clone() }));
+        assert!(refused.is_err_and(|error| error.to_string().contains("spec.dataPlane.address")));
     }
 
     #[test]

@@ -66,6 +66,12 @@ impl ClusterState {
                         );
                         return Err(conflict(&spec.id, reason));
                     }
+                    // It could not be written down before all processes knew of it.
+                    if known.spec.data_plane != spec.data_plane {
+                        self.node_mut(&spec.id)?.spec.data_plane = spec.data_plane.clone();
+                        self.put_node(&spec.id, step);
+                        return Ok(Effect::CHANGED);
+                    }
                     return Ok(Effect::NONE);
                 }
                 keep_beliefs(&mut record, known);
@@ -258,6 +264,12 @@ fn check_spec(spec: &NodeSpec) -> Result<(), CommandError> {
     checks::address("spec.address", &spec.address)?;
     if !spec.metrics_address.is_empty() {
         checks::address("spec.metricsAddress", &spec.metrics_address)?;
+    }
+    if let Some(data_plane) = &spec.data_plane {
+        checks::address("spec.dataPlane.address", &data_plane.address)?;
+        if spec.role == Role::Gateway {
+            return checks::invalid("spec.dataPlane", "a gateway has none");
+        }
     }
     if spec.role == Role::Gateway && !spec.devices.is_empty() {
         return checks::invalid("spec.devices", "a gateway has none");

@@ -109,6 +109,7 @@ pub(crate) fn worker(id: &str, incarnation: u64, devices_mib: &[u64]) -> NodeSpe
         level: forge_shared::version::LEVEL,
         address: format!("{id}:7100"),
         metrics_address: format!("{id}:9000"),
+        data_plane: None,
         devices: devices.collect(),
     }
 }

@@ -286,6 +286,7 @@ pub fn worker_spec(name: &str, incarnation: u64) -> NodeSpec {
         level: forge_shared::version::LEVEL,
         address: "127.0.0.1:7100".into(),
         metrics_address: "127.0.0.1:9000".into(),
+        data_plane: None,
         devices: vec![DeviceInfo {
             index: 0,
             kind: DeviceKind::Cpu,

@@ -206,6 +206,7 @@ fn node_facts(node: &forge_shared::cluster::node::NodeRecord) -> Vec<(&'static s
         ("REASON", if node.reason.is_empty() { "-".into() } else { node.reason.clone() }),
         ("ADDRESS", node.spec.address.clone()),
         ("METRICS", node.spec.metrics_address.clone()),
+        ("DATA PLANE", node.spec.data_plane.as_ref().map_or("-".into(), |told| format!("{} ({})", told.address, told.transport))),
         ("INCARNATION", node.spec.incarnation.0.to_string()),
         ("VERSION", node.spec.version.clone()),
     ]

@@ -45,6 +45,7 @@ fn spec(name: &str) -> NodeSpec {
         level: forge_shared::version::LEVEL,
         address: "h:1".into(),
         metrics_address: "h:2".into(),
+        data_plane: None,
         devices: vec![DeviceInfo {
             index: 0,
             kind: DeviceKind::Cpu,

@@ -189,6 +189,7 @@ mod tests {
             level: forge_shared::version::LEVEL,
             address: "h:1".into(),
             metrics_address: "h:2".into(),
+            data_plane: None,
             devices: Vec::new(),
         };
         let record = NodeRecord { spec, phase, cordoned: false, draining: false, is_forced: false, reason: String::new(), since_ms };

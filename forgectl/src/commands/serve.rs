@@ -144,6 +144,7 @@ fn gateway_node(listeners: &Listeners) -> NodeSpec {
         level: forge_shared::version::LEVEL,
         address: listeners.api().to_string(),
         metrics_address: listeners.metrics().to_string(),
+        data_plane: None,
         devices: Vec::new(),
     }
 }

@@ -153,6 +153,7 @@ impl EmbeddedCoordinator {
             level: forge_shared::version::LEVEL,
             address: listener.local_addr().map_err(|error| Failure::of(&error))?.to_string(),
             metrics_address: String::new(),
+            data_plane: None,
             devices: vec![device],
         };
         let models = Arc::new(OpenedFirst {

@@ -156,6 +156,7 @@ mod tests {
             level: forge_shared::version::LEVEL,
             address: format!("{name}:7100"),
             metrics_address: String::new(),
+            data_plane: None,
             devices: Vec::new(),
         };
         let record = NodeRecord {

@@ -192,6 +192,7 @@ pub(crate) fn node(name: &str) -> Object {
         level: forge_shared::version::LEVEL,
         address: format!("{name}:7100"),
         metrics_address: String::new(),
+        data_plane: None,
         devices: Vec::new(),
     };
     Object::Node(Box::new(NodeRecord {
@@ -266,6 +267,7 @@ pub(crate) fn gateway_spec(name: &str) -> NodeSpec {
         level: forge_shared::version::LEVEL,
         address: String::new(),
         metrics_address: String::new(),
+        data_plane: None,
         devices: Vec::new(),
     }
 }

@@ -140,6 +140,12 @@ impl Fabric {
         self.shared.endpoint.local_address()
     }
 
+    /// Ends connections to nodes whose certificates the verifier does not take any more, and with them their groups: to be
+    /// called after its policy has changed. New connections ask it anyway.
+    pub fn recheck(&self) {
+        self.shared.endpoint.recheck();
+    }
+
     /// Forms a group for collective operations: returns when all members have come.
     ///
     /// # Errors

@@ -84,6 +84,16 @@ impl TcpDriver {
         }
     }
 
+    /// Ends sessions with nodes that are not believed any more, and their streams with them.
+    pub(crate) fn recheck(&self) {
+        let sessions: Vec<_> = self.sessions.lock().iter().filter_map(Weak::upgrade).collect();
+        for session in sessions {
+            if let Err(reason) = session.peer(&*self.verifier) {
+                session.end(&reason);
+            }
+        }
+    }
+
     fn events(&self) -> Option<Arc<dyn Events>> {
         self.events.get().and_then(Weak::upgrade)
     }
@@ -135,7 +145,9 @@ impl TcpDriver {
                 Some(Err(failure)) => return Err(io::Error::other(format!("{failure:?}"))),
                 None if Instant::now() >= until => return Err(io::ErrorKind::TimedOut.into()),
                 None => {
-                    pipe.read_into(&inbox, HANDSHAKE)?;
+                    if !pipe.read_into(&inbox, HANDSHAKE)? {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
                 }
             }
         }
@@ -168,6 +180,11 @@ impl TcpDriver {
         let mut sessions = self.sessions.lock();
         sessions.retain(|session| session.strong_count() > 0);
         sessions.push(Arc::downgrade(&session));
+        drop(sessions);
+        // A verdict that changed between the handshake and the list.
+        if let Err(reason) = session.peer(&*self.verifier) {
+            session.end(&reason);
+        }
         session
     }
 
@@ -205,9 +222,13 @@ impl TcpDriver {
         let inbox = Inbox::new(FrameReader::new(Epoch(0)));
         // The first ping back says that the peer has taken the session, so that streams may follow.
         while inbox.take().transpose().map_err(lost)?.is_none() {
-            let read = pipe.read_into(&inbox, HANDSHAKE);
             // A refused certificate shows here, after the handshake is done on this side.
-            read.map_err(|error| Lost { reason: error.to_string(), silent: false })?;
+            match pipe.read_into(&inbox, HANDSHAKE) {
+                Ok(true) if Instant::now() < until => {}
+                Ok(true) => return Err(Lost { reason: "no answer in time".to_owned(), silent: true }),
+                Ok(false) => return Err(Lost { reason: "it closes the connection: it does not take this node".to_owned(), silent: false }),
+                Err(error) => return Err(Lost { reason: error.to_string(), silent: false }),
+            }
         }
         let session = self.add_session(node.clone(), pipe, inbox);
         let (running, driver) = (Arc::clone(&session), Arc::clone(self));

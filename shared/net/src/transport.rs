@@ -156,6 +156,14 @@ impl Endpoint {
         }
     }
 
+    /// Ends connections whose peers are not believed any more.
+    pub(crate) fn recheck(&self) {
+        match self {
+            Endpoint::Quic(driver) => driver.recheck(),
+            Endpoint::Tcp(driver) => driver.recheck(),
+        }
+    }
+
     pub(crate) fn stop(&self) {
         match self {
             Endpoint::Quic(driver) => driver.stop(),

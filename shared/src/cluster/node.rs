@@ -72,6 +72,10 @@ pub struct NodeSpec {
     pub address: String,
     /// `host:port` of its metrics and probes, for operators.
     pub metrics_address: String,
+    /// Where its data plane listens (worker); absent where it has none, and ranks of a replica are then not divided between
+    /// it and others. Level 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_plane: Option<DataPlane>,
     /// What it can give; empty for gateways.
     pub devices: Vec<DeviceInfo>,
 }
@@ -80,6 +84,36 @@ impl NodeSpec {
     /// What it runs.
     pub fn build(&self) -> Build {
         Build { version: self.version.clone(), level: self.level }
+    }
+}
+
+/// Where workers reach a worker to exchange activations.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DataPlane {
+    /// `host:port`.
+    pub address: String,
+    /// How it is spoken to. Only workers of one kind reach each other.
+    pub transport: DataTransport,
+}
+
+/// How workers carry what ranks say to each other.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DataTransport {
+    /// QUIC over UDP.
+    #[default]
+    Quic,
+    /// TLS over TCP, where UDP is blocked.
+    Tcp,
+}
+
+impl std::fmt::Display for DataTransport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DataTransport::Quic => "quic",
+            DataTransport::Tcp => "tcp",
+        })
     }
 }
 

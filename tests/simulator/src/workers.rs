@@ -121,6 +121,7 @@ impl Worker {
             level: LEVEL,
             address: self.host.address(),
             metrics_address: String::new(),
+            data_plane: None,
             devices: vec![device],
         }
     }

@@ -163,6 +163,7 @@ pub fn spec(name: &str) -> NodeSpec {
         level: forge_shared::version::LEVEL,
         address: "127.0.0.1:1".into(),
         metrics_address: "127.0.0.1:2".into(),
+        data_plane: None,
         devices: Vec::new(),
     }
 }

@@ -350,6 +350,7 @@ async fn one_that_gives_no_answer_is_asked_last_from_then_on() {
         level: forge_shared::version::LEVEL,
         address: "127.0.0.1:7100".into(),
         metrics_address: String::new(),
+        data_plane: None,
         devices: Vec::new(),
     };
     drop(cluster.session(hello, TIMEOUT).await.unwrap());
@@ -447,6 +448,7 @@ async fn a_session_moves_to_the_leader_and_carries_both_ways() {
         level: forge_shared::version::LEVEL,
         address: "127.0.0.1:7100".into(),
         metrics_address: String::new(),
+        data_plane: None,
         devices: Vec::new(),
     };
     let mut session = client(&ca, &[&follower]).session(hello, TIMEOUT).await.unwrap();

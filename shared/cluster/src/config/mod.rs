@@ -24,7 +24,7 @@ pub use context::ContextFile;
 pub use coordinator::CoordinatorConfig;
 pub use entry::Entry;
 pub use gateway::GatewayFile;
-pub use worker::{DeclaredDevice, WorkerConfig};
+pub use worker::{DataPlaneConfig, DeclaredDevice, WorkerConfig};
 
 /// Largest configuration file.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -157,13 +157,17 @@ pub fn no_file_help<T: ProcessConfig>() -> String {
 fn check_advertise(listen: &str, advertise: Option<&str>) -> Result<(), (&'static str, String)> {
     let address = advertise.unwrap_or(listen);
     check_address("advertise", address)?;
-    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    let is_everywhere = matches!(host.trim_matches(['[', ']']).parse::<std::net::IpAddr>(), Ok(ip) if ip.is_unspecified());
-    match (is_everywhere, advertise) {
+    match (is_everywhere(address), advertise) {
         (false, _) => Ok(()),
         (true, None) => Err(("advertise", "is missing: with a listen address of all interfaces, say where other hosts reach it".into())),
         (true, Some(_)) => Err(("advertise", format!("{address:?} is no address to dial: say where other hosts reach it"))),
     }
+}
+
+/// Whether an address is that of all interfaces, which nobody can dial.
+fn is_everywhere(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    matches!(host.trim_matches(['[', ']']).parse::<std::net::IpAddr>(), Ok(ip) if ip.is_unspecified())
 }
 
 fn check_name(name: &str) -> Result<(), (&'static str, String)> {

@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use forge_shared::cluster::node::{DeviceInfo, DeviceKind};
+use forge_shared::cluster::node::{DataTransport, DeviceInfo, DeviceKind};
 use forge_shared::config::ProcessConfig;
 use forge_shared::spec::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use super::{Membership, TelemetryConfig, check_address, check_advertise, check_name};
+use super::{Membership, TelemetryConfig, check_address, check_advertise, check_host_port, check_name, is_everywhere};
 
 /// Devices a node may declare.
 const MAX_DEVICES: usize = 64;
@@ -32,6 +32,8 @@ pub struct WorkerConfig {
     pub advertise: Option<String>,
     /// Address of metrics and probes.
     pub metrics_listen: String,
+    /// Where other workers reach this one to exchange activations.
+    pub data_plane: DataPlaneConfig,
     /// Devices to offer instead of those that are found: shares of this machine, never exceeded. Empty: what is found.
     pub devices: Vec<DeclaredDevice>,
     /// Memory that is left to the system on each device that is found.
@@ -44,6 +46,34 @@ pub struct WorkerConfig {
     pub membership: Membership,
     /// Logs and traces.
     pub telemetry: TelemetryConfig,
+}
+
+/// The port for what ranks on several workers say to each other.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct DataPlaneConfig {
+    /// `host:port` to listen at; absent: with `quic` the UDP port of the same number as `listen`, with `tcp` any port of its host.
+    pub listen: Option<String>,
+    /// `host:port` where other workers reach it; absent: the host of `advertise` (or `listen`) and the port it listens at.
+    pub advertise: Option<String>,
+    /// `quic` (UDP), or `tcp` where UDP is blocked; the same on all workers.
+    pub transport: DataTransport,
+}
+
+impl DataPlaneConfig {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if let Some(listen) = &self.listen {
+            check_host_port(listen).map_err(|reason| ("dataPlane.listen", reason))?;
+        }
+        if let Some(advertise) = &self.advertise {
+            check_host_port(advertise).map_err(|reason| ("dataPlane.advertise", reason))?;
+            if is_everywhere(advertise) {
+                let reason = format!("{advertise:?} is no address to dial: say where other workers reach it");
+                return Err(("dataPlane.advertise", reason));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A device that is declared rather than found.
@@ -95,6 +125,7 @@ impl Default for WorkerConfig {
             listen: "127.0.0.1:7100".into(),
             advertise: None,
             metrics_listen: "127.0.0.1:7101".into(),
+            data_plane: DataPlaneConfig::default(),
             devices: Vec::new(),
             reserve: ByteSize(256 << 20),
             is_offline: false,
@@ -122,7 +153,9 @@ impl ProcessConfig for WorkerConfig {
 
     fn example() -> Self {
         let device = DeclaredDevice { kind: DeviceKind::Cpu, cores: 1, memory: ByteSize(1), numa_node: None };
-        WorkerConfig { devices: vec![device], ..WorkerConfig::default() }
+        let address = || Some("127.0.0.1:1".to_owned());
+        let data_plane = DataPlaneConfig { listen: address(), advertise: address(), transport: DataTransport::Quic };
+        WorkerConfig { devices: vec![device], data_plane, ..WorkerConfig::default() }
     }
 
     fn check(&self) -> Result<(), (&'static str, String)> {
@@ -134,6 +167,7 @@ impl ProcessConfig for WorkerConfig {
         check_address("listen", &self.listen)?;
         check_advertise(&self.listen, self.advertise.as_deref())?;
         check_address("metricsListen", &self.metrics_listen)?;
+        self.data_plane.check()?;
         if self.devices.len() > MAX_DEVICES {
             return Err(("devices", format!("{} devices; at most {MAX_DEVICES}", self.devices.len())));
         }

@@ -7,12 +7,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
+use rustls_pki_types::CertificateDer;
 
 use super::clock::CertificateClock;
 use super::connections::{Caller, Connections, Guarded};
 use super::credentials::{Credentials, certificates_of};
 use super::error::TlsError;
+use super::identity::Identity;
 use super::peer::PeerCertificate;
 use super::trusted::Trusted;
 
@@ -30,7 +32,18 @@ struct Inner {
     wished: AtomicU64,
     fulfilled: AtomicU64,
     connections: Arc<Connections>,
+    listeners: Listeners,
     clock: CertificateClock,
+}
+
+/// Told after what is believed has changed.
+#[derive(Default)]
+struct Listeners(Mutex<Vec<Box<dyn Fn() + Send + Sync>>>);
+
+impl std::fmt::Debug for Listeners {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Listeners").field(&self.0.lock().len()).finish()
+    }
 }
 
 impl SharedCredentials {
@@ -48,6 +61,7 @@ impl SharedCredentials {
             wished: AtomicU64::new(0),
             fulfilled: AtomicU64::new(0),
             connections: Arc::default(),
+            listeners: Listeners::default(),
             clock,
         }))
     }
@@ -90,7 +104,26 @@ impl SharedCredentials {
         let trusted = Arc::new(trusted);
         *self.0.trusted.write() = trusted.clone();
         let cut = self.0.connections.sweep(|peer| trusted.believes(peer));
+        self.0.listeners.0.lock().iter().for_each(|listener| listener());
         cut.iter().map(|peer| peer.identity.to_string()).collect()
+    }
+
+    /// Calls `listener` after each change of what is believed: for connections that do not stand in this process's table, and
+    /// are looked at again with [`SharedCredentials::identify`].
+    pub fn on_trust(&self, listener: impl Fn() + Send + Sync + 'static) {
+        self.0.listeners.0.lock().push(Box::new(listener));
+    }
+
+    /// Whose certificate (DER) this is, if it is believed now. Its time is the handshake's matter.
+    ///
+    /// # Errors
+    /// [`TlsError::Certificate`] for one that is none of Forge's, [`TlsError::Revoked`] for one that is not believed any more.
+    pub fn identify(&self, certificate: &[u8]) -> Result<Identity, TlsError> {
+        let peer = PeerCertificate::read(&CertificateDer::from(certificate))?;
+        if !self.trusted().believes(&peer) {
+            return Err(TlsError::Revoked { whose: peer.identity.to_string() });
+        }
+        Ok(peer.identity)
     }
 
     /// Certificates at the other ends of the connections that stand, each once.

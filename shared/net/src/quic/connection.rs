@@ -187,7 +187,7 @@ impl Connection {
 
 impl State {
     /// Whom the peer's certificate names.
-    fn identify(&self, driver: &Driver) -> Result<NodeId, String> {
+    pub(super) fn identify(&self, driver: &Driver) -> Result<NodeId, String> {
         let chain = self.proto.crypto_session().peer_identity();
         let chain = chain.as_ref().and_then(|chain| chain.downcast_ref::<Vec<CertificateDer<'static>>>());
         let node = node_of_chain(&*driver.verifier, chain.map(Vec::as_slice))?;

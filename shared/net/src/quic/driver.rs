@@ -125,6 +125,21 @@ impl Driver {
         }
     }
 
+    /// Ends connections whose peers are not believed any more.
+    pub(crate) fn recheck(&self) {
+        let connections: Vec<_> = self.endpoint.lock().connections.values().cloned().collect();
+        for connection in connections {
+            self.with(&connection, |state, effects| {
+                // One in its handshake asks when that is done.
+                if state.is_connected()
+                    && let Err(reason) = state.identify(self)
+                {
+                    connection.close(state, &reason, effects);
+                }
+            });
+        }
+    }
+
     /// Connects to a node and waits until it has answered with the right certificate.
     pub(crate) fn dial(&self, node: &NodeId, address: SocketAddr, until: Instant) -> std::result::Result<Arc<Connection>, Lost> {
         let refuse = |reason: String| Lost { reason, silent: false };

@@ -11,6 +11,7 @@ use super::pipe::Pipe;
 use crate::frame::{Frame, Head, Kind};
 use crate::hello::Hello;
 use crate::stream::{Failure, Inbox};
+use crate::tls::PeerVerifier;
 use crate::transport::{Carrier, Events, keep_alive};
 
 /// One look at the connection.
@@ -36,6 +37,11 @@ impl Session {
 
     pub(crate) fn node(&self) -> &NodeId {
         &self.node
+    }
+
+    /// Whom the certificate of its connection names, if that is believed.
+    pub(super) fn peer(&self, verifier: &dyn PeerVerifier) -> Result<NodeId, String> {
+        self.control.peer(verifier)
     }
 
     pub(crate) fn is_lost(&self) -> bool {
