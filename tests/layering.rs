@@ -52,7 +52,21 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "forge-gateway",
         ],
     ),
-    ("forge-simulator", &["forge-proto", "forge-shared", "forge-cluster", "forge-coordinator", "forge-worker"]),
+    (
+        "forge-simulator",
+        &[
+            "forge-proto",
+            "forge-shared",
+            "forge-cluster",
+            "forge-text",
+            "forge-kernels",
+            "forge-model",
+            "forge-engine",
+            "forge-coordinator",
+            "forge-worker",
+            "forge-gateway",
+        ],
+    ),
     (
         "forge-tests",
         &[

@@ -26,7 +26,7 @@ use crate::access;
 use crate::coordinator::{GroupChange, Submission};
 use crate::error::CoordinatorError;
 use crate::in_process::MIN_LOADS_INTERVAL;
-use crate::watch::{Batch, KindSet, Watcher};
+use crate::watch::{KindSet, Watcher};
 
 /// The longest pause between loads.
 const MAX_LOADS_INTERVAL: Duration = Duration::from_secs(60);
@@ -91,7 +91,7 @@ impl Cluster for ClusterService {
         let watcher = self.0.coordinator.watcher(wished.and(access::visible(caller.role)), after);
         let ended = self.0.coordinator.in_contact().map_err(refuse)?.cancelled_owned();
         let batches = futures::stream::unfold((watcher, place), async |(mut watcher, place): (Watcher, _)| {
-            let batch = batch(watcher.next().await);
+            let batch = watcher.next().await.into();
             Some((Ok(batch), (watcher, place)))
         });
         Ok(Response::new(Box::pin(batches.take_until(ended))))
@@ -178,15 +178,6 @@ impl Cluster for ClusterService {
             Some((Ok(BackupChunk { data }), (rest, place)))
         });
         Ok(Response::new(Box::pin(chunks)))
-    }
-}
-
-fn batch(batch: Batch) -> WatchBatch {
-    WatchBatch {
-        revision: batch.revision.0,
-        events_json: batch.events.iter().map(|event| event.json.clone()).collect(),
-        is_reset: batch.is_reset,
-        is_reset_end: batch.is_reset_end,
     }
 }
 

@@ -21,7 +21,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use history::{BatchBounds, History, HistoryBounds, KindSet, Published};
-pub use watcher::{Batch, Watcher};
+pub use watcher::{AHEAD, Batch, Watcher};
 
 /// Watchers are woken at most this often, so that a burst of commands is one wake for each of them.
 const WAKE_INTERVAL: Duration = Duration::from_millis(5);

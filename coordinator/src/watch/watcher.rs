@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use forge_proto::cluster::WatchBatch;
 use forge_shared::cluster::Revision;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -14,7 +15,7 @@ use super::{BatchBounds, Hub, KindSet, Listing, Published, Source};
 const SILENT_EVENTS: u64 = 1024;
 /// How long a coordinator that is behind the asked revision may take to get there before the watcher begins again: a
 /// revision of a history that is no more (a restored cluster) would else be waited for in vain.
-const AHEAD: Duration = Duration::from_secs(5);
+pub const AHEAD: Duration = Duration::from_secs(5);
 
 /// What a watcher gets at once.
 #[derive(Debug)]
@@ -27,6 +28,17 @@ pub struct Batch {
     pub is_reset: bool,
     /// Last of a listing; it may be the first one too.
     pub is_reset_end: bool,
+}
+
+impl From<Batch> for WatchBatch {
+    fn from(batch: Batch) -> WatchBatch {
+        WatchBatch {
+            revision: batch.revision.0,
+            events_json: batch.events.iter().map(|event| event.json.clone()).collect(),
+            is_reset: batch.is_reset,
+            is_reset_end: batch.is_reset_end,
+        }
+    }
 }
 
 enum Place {
@@ -86,11 +98,27 @@ impl Watcher {
                 }
                 Some(deadline) => {
                     if tokio::time::timeout_at(deadline, self.head.changed()).await.is_err() {
-                        self.place = Place::Begin;
+                        self.begin_again();
                     }
                 }
             }
         }
+    }
+
+    /// The next batch, if there is one now: for a shell that waits by itself and knows when something was published.
+    pub fn poll(&mut self) -> Option<Batch> {
+        self.step()
+    }
+
+    /// Whether it waits for this coordinator to reach the revision that was asked for; after [`AHEAD`] it is to
+    /// [`Watcher::begin_again`].
+    pub fn is_ahead(&self) -> bool {
+        matches!(self.place, Place::Ahead { .. })
+    }
+
+    /// Begins with everything there is.
+    pub fn begin_again(&mut self) {
+        self.place = Place::Begin;
     }
 
     fn step(&mut self) -> Option<Batch> {

@@ -10,6 +10,7 @@ use forge_shared::cluster::node::Role;
 use forge_shared::ids::ServiceName;
 use forge_shared::spec::{ModelService, ModelServiceSpec};
 
+use crate::gateways::SERVICE;
 use crate::host::Host;
 use crate::message::{Answer, Ask, CallId, Event, Message, Timer};
 use crate::random::Random;
@@ -77,6 +78,8 @@ pub struct Client {
     pub is_quiet: bool,
     /// Asks for services too.
     pub has_services: bool,
+    /// The service that callers ask for is one of them.
+    pub has_callers: bool,
 }
 
 impl Client {
@@ -92,6 +95,7 @@ impl Client {
             timer: 0,
             is_quiet: false,
             has_services: false,
+            has_callers: false,
         }
     }
 
@@ -146,6 +150,7 @@ impl Client {
         let name = format!("{}-{}", self.host, self.number);
         let wish = match self.random.below(10) {
             _ if self.number == 1 && self.host == Host::Client(0) => Wish::Token,
+            _ if self.number == 2 && self.has_callers && self.host == Host::Client(0) => Wish::Service,
             0..3 => Wish::Key(name.clone()),
             3..5 => Wish::Use,
             5..7 if self.has_services => Wish::Service,
@@ -177,6 +182,9 @@ impl Client {
     fn service(&mut self) -> Command {
         let name = format!("s{}", self.random.below(3));
         let replicas = self.random.between(1, 3) as u32;
+        if self.has_callers && (self.number == 2 || self.random.chance(25)) {
+            return self.talk(replicas);
+        }
         match self.random.below(10) {
             0 => Command::DeleteService { name: ServiceName(name) },
             1..4 => Command::ScaleService { name: ServiceName(name), replicas },
@@ -187,6 +195,16 @@ impl Client {
                 Command::ApplyService { service: Box::new(ModelService::new(&name, spec)) }
             }
         }
+    }
+
+    /// The service that callers ask for: it is scaled and rolled, and goes on answering with the same tokens.
+    fn talk(&mut self, replicas: u32) -> Command {
+        if self.number > 2 && self.random.chance(60) {
+            return Command::ScaleService { name: ServiceName(SERVICE.into()), replicas };
+        }
+        let max_waiting = 8 + self.random.below(2) as usize;
+        let spec = ModelServiceSpec { model: "a/model-0".into(), replicas: replicas.max(2), max_waiting, ..ModelServiceSpec::default() };
+        Command::ApplyService { service: Box::new(ModelService::new(SERVICE, spec)) }
     }
 
     /// Asks the next coordinator.

@@ -31,6 +31,10 @@ pub enum FaultKind {
     KillCoordinators,
     /// An engine of a worker dies.
     EngineDies(Host),
+    /// An engine dies in the middle of answers, wherever there is one.
+    AnsweringEngineDies,
+    /// A worker is killed in the middle of answers, whichever has some.
+    AnsweringWorkerDies,
     /// A worker says good-bye and comes back as a new process.
     Leave(Host),
 }
@@ -44,9 +48,12 @@ impl FaultKind {
             FaultKind::Kill(_) => "kill gateway",
             FaultKind::CrashAtSync { .. } => "crash at fsync planned",
             FaultKind::DiskFull { .. } => "disk full",
+            FaultKind::Pause(Host::Gateway(_)) => "pause gateway",
             FaultKind::Pause(_) => "pause",
             FaultKind::Cut { is_one_way: true, .. } => "one-way cut",
+            FaultKind::Cut { from: Host::Gateway(_), to: Host::Worker(_), .. } => "cut between gateway and worker",
             FaultKind::Cut { .. } => "cut",
+            FaultKind::Isolate(Host::Gateway(_)) => "isolation of a gateway",
             FaultKind::Isolate(_) => "isolation",
             FaultKind::Loss(_) => "loss",
             FaultKind::Delay(_) => "delay, reordering",
@@ -54,6 +61,8 @@ impl FaultKind {
             FaultKind::ClockJump { .. } => "clock jump",
             FaultKind::KillCoordinators => "kill all coordinators",
             FaultKind::EngineDies(_) => "engine dies",
+            FaultKind::AnsweringEngineDies => "answering engine dies",
+            FaultKind::AnsweringWorkerDies => "kill answering worker",
             FaultKind::Leave(_) => "worker leaves",
         }
     }
@@ -101,12 +110,29 @@ pub fn schedule(seed: u64, cast: &Cast, safety_ms: u64) -> Vec<Fault> {
     faults
 }
 
+/// Something that goes wrong between callers and engines.
+fn answering(random: &mut Random, gateway: Host, worker: Host) -> FaultKind {
+    match random.below(8) {
+        0 => FaultKind::Kill(gateway),
+        1 => FaultKind::Pause(gateway),
+        2 => FaultKind::Cut { from: gateway, to: worker, is_one_way: random.chance(50) },
+        3 => FaultKind::Isolate(gateway),
+        4 => FaultKind::AnsweringWorkerDies,
+        5 => FaultKind::EngineDies(worker),
+        _ => FaultKind::AnsweringEngineDies,
+    }
+}
+
 fn fault(random: &mut Random, cast: &Cast, safety_ms: u64) -> Fault {
     let at_ms = random.between(500, safety_ms.saturating_sub(1_000));
     let for_ms = random.between(100, 6_000);
     let coordinator = Host::Coordinator(random.between(1, u64::from(cast.coordinators)) as u16);
     let worker = (cast.workers > 0).then(|| Host::Worker(random.below(u64::from(cast.workers)) as u16));
+    let gateway = (cast.gateways > 0).then(|| Host::Gateway(random.below(u64::from(cast.gateways)) as u16));
     let any = cast.any(random);
+    if let (Some(gateway), Some(worker), true) = (gateway, worker, random.chance(if gateway.is_some() { 40 } else { 0 })) {
+        return Fault { at_ms, for_ms, kind: answering(random, gateway, worker) };
+    }
     let kind = match random.below(20) {
         0 | 1 => FaultKind::Kill(coordinator),
         2 | 3 => FaultKind::Kill(any),

@@ -11,6 +11,8 @@ pub enum Host {
     Gateway(u16),
     /// By its index.
     Client(u16),
+    /// Who asks gateways for answers, by its index.
+    Caller(u16),
 }
 
 impl Host {
@@ -21,6 +23,7 @@ impl Host {
             Host::Worker(index) => 1 << 16 | u64::from(index),
             Host::Gateway(index) => 2 << 16 | u64::from(index),
             Host::Client(index) => 3 << 16 | u64::from(index),
+            Host::Caller(index) => 4 << 16 | u64::from(index),
         }
     }
 
@@ -42,6 +45,7 @@ impl std::fmt::Display for Host {
             Host::Worker(index) => format!("w{index}"),
             Host::Gateway(index) => format!("g{index}"),
             Host::Client(index) => format!("u{index}"),
+            Host::Caller(index) => format!("a{index}"),
         };
         f.pad(&text)
     }

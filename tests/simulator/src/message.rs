@@ -1,13 +1,15 @@
 //! What travels between simulated processes, and what they remind themselves of.
 
 use bytes::Bytes;
-use forge_cluster::api::WatchItem;
+use forge_proto::cluster::WatchBatch;
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Applied, Command, CommandError};
 use forge_shared::cluster::node::NodeSpec;
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 
+use crate::gateways::GatewayTimer;
 use crate::host::Host;
+use crate::streams::{Http, Wire};
 
 /// A two-way stream between two processes.
 pub type StreamId = u64;
@@ -37,7 +39,11 @@ pub enum Message {
     /// A gateway watches on this stream.
     Watch { after: Option<Revision> },
     /// For a watcher.
-    Items(Vec<WatchItem>),
+    Batch(WatchBatch),
+    /// Between a gateway and a worker's engines; pings.
+    Wire(Box<Wire>),
+    /// Between a caller and a gateway.
+    Http(Box<Http>),
 }
 
 /// A question to a coordinator.
@@ -90,7 +96,11 @@ pub enum Timer {
     Run { replica: String, epoch: u64, step: u32 },
     /// A worker: a model was looked at.
     Inspected { number: u64 },
-    /// A client: its next step.
+    /// A worker: an engine's step.
+    Engine { replica: String, epoch: u64 },
+    /// A gateway.
+    Gateway(GatewayTimer),
+    /// A client or caller: its next step.
     Client(u64),
     /// A process that died comes back.
     Restart,

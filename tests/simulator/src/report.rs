@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use crate::callers::Served;
 use crate::simulation::{Outcome, Plan};
 
 /// A failed run: seed, invariant, faults, timeline and the command that replays it. `left_out` are the faults that did not
@@ -34,6 +35,8 @@ pub struct Totals {
     pub entries: u64,
     /// Acknowledged changes, answered reads, given up questions.
     pub answers: [u64; 3],
+    /// What became of the callers' orders.
+    pub served: Served,
     /// Faults by kind.
     pub faults: BTreeMap<&'static str, u64>,
 }
@@ -46,6 +49,7 @@ impl Totals {
         self.events += outcome.events;
         self.entries += outcome.entries;
         self.answers.iter_mut().zip(outcome.answers).for_each(|(sum, more)| *sum += more);
+        self.served = self.served.plus(&outcome.served);
         for (kind, count) in &outcome.faults {
             *self.faults.entry(kind).or_default() += count;
         }
@@ -61,6 +65,11 @@ impl Totals {
             simulated_s / wall_s.max(0.001),
             self.events,
             self.entries,
+        );
+        let Served { answers, tokens, begun_again, refused, hung_up, given_up } = self.served;
+        let _ = writeln!(
+            text,
+            "{answers} answers with {tokens} tokens, {begun_again} begun again at another gateway, {refused} refusals, {hung_up} hung up, {given_up} given up"
         );
         for (kind, count) in &self.faults {
             let _ = writeln!(text, "  {count:>9}  {kind}");

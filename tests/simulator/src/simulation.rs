@@ -6,12 +6,15 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use forge_gateway::cluster::Serves;
 use forge_shared::cluster::service::{ReplicaPhase, ReplicaRecord};
 use forge_worker::agent::RunId;
 
+use crate::callers::{Caller, Served};
 use crate::clients::{Client, History, TOKEN, TOKEN_USES};
 use crate::coordinators::Coordinator;
 use crate::faults::{Cast, Fault, FaultKind, schedule};
+use crate::gateways::Gateway;
 use crate::host::Host;
 use crate::ledger::SharedLedger;
 use crate::message::{Event, Timer};
@@ -32,6 +35,8 @@ pub struct Plan {
     pub cast: Cast,
     /// Operators.
     pub clients: u16,
+    /// Who asks gateways for answers.
+    pub callers: u16,
     /// Length of the phase of safety, milliseconds.
     pub safety_ms: u64,
     /// What goes wrong.
@@ -43,9 +48,17 @@ pub struct Plan {
 impl Plan {
     /// The usual run of a seed.
     pub fn of_seed(seed: u64) -> Plan {
-        let cast = Cast { coordinators: 3, workers: 5, gateways: 0 };
+        Plan::of(seed, Cast { coordinators: 3, workers: 5, gateways: 2 }, 6)
+    }
+
+    /// The run of a seed without gateways and callers.
+    pub fn without_gateways(seed: u64) -> Plan {
+        Plan::of(seed, Cast { coordinators: 3, workers: 5, gateways: 0 }, 0)
+    }
+
+    fn of(seed: u64, cast: Cast, callers: u16) -> Plan {
         let safety_ms = 20_000;
-        Plan { seed, cast, clients: 3, safety_ms, faults: schedule(seed, &cast, safety_ms), prints: false }
+        Plan { seed, cast, clients: 3, callers, safety_ms, faults: schedule(seed, &cast, safety_ms), prints: false }
     }
 }
 
@@ -66,6 +79,8 @@ pub struct Outcome {
     pub entries: u64,
     /// Changes that were acknowledged, reads that were answered, questions that were given up.
     pub answers: [u64; 3],
+    /// What became of the callers' orders.
+    pub served: Served,
     /// The last events.
     pub timeline: String,
 }
@@ -76,10 +91,13 @@ struct Simulation {
     coordinators: Vec<Coordinator>,
     clients: Vec<Client>,
     workers: Vec<Worker>,
+    gateways: Vec<Gateway>,
+    callers: Vec<Caller>,
     claims: Claims,
     history: History,
     ledger: SharedLedger,
-    paused_until_ms: BTreeMap<Host, u64>,
+    /// Until when processes stand still, and what happens to them meanwhile, in order.
+    paused: BTreeMap<Host, (u64, Vec<Event>)>,
     /// Who led in each term.
     leaders: BTreeMap<u64, Host>,
     all: Vec<Host>,
@@ -93,7 +111,7 @@ pub fn run(plan: &Plan) -> Outcome {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
         simulation.world.violate("nothing panics", text.unwrap_or_default());
     }
-    let Simulation { world, history, ledger, .. } = simulation;
+    let Simulation { world, history, ledger, callers, .. } = simulation;
     let entries = ledger.lock().last();
     Outcome {
         digest: world.trace.digest(),
@@ -101,6 +119,7 @@ pub fn run(plan: &Plan) -> Outcome {
         simulated_ms: world.now_ms,
         entries,
         answers: [history.done, history.reads, history.given_up],
+        served: callers.iter().fold(Served::default(), |sum, caller| sum.plus(&caller.served)),
         timeline: world.trace.timeline(60),
         faults: world.faults,
         violation: world.violation,
@@ -114,21 +133,29 @@ impl Simulation {
         let coordinators: Vec<_> = (1..=plan.cast.coordinators).map(|id| Coordinator::new(id, &ids, plan.seed, ledger.clone())).collect();
         let hosts: Vec<Host> = coordinators.iter().map(|coordinator| coordinator.host).collect();
         let mut clients: Vec<_> = (0..plan.clients).map(|index| Client::new(index, &hosts, plan.seed)).collect();
-        clients.iter_mut().for_each(|client| client.has_services = plan.cast.workers > 0);
+        for client in &mut clients {
+            (client.has_services, client.has_callers) = (plan.cast.workers > 0, plan.callers > 0);
+        }
         let workers: Vec<_> = (0..plan.cast.workers).map(|index| Worker::new(index, &hosts, plan.seed)).collect();
         let mut all = hosts.clone();
         all.extend(workers.iter().map(|worker| worker.host));
         all.extend((0..plan.clients).map(Host::Client));
+        let gateways: Vec<_> = (0..plan.cast.gateways).map(|index| Gateway::new(index, &hosts, plan.seed)).collect();
+        let doors: Vec<Host> = gateways.iter().map(|gateway| gateway.host).collect();
+        all.extend(doors.iter().copied());
+        all.extend((0..plan.callers).map(Host::Caller));
         Simulation {
             world: World::new(plan.seed, plan.prints),
             faults: plan.faults.clone(),
             coordinators,
             clients,
             workers,
+            gateways,
+            callers: (0..plan.callers).map(|index| Caller::new(index, &doors, plan.seed)).collect(),
             claims: Claims::default(),
             history: History::default(),
             ledger,
-            paused_until_ms: BTreeMap::new(),
+            paused: BTreeMap::new(),
             leaders: BTreeMap::new(),
             all,
         }
@@ -147,6 +174,12 @@ impl Simulation {
         for client in &mut self.clients {
             client.start(&mut self.world);
         }
+        for gateway in &mut self.gateways {
+            gateway.start(&mut self.world);
+        }
+        for caller in &mut self.callers {
+            caller.start(&mut self.world);
+        }
         while self.world.violation.is_none()
             && let Some(event) = self.world.advance(plan.safety_ms)
         {
@@ -161,6 +194,7 @@ impl Simulation {
     /// All that is wished comes about.
     fn settle(&mut self, until_ms: u64) {
         self.clients.iter_mut().for_each(|client| client.is_quiet = true);
+        self.callers.iter_mut().for_each(|caller| caller.be_quiet(&mut self.world));
         let mut next_look_ms = 0;
         while self.world.violation.is_none() {
             if self.world.now_ms >= next_look_ms {
@@ -182,9 +216,38 @@ impl Simulation {
         let first = self.coordinators[0].applied_index();
         self.clients.iter().all(|client| !client.is_busy())
             && self.workers.iter().all(Worker::is_welcome)
+            && self.gateways_settled()
             && self.coordinators.iter().any(Coordinator::leads)
             && self.coordinators.iter().all(|coordinator| coordinator.applied_index() == first)
             && self.wishes_open().is_empty()
+    }
+
+    /// Every caller has its answer, nobody holds anything of anybody, and gateways serve what there is.
+    fn gateways_settled(&self) -> bool {
+        let is_done = |gateway: &Gateway| gateway.is_welcome() && gateway.requests() == 0;
+        self.callers.iter().all(|caller| !caller.is_busy())
+            && self.gateways.iter().all(is_done)
+            && self.workers.iter().all(Worker::is_idle)
+            && self.unserved().is_none()
+    }
+
+    /// A gateway that serves other replicas than those that are there, in words.
+    fn unserved(&self) -> Option<String> {
+        let replicated = self.coordinators.iter().find(|it| it.leads()).and_then(Coordinator::replicated)?;
+        let state = replicated.read();
+        let mut ready = Serves::new();
+        for (name, service) in state.services() {
+            let mut epochs: Vec<_> = service.replicas.iter().map(|replica| replica.plan.epoch).collect();
+            epochs.sort_unstable();
+            if !epochs.is_empty() {
+                ready.insert(name.clone(), epochs);
+            }
+        }
+        self.gateways.iter().find_map(|gateway| {
+            let mut serves = gateway.serves().cloned().unwrap_or_default();
+            serves.values_mut().for_each(|epochs| epochs.sort_unstable());
+            (serves != ready).then(|| format!("{} serves {serves:?} of {ready:?}", gateway.host))
+        })
     }
 
     /// What is wished and has not come about, in words.
@@ -228,7 +291,15 @@ impl Simulation {
             .collect();
         let busy = self.clients.iter().filter(|client| client.is_busy()).count();
         let away: Vec<String> = self.workers.iter().filter(|worker| !worker.is_welcome()).map(|worker| worker.host.to_string()).collect();
-        format!("{}; {busy} clients wait; no session: {away:?}; {}", coordinators.join("; "), self.wishes_open().join("; "))
+        let callers: Vec<String> = self.callers.iter().filter(|caller| caller.is_busy()).map(Caller::waits_for).collect();
+        let held: Vec<String> = self.workers.iter().filter(|worker| !worker.is_idle()).map(|worker| worker.host.to_string()).collect();
+        let open: Vec<String> = self.gateways.iter().map(|it| format!("{} has {} requests", it.host, it.requests())).collect();
+        format!(
+            "{}; {busy} clients wait; no session: {away:?}; {}; callers: {callers:?}; {open:?}; engines that hold something: {held:?}; {}",
+            coordinators.join("; "),
+            self.wishes_open().join("; "),
+            self.unserved().unwrap_or_default(),
+        )
     }
 
     fn check_end(&mut self) {
@@ -255,8 +326,8 @@ impl Simulation {
 
     fn happen(&mut self, event: Event) {
         let (host, kind, detail) = label(&event);
-        if let Some(until_ms) = host.and_then(|host| self.paused_until_ms.get(&host)).copied().filter(|until| *until > self.world.now_ms) {
-            return self.world.put(until_ms, event);
+        if let Some((_, held)) = host.and_then(|host| self.paused.get_mut(&host)) {
+            return held.push(event);
         }
         let Some(host) = host else {
             return match event {
@@ -283,7 +354,14 @@ impl Simulation {
                     worker.handle(&mut self.world, &mut self.claims, event);
                 }
             }
-            Host::Gateway(_) => {}
+            Host::Gateway(index) => {
+                let gateway = &mut self.gateways[usize::from(index)];
+                let is_stale = matches!(event, Event::Timer { life, .. } if life != gateway.life);
+                if !is_stale {
+                    gateway.handle(&mut self.world, event);
+                }
+            }
+            Host::Caller(index) => self.callers[usize::from(index)].handle(&mut self.world, event),
         }
     }
 
@@ -339,7 +417,10 @@ impl Simulation {
                     coordinator.disk.set_capacity_bytes(Some(coordinator.disk.used_bytes() + room_bytes));
                 }
             }
-            FaultKind::Pause(host) => drop(self.paused_until_ms.insert(host, now_ms + for_ms)),
+            FaultKind::Pause(host) => {
+                let paused = self.paused.entry(host).or_default();
+                paused.0 = paused.0.max(now_ms + for_ms);
+            }
             FaultKind::Loss(percent) => self.world.weather.loss_percent = percent,
             FaultKind::Delay(most_ms) => self.world.weather.delay_ms = most_ms,
             FaultKind::Duplicate(percent) => self.world.weather.duplicate_percent = percent,
@@ -360,6 +441,16 @@ impl Simulation {
             FaultKind::EngineDies(host) => {
                 if let Some(worker) = self.workers.iter_mut().find(|worker| worker.host == host) {
                     worker.engine_dies(&mut self.world, &mut self.claims);
+                }
+            }
+            FaultKind::AnsweringEngineDies => {
+                if let Some(worker) = self.workers.iter_mut().find(|worker| worker.answers()) {
+                    worker.engine_dies(&mut self.world, &mut self.claims);
+                }
+            }
+            FaultKind::AnsweringWorkerDies => {
+                if let Some(worker) = self.workers.iter_mut().find(|worker| worker.answers()) {
+                    worker.kill(&mut self.world);
                 }
             }
             FaultKind::Leave(host) => {
@@ -386,7 +477,8 @@ impl Simulation {
         match host {
             Host::Coordinator(id) => self.coordinators[usize::from(id) - 1].kill(&mut self.world),
             Host::Worker(index) => self.workers[usize::from(index)].kill(&mut self.world),
-            Host::Gateway(_) | Host::Client(_) => {}
+            Host::Gateway(index) => self.gateways[usize::from(index)].kill(&mut self.world),
+            Host::Client(_) | Host::Caller(_) => {}
         }
     }
 
@@ -404,6 +496,9 @@ impl Simulation {
                     coordinator.disk.set_capacity_bytes(None);
                 }
             }
+            FaultKind::Pause(host) if self.paused.get(&host).is_some_and(|(until_ms, _)| *until_ms <= self.world.now_ms) => {
+                self.resume(host);
+            }
             FaultKind::Loss(_) => self.world.weather.loss_percent = 0,
             FaultKind::Delay(_) => self.world.weather.delay_ms = Weather::FAIR.delay_ms,
             FaultKind::Duplicate(_) => self.world.weather.duplicate_percent = 0,
@@ -411,11 +506,18 @@ impl Simulation {
         }
     }
 
+    /// A process goes on: all that waited for it happens at once, in order, and before anything later.
+    fn resume(&mut self, host: Host) {
+        let (_, held) = self.paused.remove(&host).unwrap_or_default();
+        held.into_iter().for_each(|event| self.happen(event));
+    }
+
     fn end_faults(&mut self) {
         self.world.say(Host::Coordinator(0), "all faults end");
         self.world.cuts.clear();
         self.world.weather = Weather::FAIR;
-        self.paused_until_ms.clear();
+        let paused: Vec<Host> = self.paused.keys().copied().collect();
+        paused.into_iter().for_each(|host| self.resume(host));
         for coordinator in &mut self.coordinators {
             coordinator.disk.set_capacity_bytes(None);
             coordinator.disk.crash_at_sync(None);
@@ -424,6 +526,9 @@ impl Simulation {
         for worker in &mut self.workers {
             worker.is_sound = true;
             worker.start(&mut self.world);
+        }
+        for gateway in &mut self.gateways {
+            gateway.start(&mut self.world);
         }
     }
 }

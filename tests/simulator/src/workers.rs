@@ -14,8 +14,9 @@ use forge_shared::plan::{ModelFacts, ModelShape};
 use forge_shared::version::LEVEL;
 use forge_worker::agent::{Agent, AgentAction, AgentInput, Death, RestartLimits, RunId, RunState};
 
+use crate::engines::Engines;
 use crate::host::Host;
-use crate::message::{Event, Timer};
+use crate::message::{Event, Message, Timer};
 use crate::random::Random;
 use crate::tie::{Tie, Told};
 use crate::world::World;
@@ -45,6 +46,7 @@ struct Process {
     tie: Tie,
     agent: Agent,
     runs: BTreeMap<RunId, Run>,
+    engines: Engines,
     pending: VecDeque<NodeUp>,
     inspections: usize,
     agent_timer_ms: u64,
@@ -58,6 +60,7 @@ pub struct Worker {
     pub life: u64,
     coordinators: Vec<Host>,
     incarnation: u64,
+    seed: u64,
     random: Random,
     process: Option<Process>,
     /// None of its runs dies by itself.
@@ -72,6 +75,7 @@ impl Worker {
             life: 0,
             coordinators: coordinators.to_vec(),
             incarnation: 0,
+            seed,
             random: Random::new(seed, 1_000 + u64::from(index)),
             process: None,
             is_sound: false,
@@ -93,8 +97,9 @@ impl Worker {
         let spec = self.spec();
         let agent = Agent::new(spec.id.clone(), spec.incarnation, RestartLimits::default());
         let tie = Tie::new(self.host, self.life, spec, SessionCore::new(self.random.number()), &self.coordinators);
-        self.process =
-            Some(Process { tie, agent, runs: BTreeMap::new(), pending: VecDeque::new(), inspections: 0, agent_timer_ms: u64::MAX });
+        let engines = Engines::new(self.host, self.life, self.seed);
+        let runs = BTreeMap::new();
+        self.process = Some(Process { tie, agent, runs, engines, pending: VecDeque::new(), inspections: 0, agent_timer_ms: u64::MAX });
         world.say(self.host, format!("starts, incarnation {}", self.incarnation));
         world.remind(self.host, self.life, 1 + self.random.below(100), Timer::Session);
     }
@@ -153,7 +158,9 @@ impl Worker {
     /// One of its engines dies.
     pub fn engine_dies(&mut self, world: &mut World, claims: &mut Claims) {
         let Some(process) = &self.process else { return };
-        let up = process.runs.keys().find(|run| process.agent.state(run) == Some(&RunState::Ready)).cloned();
+        let is_up = |run: &&RunId| process.agent.state(run) == Some(&RunState::Ready);
+        let busy = process.runs.keys().filter(is_up).find(|run| process.engines.answers(run));
+        let up = busy.or_else(|| process.runs.keys().find(is_up)).cloned();
         if let Some(run) = up {
             let death = Death { reason: "told to".into(), restartable: true, found_memory_bytes: None };
             self.feed(world, claims, AgentInput::Died { run, death });
@@ -181,6 +188,16 @@ impl Worker {
         self.process.as_ref().map_or(0, |process| process.runs.len())
     }
 
+    /// Whether an engine of it answers somebody.
+    pub fn answers(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.runs.keys().any(|run| process.engines.answers(run)))
+    }
+
+    /// Whether no engine holds anything of anybody.
+    pub fn is_idle(&self) -> bool {
+        self.process.as_ref().is_none_or(|process| process.engines.are_idle())
+    }
+
     /// Something happens here.
     pub fn handle(&mut self, world: &mut World, claims: &mut Claims, event: Event) {
         if let Event::Timer { timer: Timer::Restart, .. } = event {
@@ -193,7 +210,16 @@ impl Worker {
             return;
         };
         let told = match event {
-            Event::Closed { stream, .. } => process.tie.closed(world, stream),
+            Event::Closed { stream, .. } => {
+                process.engines.closed(stream);
+                process.tie.closed(world, stream)
+            }
+            Event::Arrives { stream: Some(stream), message: Message::Wire(wire), .. } => {
+                return process.engines.arrives(world, stream, *wire);
+            }
+            Event::Timer { timer: Timer::Engine { replica, epoch }, .. } => {
+                return process.engines.step(world, &RunId { replica, epoch: Epoch(epoch) });
+            }
             Event::Arrives { stream, message, .. } => process.tie.arrives(world, stream, message),
             Event::Timer { timer: Timer::Agent, .. } => {
                 process.agent_timer_ms = u64::MAX;
@@ -266,6 +292,12 @@ impl Worker {
 
     fn feed(&mut self, world: &mut World, claims: &mut Claims, input: AgentInput) {
         let Some(process) = &mut self.process else { return };
+        match &input {
+            AgentInput::Ready { run, .. } => process.engines.ready(world, run),
+            AgentInput::Died { run, .. } => process.engines.die(world, run, "the engine died and is being restarted"),
+            AgentInput::Stopped { run } => process.engines.die(world, run, "the replica is not running"),
+            _ => {}
+        }
         for action in process.agent.handle(world.now_ms, input) {
             match action {
                 AgentAction::Start { assignment, .. } => {
@@ -284,6 +316,7 @@ impl Worker {
                     let serial = process.runs.get(&run).map_or(0, |run| run.serial + 1);
                     world.say(self.host, format!("starts {run}"));
                     let timer = Timer::Run { replica: run.replica.clone(), epoch: run.epoch.0, step: serial * 16 };
+                    process.engines.open(&run);
                     process.runs.insert(run, Run { serial, memory_bytes });
                     let agent = &process.agent;
                     let holds =
@@ -297,13 +330,17 @@ impl Worker {
                     world.remind(self.host, self.life, after_ms, timer);
                 }
                 AgentAction::Stop { run, timeout_ms } => {
+                    process.engines.drain(world, &run, timeout_ms);
                     if let Some(known) = process.runs.get(&run) {
                         let step = known.serial * 16 + STOPPED_STEP;
                         let after_ms = self.random.between(1, 400).min(timeout_ms.max(20));
                         world.remind(self.host, self.life, after_ms, Timer::Run { replica: run.replica, epoch: run.epoch.0, step });
                     }
                 }
-                AgentAction::Forget(run) => drop(process.runs.remove(&run)),
+                AgentAction::Forget(run) => {
+                    process.engines.forget(world, &run);
+                    process.runs.remove(&run);
+                }
                 AgentAction::Report(report) => {
                     world.say(self.host, format!("reports {}@{}: {:?}", report.replica, report.epoch, report.status.phase));
                     process.pending.push_back(NodeUp::Replica { report });
@@ -329,6 +366,11 @@ impl Worker {
         }
         let is_stopping = matches!(process.agent.state(&run), Some(RunState::Stopping { .. }));
         let step = step % 16;
+        if step == STOPPED_STEP && process.engines.answers(&run) {
+            // It ends once it has answered, or at the end of its time.
+            let timer = Timer::Run { replica: run.replica, epoch: run.epoch.0, step: known.serial * 16 + STOPPED_STEP };
+            return world.remind(self.host, self.life, 20, timer);
+        }
         if step == STOPPED_STEP {
             return self.feed(world, claims, AgentInput::Stopped { run });
         }

@@ -68,10 +68,34 @@ impl EngineCore {
         metrics: &Metrics,
         run: &RunLabel,
     ) -> Result<Self, EngineError> {
+        Self::on_threads(Samplers::threads(), (info, tokenizer), options, metrics, run)
+    }
+
+    /// As [`EngineCore::new`], drawing on the caller's thread alone: for a simulator, which has no other.
+    ///
+    /// # Errors
+    /// [`EngineError::Option`].
+    pub fn on_one_thread(
+        info: StepModelInfo,
+        tokenizer: Tokenizer,
+        options: EngineOptions,
+        metrics: &Metrics,
+        run: &RunLabel,
+    ) -> Result<Self, EngineError> {
+        Self::on_threads(1, (info, tokenizer), options, metrics, run)
+    }
+
+    fn on_threads(
+        threads: usize,
+        (info, tokenizer): (StepModelInfo, Tokenizer),
+        options: EngineOptions,
+        metrics: &Metrics,
+        run: &RunLabel,
+    ) -> Result<Self, EngineError> {
         let limits = options.limits(&info)?;
         let blocks = BlockManager::new(info.kv_blocks, info.block_size);
         Ok(EngineCore {
-            samplers: Samplers::new(info.vocab_size)?,
+            samplers: Samplers::new(info.vocab_size, threads)?,
             scheduler: Scheduler::new(limits, blocks),
             plans: VecDeque::new(),
             spare: StepPlan::default(),

@@ -38,11 +38,17 @@ impl std::fmt::Debug for Samplers {
 }
 
 impl Samplers {
+    /// As many threads as help on this machine.
+    pub(crate) fn threads() -> usize {
+        std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
+    }
+
+    /// On so many threads, the caller's included.
+    ///
     /// # Errors
     /// The system's, where it gives no thread.
-    pub(crate) fn new(vocab_size: usize) -> std::io::Result<Self> {
-        let available = std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = ThreadPool::new(available.min(MAX_THREADS))?;
+    pub(crate) fn new(vocab_size: usize, threads: usize) -> std::io::Result<Self> {
+        let pool = ThreadPool::new(threads)?;
         let free = (0..pool.threads()).map(|_| Sampler::new(vocab_size)).collect();
         Ok(Samplers { pool, free: Mutex::new(free), scoring: Sampler::new(vocab_size) })
     }

@@ -39,6 +39,7 @@ use channels::Channels;
 
 pub use operator::{LogSource, MemberAction};
 pub use renewal::keep_renewed;
+pub use streams::{Position, watch_items};
 pub use trust::{believe, keep_certificates};
 
 /// Largest message that is taken from a coordinator: a listing of a thousand nodes has a few MiB.

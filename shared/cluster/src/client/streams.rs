@@ -24,9 +24,12 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Where a watcher stands.
-pub(super) struct Position {
-    pub(super) after: u64,
-    pub(super) in_listing: bool,
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Position {
+    /// The revision that it has seen everything of.
+    pub after: u64,
+    /// In the middle of a listing of everything there is; a new stream begins without.
+    pub in_listing: bool,
 }
 
 pub(super) fn watch(channels: Arc<Channels>, kinds: Vec<Kind>, after: Option<Revision>) -> mpsc::Receiver<WatchItem> {
@@ -95,7 +98,10 @@ async fn relay_watch(mut batches: Streaming<WatchBatch>, position: &mut Position
 }
 
 /// What a batch says, and where it leaves the watcher.
-pub(super) fn watch_items(batch: WatchBatch, position: &mut Position) -> Result<Vec<WatchItem>, ClusterError> {
+///
+/// # Errors
+/// [`ClusterError::Protocol`]: it cannot be read.
+pub fn watch_items(batch: WatchBatch, position: &mut Position) -> Result<Vec<WatchItem>, ClusterError> {
     let mut items = Vec::with_capacity(batch.events_json.len() + 2);
     if batch.is_reset {
         items.push(WatchItem::Reset);

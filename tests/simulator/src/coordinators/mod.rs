@@ -5,6 +5,7 @@
 
 mod leadership;
 mod nodes;
+mod watches;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,9 +28,11 @@ use crate::host::Host;
 use crate::ledger::{SharedLedger, Watched};
 use crate::message::{Answer, Ask, CallId, Event, Message, StreamId, Timer};
 use crate::random::Random;
+use crate::streams::Wire;
 use crate::world::World;
 use leadership::Leader;
 use nodes::NodeSession;
+use watches::Watches;
 
 /// Raft's unit of time, milliseconds.
 const TICK_MS: u64 = 50;
@@ -68,6 +71,7 @@ struct Process {
     awaited_term: Option<u64>,
     leader: Option<Leader>,
     sessions: BTreeMap<StreamId, NodeSession>,
+    watches: Watches,
     /// Any session may have something to send, or may be over.
     is_stirred: bool,
     /// Sessions whose next report is due after so many milliseconds.
@@ -159,6 +163,7 @@ impl Coordinator {
                     awaited_term: None,
                     leader: None,
                     sessions: BTreeMap::new(),
+                    watches: Watches::default(),
                     is_stirred: false,
                     due_reports: Vec::new(),
                     known_term: 0,
@@ -266,6 +271,16 @@ impl Coordinator {
             (Message::Ask { call, ask }, _) => self.ask(world, from, call, ask),
             (Message::Hello { spec }, Some(stream)) => self.hello(world, stream, *spec),
             (Message::Up(up), Some(stream)) => self.up(world, stream, up),
+            (Message::Watch { after }, Some(stream)) => match &mut self.process {
+                Some(process) => {
+                    process.watches.begin(world.now_ms, &process.replicated, stream, after);
+                    self.flush(world);
+                }
+                None => world.close(stream, self.host),
+            },
+            (Message::Wire(_), Some(stream)) if self.process.is_some() => {
+                world.stream(stream, self.host, Message::Wire(Box::new(Wire::Pong)));
+            }
             _ => {}
         }
     }

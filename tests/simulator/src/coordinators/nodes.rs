@@ -113,6 +113,7 @@ impl Coordinator {
     /// The stream of a node is gone.
     pub(super) fn closed(&mut self, stream: StreamId) {
         let Some(process) = &mut self.process else { return };
+        process.watches.end(stream);
         if let Some(session) = process.sessions.remove(&stream)
             && let (Some(handle), Some(leader)) = (&session.handle, &process.leader)
         {
@@ -128,6 +129,8 @@ impl Coordinator {
             let all: Vec<StreamId> = process.sessions.keys().copied().collect();
             all.into_iter().for_each(|stream| process.flush_one(world, host, stream));
         }
+        let has_leader = process.member.core().leader().is_some();
+        process.watches.go_on(world, host, &process.replicated, has_leader);
     }
 }
 
