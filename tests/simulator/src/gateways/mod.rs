@@ -126,6 +126,7 @@ impl Gateway {
             level: LEVEL,
             address: self.host.address(),
             metrics_address: String::new(),
+            data_plane: None,
             devices: Vec::new(),
         };
         let addresses: Vec<String> = self.coordinators.iter().map(|host| host.address()).collect();
