@@ -38,7 +38,7 @@ pub async fn run(file: GatewayFile<GatewayConfig>, shutdown: impl Future<Output 
     let membership = &file.membership;
     let mut shutdown = std::pin::pin!(shutdown);
     let entry = tokio::select! {
-        entry = membership.enter(Role::Gateway, &file.name, JOIN_WITHIN) => entry.map_err(cannot)?,
+        entry = membership.enter(Role::Gateway, &file.name, &file.coordinators, JOIN_WITHIN) => entry.map_err(cannot)?,
         () = &mut shutdown => return Ok(()),
     };
     let credentials = SharedCredentials::new(entry.credentials);

@@ -70,7 +70,7 @@ async fn work(config: WorkerConfig) -> Result<()> {
     let _telemetry = start_with(&config.telemetry.options("forge-worker", &config.name), Box::new(logs.layer()))?;
     std::fs::create_dir_all(&config.data_dir).with_context(|| format!("dataDir: cannot make {}", config.data_dir.display()))?;
     let entry = tokio::select! {
-        entry = config.membership.enter(Role::Worker, &config.name, JOIN_TIMEOUT) => entry.map_err(|reason| anyhow!(reason))?,
+        entry = config.membership.enter(Role::Worker, &config.name, &config.coordinators, JOIN_TIMEOUT) => entry.map_err(|reason| anyhow!(reason))?,
         () = &mut stop => return Ok(()),
     };
     let mut coordinators = config.coordinators.clone();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use forge_shared::cluster::node::Role;
 
 use super::Membership;
-use crate::tls::{Credentials, JoinTokenText, JoinWish, NODE_FILE, TlsError, join};
+use crate::tls::{Credentials, JoinTokenText, JoinWish, NODE_FILE, TlsError, is_of_another_cluster, join};
 
 /// What a process has once it is in.
 #[derive(Debug)]
@@ -17,11 +17,13 @@ pub struct Entry {
 }
 
 impl Membership {
-    /// The process's certificate: from its folder, else by its join token, kept in the folder from then on.
+    /// The process's certificate: from its folder, else by its join token, kept in the folder from then on. `configured` are
+    /// the coordinators that its configuration names.
     ///
     /// # Errors
-    /// In words: no certificate and no token, a certificate of another name or role, or why joining failed.
-    pub async fn enter(&self, role: Role, name: &str, timeout: Duration) -> Result<Entry, String> {
+    /// In words: no certificate and no token, a certificate of another name or role, a token of another cluster than a
+    /// configured coordinator, or why joining failed.
+    pub async fn enter(&self, role: Role, name: &str, configured: &[String], timeout: Duration) -> Result<Entry, String> {
         let folder = self.directory.display();
         if self.directory.join(NODE_FILE).exists() {
             let credentials = Credentials::load(&self.directory).map_err(|error| error.to_string())?;
@@ -41,10 +43,25 @@ impl Membership {
             ));
         };
         let token = JoinTokenText::parse(&token).map_err(|error| error.to_string())?;
+        // Who is named in both belongs to the token's cluster; else the coordinator itself says.
+        if !configured.iter().any(|address| token.addresses.contains(address)) {
+            for address in configured {
+                if is_of_another_cluster(address, &token).await {
+                    return Err(format!(
+                        "the join token is of another cluster than the coordinator {address} that `coordinators` names; the token's \
+                         are {}: take a token of `forgectl cluster join-token --role {role}` in the cluster that is meant, or name \
+                         that one's coordinators",
+                        token.addresses.join(", ")
+                    ));
+                }
+            }
+        }
         let wish = JoinWish { role, name: name.to_owned(), address: String::new(), build: crate::build::of_this_process()? };
         let joined = join(&token, &wish, timeout).await.map_err(|error| format!("joining the cluster: {error}"))?;
         let save = |credentials: &Credentials| -> Result<(), TlsError> { credentials.save(&self.directory) };
         save(&joined.credentials).map_err(|error| error.to_string())?;
+        let cluster = &joined.credentials.identity().cluster_id;
+        ::tracing::info!(%cluster, coordinators = joined.coordinators.join(","), "joined the cluster with the token");
         Ok(Entry { credentials: joined.credentials, coordinators: joined.coordinators })
     }
 }
@@ -61,7 +78,7 @@ mod tests {
     #[tokio::test]
     async fn a_certificate_on_disk_must_be_this_process_s() {
         let folder = tempfile::tempdir().unwrap();
-        let enter = async |role, name| membership(folder.path()).enter(role, name, Duration::from_secs(1)).await;
+        let enter = async |role, name| membership(folder.path()).enter(role, name, &[], Duration::from_secs(1)).await;
         let missing = enter(Role::Gateway, "g1").await.unwrap_err();
         assert!(missing.contains("join-token --role gateway"), "{missing}");
 

@@ -13,6 +13,7 @@ mod gateway;
 mod tests;
 mod worker;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use forge_shared::config::{ConfigError, Format, ProcessConfig, ProcessLayers};
@@ -82,16 +83,22 @@ impl Membership {
     /// The join token, from wherever it is given.
     ///
     /// # Errors
-    /// A file that cannot be read, in words.
+    /// A file that cannot be read, or that everybody can, in words.
     pub fn read_token(&self) -> Result<Option<String>, String> {
         if let Some(token) = &self.token {
             return Ok(Some(token.clone()));
         }
         let Some(path) = &self.token_file else { return Ok(None) };
-        match read_bounded(path) {
-            Ok(text) => Ok(Some(text.trim().to_owned())),
-            Err(error) => Err(format!("tokenFile {}: {error}", path.display())),
+        let shown = path.display();
+        let failed = |error: std::io::Error| format!("tokenFile {shown}: {error}");
+        let mode = std::fs::metadata(path).map_err(failed)?.permissions().mode();
+        if mode & 0o007 != 0 {
+            let mode = mode & 0o777;
+            return Err(format!(
+                "tokenFile {shown}: its mode is {mode:o}, so that any user of this machine can join with it: `chmod 600 {shown}`"
+            ));
         }
+        read_bounded(path).map(|text| Some(text.trim().to_owned())).map_err(failed)
     }
 
     fn check(&self) -> Result<(), (&'static str, String)> {

@@ -1,6 +1,7 @@
 //! Every example under `cluster-configs/` is loaded, and says what its folder's name says.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use forge_shared::config::{Format, ProcessLayers};
@@ -152,5 +153,20 @@ fn unknown_keys_of_files_are_named_with_the_nearest_valid_one() {
     for ((error, help), key, nearest) in cases {
         assert!(error.contains("file.yaml") && error.contains(key), "{error}");
         assert!(help.as_ref().is_some_and(|help| help.contains(nearest)), "{key}: {help:?}");
+    }
+}
+
+#[test]
+fn a_token_that_every_user_can_read_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("token");
+    std::fs::write(&file, "forge1.a\n").unwrap();
+    let membership = Membership { token_file: Some(file.clone()), ..Membership::default() };
+    for (mode, is_taken) in [(0o644, false), (0o604, false), (0o600, true), (0o640, true), (0o400, true)] {
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(mode)).unwrap();
+        match membership.read_token() {
+            Ok(token) => assert!(is_taken && token.as_deref() == Some("forge1.a"), "{mode:o}"),
+            Err(error) => assert!(!is_taken && error.contains(&format!("mode is {mode:o}")) && error.contains("chmod 600"), "{error}"),
+        }
     }
 }

@@ -13,12 +13,14 @@ use tokio::time::Instant;
 
 use super::connector::{ChannelOptions, pinned_channel};
 use super::credentials::{Credentials, NodeKey};
-use super::error::TlsError;
+use super::error::{TlsError, diagnose};
 use super::identity::check_name;
 use super::token::JoinTokenText;
 use crate::api::ClusterError;
 use crate::status::from_status;
 
+/// For a coordinator to show whose it is.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest single try.
 const TRY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Certificates, a key and addresses.
@@ -52,7 +54,8 @@ pub struct Joined {
     pub member_id: Option<u64>,
 }
 
-/// Joins. Tries the token's addresses, and the leader they name, until `timeout`; one key over all tries.
+/// Joins. Tries the token's addresses, and the leader they name, until `timeout` or until all of them refused, one after the
+/// other; one key over all tries.
 ///
 /// # Errors
 /// [`ClusterError::Forbidden`] for a token that is not taken or servers of another CA, [`ClusterError::Unavailable`] if
@@ -74,6 +77,7 @@ pub async fn join(token: &JoinTokenText, wish: &JoinWish, timeout: Duration) -> 
     let mut pause = FIRST_PAUSE;
     let mut leader: Option<String> = None;
     let mut turn = 0;
+    let mut refusals_in_a_row = 0;
     loop {
         let address = leader.take().unwrap_or_else(|| token.addresses[turn % token.addresses.len()].clone());
         turn += 1;
@@ -82,8 +86,11 @@ pub async fn join(token: &JoinTokenText, wish: &JoinWish, timeout: Duration) -> 
             Ok(reply) => return accept(token, wish, &key, reply),
             Err(status) => from_status(&status, "coordinator.forge"),
         };
-        // The token pins one cluster: a server of another CA at one address is no reason to give up the others.
-        let was_last = !failure.is_retryable || begun.elapsed() + pause >= timeout;
+        // The token pins one cluster: a server of another CA at one address is no reason to give up the others. Where all
+        // are of another, waiting changes nothing.
+        refusals_in_a_row = if matches!(failure.error, ClusterError::Forbidden { .. }) { refusals_in_a_row + 1 } else { 0 };
+        let everyone_refused = refusals_in_a_row >= token.addresses.len();
+        let was_last = !failure.is_retryable || everyone_refused || begun.elapsed() + pause >= timeout;
         if was_last {
             return Err(match failure.error {
                 ClusterError::Unavailable { reason, .. } | ClusterError::Unknown { reason } => {
@@ -97,6 +104,14 @@ pub async fn join(token: &JoinTokenText, wish: &JoinWish, timeout: Duration) -> 
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+}
+
+/// Whether a coordinator answers at this address and is of another cluster than the token's. Nothing of the token is shown.
+pub async fn is_of_another_cluster(address: &str, token: &JoinTokenText) -> bool {
+    match ask(address, token, JoinRequest::default(), LOOK_TIMEOUT).await {
+        Ok(_) => false,
+        Err(status) => matches!(diagnose(&status, "coordinator.forge"), Some(TlsError::WrongCa { .. })),
     }
 }
 

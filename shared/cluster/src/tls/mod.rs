@@ -36,7 +36,7 @@ pub use credentials::{Credentials, NodeKey, issued_s};
 pub use error::{TlsError, diagnose};
 pub use files::{CA_CERTIFICATE_FILE, CA_KEY_FILE, NODE_FILE, read_keys, write_private, write_public};
 pub use identity::{Identity, check_name};
-pub use join::{JoinWish, Joined, join};
+pub use join::{JoinWish, Joined, is_of_another_cluster, join};
 pub use listener::{TlsIncoming, TlsStream};
 pub use peer::{Peer, PeerCertificate};
 pub use rustls_config::{client_config, server_config};
