@@ -42,6 +42,7 @@ stage_cluster() {
     python3 tests/cluster/configs.py --programs "$target/debug" --model "$FORGE_TEST_SMOLLM2"
     python3 tests/cluster/run.py --programs "$target/debug" --model "$FORGE_TEST_SMOLLM2" --network "${FORGE_TEST_NETWORK:-any}"
     python3 tests/cluster/upgrade.py --programs "$target/debug" --network "${FORGE_TEST_NETWORK:-any}"
+    python3 tests/cluster/certs.py --programs "$target/debug" --network "${FORGE_TEST_NETWORK:-any}"
 }
 
 # A chaos minute. Where there are no namespaces it says so and only kills and freezes.

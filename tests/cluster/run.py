@@ -129,11 +129,13 @@ def choose(wanted):
     return network
 
 
-def main(scenario, make=Cluster, about=None, count=6):
-    """One scenario over a cluster of its own; the process's exit code."""
+def main(scenario, make=Cluster, about=None, count=6, needs_model=False):
+    """One scenario over a cluster of its own; the process's exit code. One that disturbs single answers needs a slow model."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", default="target/debug", help="folder of the programs, otlp_receiver among them")
-    parser.add_argument("--model", help="a model file or folder; without it one of random weights, made for it")
+    parser.add_argument(
+        "--model", required=needs_model, help="a model file or folder" + ("" if needs_model else "; without it one of random weights, made for it")
+    )
     parser.add_argument("--network", choices=[*NETWORKS, "any"], default="any")
     parser.add_argument("--keep", help="folder for state and logs; without it they are removed when all held")
     parser.add_argument("--streams", type=int, default=count, help="answers at once")
@@ -164,4 +166,4 @@ def main(scenario, make=Cluster, about=None, count=6):
 
 
 if __name__ == "__main__":
-    sys.exit(main(scenario, about=__doc__))
+    sys.exit(main(scenario, about=__doc__, needs_model=True))
