@@ -129,7 +129,10 @@ impl EngineCore {
     pub fn submit(&mut self, request: GenerateRequest, events: Sender<EngineEvent>, now: Duration) -> Result<(), AdmitError> {
         admission::check(&self.info, &request)?;
         let waiting = self.scheduler.queued_requests();
-        if waiting >= self.options.max_waiting {
+        // One that goes on was accepted elsewhere: new ones must not keep it out. As many again are enough for a lost engine's.
+        let goes_on = request.choices.iter().any(|choice| !choice.emitted_tokens.is_empty());
+        let waiting_max = if goes_on { self.options.max_waiting.saturating_mul(2) } else { self.options.max_waiting };
+        if waiting >= waiting_max {
             return Err(AdmitError::Overloaded { waiting, retry_after_s: self.retry.estimate_s(waiting) });
         }
         if self.requests.is_empty() {

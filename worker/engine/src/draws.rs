@@ -123,7 +123,7 @@ mod tests {
     fn uses(rows: &[usize]) -> Vec<LogitsUse> {
         let used = |(place, &row): (usize, &usize)| LogitsUse {
             row,
-            id: SequenceId { priority: Reverse(0), arrival: place as u64, choice: 0 },
+            id: SequenceId { priority: Reverse(0), is_fresh: true, arrival: place as u64, choice: 0 },
             purpose: LogitsPurpose::Sample,
         };
         rows.iter().enumerate().map(used).collect()

@@ -15,7 +15,7 @@ pub struct EngineOptions {
     pub max_chunk_rows: usize,
     /// Whether KV of equal prefixes is shared between requests of a tenant.
     pub prefix_caching: bool,
-    /// Requests that may wait for their first step; more are refused.
+    /// Requests that may wait for their first step; more are refused, but for as many again that go on after another engine.
     pub max_waiting: usize,
     /// Events a client may be behind before its sequences pause.
     pub event_capacity: usize,

@@ -1,6 +1,6 @@
 //! `Scheduler`: which tokens of which sequences the next step computes.
 //!
-//! One loop, no phases. Sequences are visited in order (priority, arrival, choice). Each takes rows towards its
+//! One loop, no phases. Sequences are visited in order (priority, those that another engine began, arrival, choice). Each takes rows towards its
 //! target from the step's budget, but leaves one row for every running sequence behind it, so a long prompt
 //! never starves an answer. When blocks run out, the last in order is put back to wait and will be
 //! recomputed; since it is last, nobody planned in this step ever loses its blocks. A waiting sequence starts
@@ -140,12 +140,14 @@ impl Scheduler {
         self.steps.len()
     }
 
-    /// Takes a request; its sequences wait. Ids are in the order of `answers`.
+    /// Takes a request; its sequences wait, those of one that goes on (some of its answer is there) before all that begin.
+    /// Ids are in the order of `answers`.
     pub fn submit(&mut self, request: NewRequest) -> Vec<SequenceId> {
         let arrival = self.arrivals;
         self.arrivals += 1;
+        let is_fresh = request.answers.iter().all(Vec::is_empty);
         let ids: Vec<SequenceId> = (0..request.answers.len() as u32)
-            .map(|choice| SequenceId { priority: std::cmp::Reverse(request.priority), arrival, choice })
+            .map(|choice| SequenceId { priority: std::cmp::Reverse(request.priority), is_fresh, arrival, choice })
             .collect();
         for (&id, answer) in ids.iter().zip(request.answers) {
             let first = id.choice == 0;

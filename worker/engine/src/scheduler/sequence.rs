@@ -10,11 +10,14 @@ use forge_text::{PrefixHash, PrefixHasher};
 
 use crate::blocks::BlockTable;
 
-/// Names a sequence; its order is the scheduling order: higher priority, then earlier arrival, then choice.
+/// Names a sequence; its order is the scheduling order: higher priority, then those that go on, then earlier arrival, then
+/// choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId {
     /// Larger runs first.
     pub priority: Reverse<i32>,
+    /// Whether its request begins here. One that another engine began has a client who reads it already.
+    pub is_fresh: bool,
     /// Number of the request it belongs to, in order of arrival.
     pub arrival: u64,
     /// Which of the request's answers, by place in its list.

@@ -100,6 +100,27 @@ fn a_request_of_higher_priority_starts_at_once() {
 }
 
 #[test]
+fn what_another_engine_began_goes_before_what_begins_here_and_takes_nobody_s_place() {
+    let mut scheduler = scheduler(SchedulerLimits { max_batch_size: 1, ..limits() }, 100);
+    let running = scheduler.submit(new_request(4))[0];
+    step(&mut scheduler);
+    let fresh = scheduler.submit(new_request(5))[0];
+    let again = scheduler.submit(NewRequest { answers: vec![vec![7; 3]], ..new_request(6) })[0];
+    assert_eq!(step(&mut scheduler), [(4, 1)], "who runs goes on");
+    scheduler.remove(running);
+    assert_eq!(step(&mut scheduler), [(0, 9)], "prompt and the tokens there are");
+    assert_eq!(scheduler.running.first(), Some(&again));
+    // A priority is still more.
+    let urgent = scheduler.submit(NewRequest { priority: 1, ..new_request(2) })[0];
+    scheduler.remove(again);
+    step(&mut scheduler);
+    assert_eq!(scheduler.running.first(), Some(&urgent));
+    scheduler.remove(urgent);
+    step(&mut scheduler);
+    assert_eq!(scheduler.running.first(), Some(&fresh));
+}
+
+#[test]
 fn a_stalled_sequence_holds_nobody_up() {
     let mut scheduler = scheduler(SchedulerLimits { max_batch_size: 1, ..limits() }, 4);
     let first = scheduler.submit(new_request(10))[0];
