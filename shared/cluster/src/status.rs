@@ -127,6 +127,14 @@ fn from_detail(code: Code, detail: ErrorDetail, reason: String) -> Failure {
     }
 }
 
+/// Why a call broke off that is no command: there is no outcome that could be asked for.
+pub(crate) fn why_broken(error: &ClusterError) -> String {
+    match error {
+        ClusterError::Unavailable { reason, .. } | ClusterError::Unknown { reason } => reason.clone(),
+        other => other.to_string(),
+    }
+}
+
 /// Whether the connection did not come about, so that the server saw nothing.
 fn was_never_sent(status: &Status) -> bool {
     let mut next = std::error::Error::source(status);

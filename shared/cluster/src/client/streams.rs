@@ -17,6 +17,7 @@ use super::calls::{Patience, jittered};
 use super::channels::Channels;
 use super::{from_json, kind_name, to_json};
 use crate::api::{ClusterError, ClusterLoads, STREAM_DEPTH, Session, WatchItem};
+use crate::status::why_broken;
 
 /// One look for a coordinator that takes a stream; they go on for ever, look after look.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -226,7 +227,7 @@ async fn relay_session(first: NodeDown, mut down: Streaming<SessionDown>, receiv
                     return;
                 }
             }
-            Err(error) => return ::tracing::warn!(%error, "the session with the coordinator ended"),
+            Err(error) => return ::tracing::warn!(error = why_broken(&error), "the session with the coordinator ended"),
         }
         let message = tokio::select! {
             message = down.next() => message,

@@ -26,7 +26,7 @@ use super::reply::{EngineReply, MAX_EVENTS, MAX_REPLY_BYTES, ReplicaCard, card_f
 use super::request::{Submission, replica_to_wire, to_wire};
 use super::{EngineTarget, PrefixUpdate, ReplicaClient, WireError};
 use crate::api::ClusterError;
-use crate::status::from_status;
+use crate::status::{from_status, why_broken};
 use crate::tls::{RenewedChannel, TlsError};
 use crate::tracing::inject;
 
@@ -104,7 +104,7 @@ impl EngineLink for RemoteReplica {
                 let first = replies.next().await.unwrap_or_else(|| Err(Status::unavailable("it ended before it was admitted")));
                 Ok::<_, AdmitError>((first.map_err(|status| shared.lost(&status))?, replies))
             };
-            let late = |_| unavailable(format!("{} did not answer within {} ms", shared.target.node, ADMIT_TIMEOUT.as_millis()));
+            let late = |_| shared.lost(&Status::unavailable(format!("nothing within {} ms", ADMIT_TIMEOUT.as_millis())));
             let (first, replies) = tokio::time::timeout(ADMIT_TIMEOUT, admission).await.map_err(late)??;
             let mut first = read_all(first).map_err(|error| unavailable(error.to_string()))?.into_iter();
             match first.next() {
@@ -161,7 +161,19 @@ impl Shared {
             let actual: String = status.message().chars().take(MAX_REASON_CHARS).collect();
             return AdmitError::Invalid(InvalidParam { field: "request", expected: "one that a worker can take".into(), actual });
         }
-        unavailable(format!("{}: {}", self.target.node, from_status(status, &self.worker.peer().dns_name()).error))
+        unavailable(format!("{}; send the request again", self.unreached(status)))
+    }
+
+    /// What became of a call to the worker, for whoever reads why a replica does not answer. A call to a worker is no command,
+    /// and no coordinator was asked.
+    fn unreached(&self, status: &Status) -> String {
+        let node = &self.target.node;
+        match from_status(status, &self.worker.peer().dns_name()).error {
+            error @ (ClusterError::Unavailable { .. } | ClusterError::Unknown { .. }) => {
+                format!("worker {node} does not answer ({}): it is stopped, overloaded or cut off", why_broken(&error))
+            }
+            other => format!("worker {node}: {other}"),
+        }
     }
 
     async fn fetch_text(&self) -> Result<Bytes, ClusterError> {
@@ -237,11 +249,10 @@ async fn watch_once(shared: &Shared) -> (bool, String) {
     };
     let replica = Some(replica_to_wire(&shared.target.replica, shared.target.epoch));
     let opening = tokio::time::timeout(ADMIT_TIMEOUT, client.watch_replica(wire::WatchReplicaRequest { replica }));
-    let words = |status: &Status| from_status(status, &shared.worker.peer().dns_name()).error.to_string();
     let mut updates = match opening.await {
         Ok(Ok(updates)) => updates.into_inner(),
-        Ok(Err(status)) => return (false, words(&status)),
-        Err(_) => return (false, format!("{} does not answer", shared.target.node)),
+        Ok(Err(status)) => return (false, shared.unreached(&status)),
+        Err(_) => return (false, format!("worker {} does not answer", shared.target.node)),
     };
     let mut got_any = false;
     loop {
@@ -253,8 +264,8 @@ async fn watch_once(shared: &Shared) -> (bool, String) {
                 }
                 got_any = true;
             }
-            Some(Err(status)) => return (got_any, words(&status)),
-            None => return (got_any, format!("{} ended the connection", shared.target.node)),
+            Some(Err(status)) => return (got_any, shared.unreached(&status)),
+            None => return (got_any, format!("worker {} ended the connection", shared.target.node)),
         }
     }
 }

@@ -289,7 +289,13 @@ async fn a_killed_worker_ends_its_streams() {
     assert_eq!(tokio::time::timeout(TIMEOUT, events.recv()).await.unwrap(), Some(broken()));
     assert_eq!(events.recv().await, None);
     until(|| !client.status().ready).await;
-    assert!(matches!(client.submit(request(0)).await.unwrap_err(), AdmitError::Unavailable { .. }));
+    let refusal = client.submit(request(0)).await.unwrap_err();
+    assert!(matches!(refusal, AdmitError::Unavailable { .. }));
+    for text in [refusal.to_string(), client.status().reason] {
+        assert!(text.contains("worker w1 does not answer (") && text.contains("stopped, overloaded or cut off"), "{text}");
+        assert!(!text.contains("command") && !text.contains("coordinator"), "{text}");
+    }
+    assert!(refusal.to_string().ends_with("send the request again"), "{refusal}");
 }
 
 #[tokio::test]
