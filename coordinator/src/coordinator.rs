@@ -211,6 +211,7 @@ impl Coordinator {
         let Submission { request_id, traceparent, command } = submission;
         // Before it is in the log: older members could not apply it. The level only grows, so this stays true.
         self.0.replicated.read().check_level(&command)?;
+        self.0.replicated.read().check_duty(&command)?;
         let data = encode_envelope(&Envelope { request_id, proposed_ms: self.wall_ms(), traceparent, command })?;
         let began = Instant::now();
         let result = match self.0.raft.propose(data, timeout).await {

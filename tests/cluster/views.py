@@ -145,6 +145,9 @@ def refusals(cluster):
     for what, code, says, arguments in [
         ("a model that is not there", 1, "there is no", ["describe", "model", "stroy"]),
         ("a node that is not there", 1, "w9", ["drain", "w9"]),
+        ("a coordinator that is not a member", 1, "there are: c1", ["cluster", "members", "remove", "c9"]),
+        ("a gateway that is to be cordoned", 2, "load balancer", ["cordon", "g1"]),
+        ("a negative number of replicas", 2, "at least 1", ["scale", "story", "--replicas", "-1"]),
         ("a wrong file", 2, "replica", ["apply", "-f", cluster.folder / "model.yaml", "--set", "spec.replica=2"]),
         ("a model that fits nowhere", 3, "large", ["apply", "-f", large, "--dry-run"]),
         ("a wait that is over", 4, "does not run after 0 s", ["apply", "-f", cluster.folder / "model.yaml", "--wait", "running", "--timeout", "0"]),

@@ -3,7 +3,7 @@
 //! Invariant: a node is known under its newest incarnation alone; a replica stands only on ready nodes, since a node's
 //! loss or return closes the epochs that it had a rank of.
 
-use forge_shared::cluster::command::CommandError;
+use forge_shared::cluster::command::{Command, CommandError};
 use forge_shared::cluster::event::{Change, Kind, Object};
 use forge_shared::cluster::node::{NodePhase, NodeRecord, NodeSpec, Role};
 use forge_shared::ids::{Incarnation, NodeId, ServiceName};
@@ -116,6 +116,29 @@ impl ClusterState {
         self.put_node(id, step);
         self.notice(step, Weight::Warning, "NodeLost", about(id), format!("node {id} is lost: {reason}"));
         Ok(Effect::CHANGED)
+    }
+
+    /// Whether a command that keeps replicas off a node makes sense for it. Asked before the command is in the log: there,
+    /// every build must do the same.
+    ///
+    /// # Errors
+    /// [`CommandError::Invalid`] for a gateway, which has no replicas, with what to do instead.
+    pub(crate) fn check_duty(&self, command: &Command) -> Result<(), CommandError> {
+        let (node, verb) = match command {
+            Command::CordonNode { node, cordoned: true } => (node, "cordoned"),
+            Command::DrainNode { node, draining: true, .. } => (node, "drained"),
+            _ => return Ok(()),
+        };
+        match self.nodes.get(node).map(|known| known.spec.role) {
+            Some(Role::Gateway) => checks::invalid(
+                "node",
+                format!(
+                    "{node} is a gateway, and only workers are {verb}, for they have replicas: take it out of your load balancer and stop \
+                     its process with SIGTERM, which finishes its requests first"
+                ),
+            ),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn cordon_node(&mut self, id: &NodeId, cordoned: bool, step: &mut Step) -> Result<Effect, CommandError> {

@@ -6,7 +6,7 @@ use forge_cluster::api::{ClusterApi, ClusterError};
 use forge_cluster::client::LogSource;
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::{Kind, Object};
-use forge_shared::cluster::node::{NodeLoad, NodePhase, Role};
+use forge_shared::cluster::node::{NodeLoad, NodePhase, NodeSpec, Role};
 use forge_shared::cluster::session::{NodeDown, NodeUp};
 
 use crate::support::{Cluster, SOON, Worker, execute, facts, ready_on, service, wait_ready, wish, worker_spec};
@@ -205,4 +205,26 @@ async fn who_asks_a_lost_worker_for_lines_hears_that_it_is_lost() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_is_not_cordoned_or_drained() {
+    let cluster = Cluster::found().await;
+    let admin = cluster.admin();
+    let spec = NodeSpec { role: Role::Gateway, devices: Vec::new(), ..worker_spec("g", 1) };
+    let _session = cluster.client(Role::Gateway, "g").session(spec, SOON).await.expect("a session");
+    while phase(&admin, "g").await.is_none() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let commands = [
+        (Command::CordonNode { node: "g".into(), cordoned: true }, "cordoned"),
+        (Command::DrainNode { node: "g".into(), draining: true, is_forced: false }, "drained"),
+    ];
+    for (command, verb) in commands {
+        let refusal = admin.execute(verb.into(), command, SOON).await.expect_err("it has no replicas").to_string();
+        assert!(refusal.contains("g is a gateway") && refusal.contains(verb) && refusal.contains("SIGTERM"), "{refusal}");
+    }
+    // The way back is open, for those that were before.
+    let uncordon = Command::CordonNode { node: "g".into(), cordoned: false };
+    assert!(!admin.execute("uncordon".into(), uncordon, SOON).await.expect("nothing to do").changed);
 }

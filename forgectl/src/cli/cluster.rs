@@ -409,7 +409,7 @@ pub struct ScaleArgs {
     /// Which model service
     pub name: String,
     /// How many copies, at least 1; `forgectl delete` ends the last one
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = replicas, allow_hyphen_values = true)]
     pub replicas: u32,
     #[command(flatten)]
     pub server: ServerArgs,
@@ -436,4 +436,14 @@ pub struct TopArgs {
     pub count: Option<u64>,
     #[command(flatten)]
     pub server: ServerArgs,
+}
+
+/// A number of replicas that a service may have.
+fn replicas(text: &str) -> Result<u32, String> {
+    match text.trim().parse::<i64>() {
+        Ok(count) if (1..=i64::from(u32::MAX)).contains(&count) => u32::try_from(count).map_err(|error| error.to_string()),
+        Ok(0) => Err("a service has at least 1 replica; `forgectl delete NAME` ends the last one".into()),
+        Ok(_) => Err("a number of replicas is at least 1".into()),
+        Err(_) => Err("write a number of replicas in digits, such as 2".into()),
+    }
 }

@@ -40,6 +40,7 @@ pub(super) fn init_with(args: &InitArgs, contexts: &ContextStore) -> Result<()> 
         data_dir: dir.join("data"),
         listen: args.listen.clone(),
         advertise: args.advertise.clone(),
+        metrics_listen: metrics_beside(&args.listen),
         membership: Membership { directory: tls.clone(), ..Membership::default() },
         ..CoordinatorConfig::default()
     };
@@ -61,6 +62,15 @@ pub(super) fn init_with(args: &InitArgs, contexts: &ContextStore) -> Result<()> 
         dir = dir.display(),
         file = file.display(),
     ))
+}
+
+/// Address of metrics and probes: the port after the one that is listened on, so that several coordinators share a host.
+fn metrics_beside(listen: &str) -> String {
+    let port = listen.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok()).filter(|port| *port > 0);
+    port.map_or_else(
+        || CoordinatorConfig::default().metrics_listen,
+        |port| format!("127.0.0.1:{}", port.checked_add(1).unwrap_or(port - 1)),
+    )
 }
 
 /// `forgectl cluster admin`.

@@ -129,7 +129,7 @@ async fn find(cluster: &RemoteCluster, wanted: &str) -> Result<(u64, String)> {
     let known = || status.members.iter().map(|member| member.name.as_str()).collect::<Vec<_>>().join(", ");
     found
         .map(|member| (member.id, member.name.clone()))
-        .ok_or_else(|| Failure::usage(format!("no coordinator is called {wanted:?}")).help(format!("there are: {}", known())))
+        .ok_or_else(|| Failure::new(format!("no coordinator is called {wanted:?}")).help(format!("there are: {}", known())))
 }
 
 /// `forgectl cluster join-token`.
@@ -173,6 +173,15 @@ fn create_private(file: &Path) -> std::io::Result<std::fs::File> {
     std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file)
 }
 
+fn cannot_write(file: &Path, error: &std::io::Error) -> Failure {
+    let failure = Failure::of(error).while_doing(&format!("cannot write {}", file.display()));
+    match error.kind() {
+        std::io::ErrorKind::AlreadyExists => failure.help("a backup is written over nothing: name a new file, or remove this one first"),
+        std::io::ErrorKind::NotFound => failure.help("make its folder first"),
+        _ => failure,
+    }
+}
+
 /// `forgectl cluster restore`: what `forge-coordinator --restore` does.
 ///
 /// # Errors
@@ -193,7 +202,7 @@ pub fn restore(args: &RestoreArgs) -> Result<()> {
 /// # Errors
 /// A file that is there already, a backup that broke off (nothing is left of it).
 pub fn backup(file: &Path, server: &ServerArgs) -> Result<()> {
-    let failed = |error: std::io::Error| Failure::of(&error).while_doing(&format!("cannot write {}", file.display()));
+    let failed = |error: std::io::Error| cannot_write(file, &error);
     let mut out = create_private(file).map_err(failed)?;
     let written = with_cluster(server, |cluster| async move {
         let mut pieces = cluster.backup(TIMEOUT).await?;
@@ -227,6 +236,7 @@ mod tests {
         let file = folder.path().join("backup");
         create_private(&file).expect("new");
         assert_eq!(std::fs::metadata(&file).expect("there").permissions().mode() & 0o777, 0o600);
-        assert!(create_private(&file).is_err());
+        let error = create_private(&file).expect_err("there already");
+        assert!(cannot_write(&file, &error).to_string().contains("name a new file"));
     }
 }

@@ -79,6 +79,16 @@ fn init_makes_what_a_coordinator_and_its_operator_need() {
     assert_eq!(known.servers, ["127.0.0.1:7000"]);
     assert_eq!(known.credentials.identity().role, Role::Admin);
 
+    assert_eq!(config.metrics_listen, "127.0.0.1:7001");
+    // Several on one host do not meet.
+    for (name, listen, metrics) in [("b", "127.0.0.1:7010", "127.0.0.1:7011"), ("c", "10.0.0.1:65535", "127.0.0.1:65534")] {
+        let other = folder.path().join(name);
+        init_with(&InitArgs { listen: listen.into(), context: Some(name.into()), ..init_args(&other) }, &contexts).unwrap();
+        let config: CoordinatorConfig = load(Some(&other.join("coordinator.yaml")), &[]).unwrap();
+        assert_eq!((config.listen.as_str(), config.metrics_listen.as_str()), (listen, metrics));
+    }
+    contexts.set_current("test").unwrap();
+
     let error = init_with(&init_args(&dir), &contexts).unwrap_err().to_string();
     assert!(error.contains("is there already") && error.contains("help:"), "{error}");
 }

@@ -209,6 +209,8 @@ impl Key {
     fn expected(&self, found: &str) -> String {
         match self.kind {
             Kind::Text => format!("expected text, found {found}"),
+            // The largest that the type holds says nothing to anybody.
+            Kind::Whole { max } if max == u64::from(u32::MAX) => format!("expected a whole number, 0 or more, such as 4, found {found}"),
             Kind::Whole { max } => format!("expected a whole number from 0 to {max}, found {found}"),
             Kind::Switch => format!("expected true or false, found {found}"),
             Kind::Size => format!("expected a size such as 512MiB, found {found}"),

@@ -85,7 +85,9 @@ fn yaml_traps_are_read_as_meant_or_refused() {
     assert_eq!(read("  kvMemory: 2GiB").map(|spec| spec.kv_memory), Ok(Some(ByteSize(2 << 30))));
     assert_eq!(read("  maxModelLen: ~").map(|spec| spec.max_model_len), Ok(None));
     for (spec, expected) in [
-        ("  maxModelLen: 1e-5", "spec.maxModelLen: expected a whole number from 0 to 4294967295, found 0.00001"),
+        ("  maxModelLen: 1e-5", "spec.maxModelLen: expected a whole number, 0 or more, such as 4, found 0.00001"),
+        ("  replicas: two", "spec.replicas: expected a whole number, 0 or more, such as 4, found the text \"two\""),
+        ("  replicas: -1", "spec.replicas: expected a whole number, 0 or more, such as 4, found -1"),
         ("  maxModelLen: 0100", "the text \"0100\""),
         ("  maxModelLen: 1_000", "the text \"1_000\""),
         ("  maxModelLen: -1", "found -1"),
