@@ -187,6 +187,22 @@ fn metrics_are_documented() {
     assert_none(missing.into_iter().map(|name| format!("docs/observing.md does not have {name}")).collect());
 }
 
+/// Every level has its row in the documentation, up to this build's.
+#[test]
+fn levels_are_documented() {
+    let code = std::fs::read_to_string(root().join("shared/src/version.rs")).expect("the module of levels");
+    let page = std::fs::read_to_string(root().join("docs/upgrade.md")).expect("the page of levels");
+    let level = code.split("pub const LEVEL: u32 = ").nth(1).and_then(|rest| rest.split(';').next()).expect("this build's level");
+    let level: u32 = level.parse().expect("a number");
+    let is_row =
+        |line: &&str| line.strip_prefix("| ").and_then(|rest| rest.split(' ').next()).is_some_and(|cell| cell.parse::<u32>().is_ok());
+    let rows: Vec<&str> = page.lines().filter(is_row).collect();
+    assert_eq!(rows.len() as u32, level, "{rows:?}");
+    for (row, number) in rows.iter().zip(1..) {
+        assert!(row.starts_with(&format!("| {number} | ")) && row.len() > 20, "{row}");
+    }
+}
+
 #[test]
 fn the_licence_is_there() {
     let text = std::fs::read_to_string(root().join("LICENSE")).expect("LICENSE is at the root");

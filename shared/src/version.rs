@@ -2,12 +2,7 @@
 //!
 //! A **level** grows by one with every change that an older build could not read: a command, a field of a document, a
 //! message. The cluster's level is the lowest of all its processes; what is newer is neither written nor sent before it is
-//! raised. docs/upgrade.md says what that means to an operator.
-//!
-//! | level | brought |
-//! |---|---|
-//! | 1 | what the first release has |
-//! | 2 | `spec.rollout`, earlier wishes of a service and the way back to them, rollouts that are stuck; replicas whose ranks are on several workers |
+//! raised. docs/upgrade.md says what that means to an operator, and has the table of what each level brought.
 //!
 //! Invariant: a document of level 1 is written as the first release writes it: what came later is left out.
 

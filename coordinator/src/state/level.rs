@@ -6,7 +6,7 @@
 //! come back); a process below it is not let in; at a level nothing of a later one is in the state.
 
 use forge_shared::cluster::command::{Command, CommandError};
-use forge_shared::cluster::node::{NodeSpec, Role};
+use forge_shared::cluster::node::{NodePhase, NodeRecord, NodeSpec, Role};
 use forge_shared::plan::ModelFacts;
 use forge_shared::version::{Build, DATA_PLANES, LEVEL};
 
@@ -81,10 +81,15 @@ impl ClusterState {
         let words = |role: Role, name: &str, build: Build| format!("{role} {name} runs {build}");
         let members = self.members.values().filter(|member| member.level < level);
         let nodes = self.nodes.values().filter(|node| node.spec.level < level);
-        members
-            .map(|member| words(Role::Coordinator, &member.name, member.build()))
-            .chain(nodes.map(|node| words(node.spec.role, &node.spec.id.0, node.spec.build())))
-            .collect()
+        let node_words = |node: &NodeRecord| {
+            let id = &node.spec.id.0;
+            let said = words(node.spec.role, id, node.spec.build());
+            match node.phase {
+                NodePhase::Ready => said,
+                NodePhase::Lost => format!("{said} and is lost (start it anew, or `forgectl delete node {id}` if it will not come back)"),
+            }
+        };
+        members.map(|member| words(Role::Coordinator, &member.name, member.build())).chain(nodes.map(node_words)).collect()
     }
 
     /// The level the cluster could be at, for a leader of level `own`: that of its oldest member or node.
@@ -256,8 +261,10 @@ mod tests {
     fn a_lost_node_holds_the_level_until_it_is_removed_or_comes_back_new() {
         let mut world = at_first_level();
         join(&mut world, "w1", 1, 1).expect("old");
+        assert_eq!(world.state.older_than(2), ["worker w1 runs 1.0.0 (level 1)"]);
         world.lose("w1", 1).expect("lost");
-        assert!(world.run(Command::RaiseLevel { level: 2 }).is_err());
+        let refusal = world.run(Command::RaiseLevel { level: 2 }).expect_err("it may come back").to_string();
+        assert!(refusal.contains("w1 runs 1.0.0 (level 1) and is lost") && refusal.contains("forgectl delete node w1"), "{refusal}");
         join(&mut world, "w1", 2, 2).expect("upgraded");
         world.run(Command::RaiseLevel { level: 2 }).expect("all know it");
     }
