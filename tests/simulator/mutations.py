@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows that the simulator's checks can fail: breaks the code in ten ways, one at a time, in a copy of the repository, and
+"""Shows that the simulator's checks can fail: breaks the code in fifteen ways, one at a time, in a copy of the repository, and
 runs seeds until one fails.
 
     python3 tests/simulator/mutations.py            all of them: a build of some minutes first, then one of the broken crate each
@@ -93,6 +93,41 @@ MUTATIONS = [
         "coordinator/src/replicated.rs",
         "        *state = restored;\n",
         "        drop(restored);\n",
+    ),
+    (
+        "carry-twice",
+        "an answer that had ended is asked for again when an engine is lost, and counted twice",
+        "gateway/src/journal.rs",
+        "            .filter(|(_, answer)| !answer.finished)\n",
+        "",
+    ),
+    (
+        "breaker-stays-open",
+        "a replica that answers again is left alone for ever",
+        "gateway/src/breaker.rs",
+        "        *self = Breaker::default();\n",
+        "",
+    ),
+    (
+        "draw-anew",
+        "an engine that takes an answer over draws as if it began with it",
+        "worker/engine/src/active.rs",
+        "(self.request.prompt_tokens.len() + answer.tokens) as u32",
+        "(self.request.prompt_tokens.len() + answer.tokens - self.request.choices[self.answer_of[id.choice as usize]].emitted_tokens.len()) as u32",
+    ),
+    (
+        "no-copy",
+        "a block that two answers share is written to without its content being copied",
+        "worker/engine/src/blocks.rs",
+        "                copies.push((block, copy));\n",
+        "",
+    ),
+    (
+        "free-twice",
+        "a sequence that ended or was put back lets its blocks go and keeps them",
+        "worker/engine/src/blocks.rs",
+        "in std::mem::take(&mut table.blocks).into_iter().rev()",
+        "in table.blocks.clone().into_iter().rev()",
     ),
 ]
 
