@@ -96,6 +96,8 @@ pub struct Coordinator {
     random: Random,
     ledger: SharedLedger,
     process: Option<Process>,
+    /// The newest term that it has spoken in.
+    spoken_term: u64,
 }
 
 #[derive(Default)]
@@ -132,6 +134,7 @@ impl Coordinator {
             random: Random::new(seed, 100 + u64::from(id)),
             ledger,
             process: None,
+            spoken_term: 0,
         }
     }
 
@@ -155,6 +158,11 @@ impl Coordinator {
         let seed = self.random.number();
         match Member::open(self.options(), seed, self.disk.clone(), machine) {
             Ok(member) => {
+                let term = member.core().term();
+                if term < self.spoken_term {
+                    let seen = format!("{} spoke in term {}, and starts in term {term}: it may vote again", self.host, self.spoken_term);
+                    world.violate("a member remembers the terms that it spoke in", seen);
+                }
                 self.process = Some(Process {
                     member,
                     replicated,
@@ -343,6 +351,9 @@ impl Coordinator {
         loop {
             done = done.and_then(|()| process.member.turn(&mut out));
             for (message, snapshot) in out.messages.drain(..) {
+                if !is_of_no_term(message.kind) {
+                    self.spoken_term = self.spoken_term.max(message.term);
+                }
                 post(world, self.host, process, message, snapshot);
             }
             if done.is_err() || out.answers.is_empty() {
@@ -379,6 +390,13 @@ impl Coordinator {
 fn envelope(request_id: String, proposed_ms: u64, command: Command) -> Bytes {
     let envelope = Envelope { request_id, proposed_ms, traceparent: String::new(), command };
     encode_envelope(&envelope).unwrap_or_default()
+}
+
+/// Whether a kind of message speaks for a term that may never come.
+fn is_of_no_term(kind: u32) -> bool {
+    const PRE_VOTE: u32 = 17;
+    const PRE_VOTE_ANSWER: u32 = 18;
+    matches!(kind, PRE_VOTE | PRE_VOTE_ANSWER)
 }
 
 fn post(world: &mut World, host: Host, process: &mut Process, message: wire::Message, snapshot: Option<Bytes>) {
