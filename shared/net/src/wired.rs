@@ -5,8 +5,8 @@
 //! the same way.
 //!
 //! Invariants: both ways add every element in the tree's order, lower ranks first, so all ranks and all transports have the
-//! same bits; rows go in chunks of which at most two are on their way to a rank that waits, so that no two ranks wait for
-//! each other to read.
+//! same bits; a matrix that is not whole is refused; rows go in chunks of which at most two are on their way to a rank that
+//! waits, so that no two ranks wait for each other to read.
 
 mod exchange;
 mod operations;
@@ -66,9 +66,9 @@ impl WiredRank {
         let own = values.to_vec();
         let outgoing = self.to_all(Outgoing { rows, width, values: &own });
         self.exchange("all_reduce", Kind::AllReduce, &outgoing, &self.others(), |part| {
-            self.same_shape("all_reduce", (rows, width), &part)?;
+            let length = self.same_shape("all_reduce", (rows, width), &part)?;
             part.copy_to(&mut parts[part.from]);
-            Ok(())
+            Ok(length)
         })?;
         parts[self.own()].copy_from_slice(&own);
         tree_sum(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>(), values);
@@ -89,9 +89,9 @@ impl WiredRank {
             let received = &mut received[..keep.len()];
             let outgoing = self.to_one(peer, Outgoing::part(rows, width, &values[give.clone()]));
             self.exchange("all_reduce", Kind::AllReduce, &outgoing, &[peer], |part| {
-                self.same_part("all_reduce", (rows, width), received.len(), &part)?;
+                let length = self.same_part("all_reduce", (rows, width), received.len(), &part)?;
                 part.copy_to(received);
-                Ok(())
+                Ok(length)
             })?;
             for (sum, other) in values[keep.clone()].iter_mut().zip(received.iter()) {
                 // Lower ranks first, whose side this rank may be on: a sum has the same bits either way, but for
@@ -111,9 +111,9 @@ impl WiredRank {
             let outgoing = self.to_one(peer, Outgoing::part(rows, width, &sent));
             let target = &mut values[back.clone()];
             self.exchange("all_reduce", Kind::AllReduced, &outgoing, &[peer], |part| {
-                self.same_part("all_reduce", (rows, width), target.len(), &part)?;
+                let length = self.same_part("all_reduce", (rows, width), target.len(), &part)?;
                 part.copy_to(target);
-                Ok(())
+                Ok(length)
             })?;
             kept = kept.start.min(back.start)..kept.end.max(back.end);
         }

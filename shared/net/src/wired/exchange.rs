@@ -50,27 +50,35 @@ impl Part<'_> {
     }
 }
 
-/// What is expected of one rank.
+/// What has come of one rank's matrix.
 struct Incoming {
     from: usize,
-    /// Values in all, known from the first frame: the last frame is the first that is not full.
+    /// Rows and columns that its first frame says: all others say the same.
+    shape: Option<(usize, usize)>,
     received: usize,
     done: bool,
 }
 
+impl Incoming {
+    fn new(from: usize) -> Self {
+        Incoming { from, shape: None, received: 0, done: false }
+    }
+}
+
 impl WiredRank {
     /// Sends to each rank what is there for it, and takes what comes from the ranks in `from`, which is a matrix each.
-    /// A matrix ends with its first frame that is not a full chunk.
+    /// A matrix ends with its first frame that is not a full chunk. `take` refuses a part that does not belong there, and
+    /// says how many values its rank must send in all: no more come, and no fewer.
     pub(super) fn exchange(
         &self,
         operation: &'static str,
         kind: Kind,
         outgoing: &[Option<Outgoing<'_>>],
         from: &[usize],
-        mut take: impl FnMut(Part<'_>) -> Result<()>,
+        mut take: impl FnMut(Part<'_>) -> Result<usize>,
     ) -> Result<()> {
         let call = Call { operation, lane: Lane::Group, until: self.mesh.until() };
-        let mut incoming: Vec<Incoming> = from.iter().map(|&from| Incoming { from, received: 0, done: false }).collect();
+        let mut incoming: Vec<Incoming> = from.iter().map(|&from| Incoming::new(from)).collect();
         let mut sending: Vec<(usize, Outgoing<'_>)> =
             outgoing.iter().enumerate().filter_map(|(rank, outgoing)| outgoing.map(|outgoing| (rank, outgoing))).collect();
         for chunk in 0.. {
@@ -79,7 +87,7 @@ impl WiredRank {
             }
             sending.retain(|(_, outgoing)| chunk < last_chunk(outgoing.values.len()));
             for incoming in incoming.iter_mut().filter(|incoming| !incoming.done) {
-                let frame = self.mesh.recv(call, incoming.from)?;
+                let frame = self.mesh.recv_in_time(call, incoming.from)?;
                 self.take_frame((operation, kind), incoming, &frame, &mut take)?;
             }
             if sending.is_empty() && incoming.iter().all(|incoming| incoming.done) {
@@ -98,12 +106,12 @@ impl WiredRank {
         Ok(())
     }
 
-    /// Rows of one rank, outside the group's operations.
-    pub(super) fn recv_rows(&self, from: usize, mut take: impl FnMut(Part<'_>) -> Result<()>) -> Result<()> {
+    /// Rows of one rank, outside the group's operations; `take` as for [`WiredRank::exchange`].
+    pub(super) fn recv_rows(&self, from: usize, mut take: impl FnMut(Part<'_>) -> Result<usize>) -> Result<()> {
         let call = Call { operation: "recv", lane: Lane::Pair, until: self.mesh.until() };
-        let mut incoming = Incoming { from, received: 0, done: false };
+        let mut incoming = Incoming::new(from);
         while !incoming.done {
-            let frame = self.mesh.recv(call, from)?;
+            let frame = self.mesh.recv_in_time(call, from)?;
             self.take_frame(("recv", Kind::Rows), &mut incoming, &frame, &mut take)?;
         }
         Ok(())
@@ -125,38 +133,43 @@ impl WiredRank {
         (operation, kind): (&'static str, Kind),
         incoming: &mut Incoming,
         frame: &Frame,
-        take: &mut impl FnMut(Part<'_>) -> Result<()>,
+        take: &mut impl FnMut(Part<'_>) -> Result<usize>,
     ) -> Result<()> {
         let Head { kind: found, dtype, rows, width } = frame.head;
         if found != kind || dtype != WireDType::F32 {
             let actual = format!("{kind:?} of F32");
             return Err(self.mismatch(operation, actual, format!("{found:?} of {dtype:?} (rank {})", incoming.from)));
         }
-        let (rows, width) = (rows as usize, width as usize);
-        let part = Part { from: incoming.from, rows, width, offset: incoming.received, body: &frame.body };
-        incoming.received += part.len();
-        // The head was checked frame by frame; the sum of all must fit too.
-        if incoming.received > rows.saturating_mul(width) {
-            let expected = format!("{} values in {rows} rows × {width} columns (rank {})", incoming.received, incoming.from);
-            return Err(self.mismatch(operation, "room for the matrix".to_owned(), expected));
+        let shape = (rows as usize, width as usize);
+        let first = *incoming.shape.get_or_insert(shape);
+        if shape != first || frame.body.len() > CHUNK_BYTES {
+            let expected = format!("{} bytes of {rows} rows × {width} columns (rank {})", frame.body.len(), incoming.from);
+            return Err(self.mismatch(operation, format!("chunks of {} rows × {} columns", first.0, first.1), expected));
         }
+        let part = Part { from: incoming.from, rows: shape.0, width: shape.1, offset: incoming.received, body: &frame.body };
+        incoming.received += part.len();
         incoming.done = frame.body.len() < CHUNK_BYTES;
-        take(part)
+        let length = take(part)?;
+        if incoming.received > length || (incoming.done && incoming.received < length) {
+            let expected = format!("{} values (rank {})", incoming.received, incoming.from);
+            return Err(self.mismatch(operation, format!("room for {length} values"), expected));
+        }
+        Ok(())
     }
 
     pub(super) fn mismatch(&self, operation: &'static str, actual: String, expected: String) -> NetError {
         NetError::Mismatch { operation, rank: self.own(), actual, expected }
     }
 
-    /// Checks a whole matrix's shape.
-    pub(super) fn same_shape(&self, operation: &'static str, own: (usize, usize), part: &Part<'_>) -> Result<()> {
+    /// Checks a whole matrix's shape; how many values it has.
+    pub(super) fn same_shape(&self, operation: &'static str, own: (usize, usize), part: &Part<'_>) -> Result<usize> {
         self.same_part(operation, own, own.0 * own.1, part)
     }
 
     /// Checks a part of a matrix of this shape, of which `length` values come.
-    pub(super) fn same_part(&self, operation: &'static str, own: (usize, usize), length: usize, part: &Part<'_>) -> Result<()> {
+    pub(super) fn same_part(&self, operation: &'static str, own: (usize, usize), length: usize, part: &Part<'_>) -> Result<usize> {
         if (part.rows, part.width) == own && part.offset + part.len() <= length {
-            return Ok(());
+            return Ok(length);
         }
         let actual = format!("{} rows × {} columns", own.0, own.1);
         Err(self.mismatch(operation, actual, format!("{} rows × {} columns (rank {})", part.rows, part.width, part.from)))

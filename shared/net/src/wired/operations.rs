@@ -80,9 +80,9 @@ impl<B: Backend> Collective<B> for WiredRank {
         let width = backend.width(buffer);
         let mut values = vec![0.0; rows.len() * width];
         let received = self.recv_rows(from, |part| {
-            self.same_shape("recv", (rows.len(), width), &part)?;
+            let length = self.same_shape("recv", (rows.len(), width), &part)?;
             part.copy_to(&mut values);
-            Ok(())
+            Ok(length)
         });
         self.mesh.or_abort(received.and_then(|()| Ok(backend.write_rows(buffer, rows, &values)?)))
     }
@@ -90,7 +90,8 @@ impl<B: Backend> Collective<B> for WiredRank {
     fn barrier(&self) -> Result<()> {
         let _turn = self.turn.lock();
         let outgoing = self.to_all(Outgoing { rows: 0, width: 0, values: &[] });
-        self.mesh.or_abort(self.exchange("barrier", Kind::Barrier, &outgoing, &self.others(), |_| Ok(())))
+        let came = self.exchange("barrier", Kind::Barrier, &outgoing, &self.others(), |part| self.same_shape("barrier", (0, 0), &part));
+        self.mesh.or_abort(came)
     }
 
     fn abort(&self, reason: &str) {
@@ -128,7 +129,7 @@ impl WiredRank {
             }
             parts[part.from].0 = part.width;
             parts[part.from].1.extend(part.values());
-            Ok(())
+            Ok(part.rows * part.width)
         })?;
         parts[own] = (own_width, own_values);
         let sum: usize = parts.iter().map(|(width, _)| width).sum();
@@ -158,9 +159,9 @@ impl WiredRank {
         let mut parts = vec![vec![0.0; share.len() * width]; size];
         parts[own].copy_from_slice(of_rank(own));
         self.exchange("reduce_scatter", Kind::ReduceScatter, &outgoing, &self.others(), |part| {
-            self.same_part("reduce_scatter", (rows, width), share.len() * width, &part)?;
+            let length = self.same_part("reduce_scatter", (rows, width), share.len() * width, &part)?;
             part.copy_to(&mut parts[part.from]);
-            Ok(())
+            Ok(length)
         })?;
         let mut sum = vec![0.0; share.len() * width];
         tree_sum(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut sum);
@@ -173,13 +174,13 @@ impl WiredRank {
         if self.own() == root {
             let values = read(backend, buffer, 0..rows)?;
             let outgoing = self.to_all(Outgoing { rows, width, values: &values });
-            return self.exchange("broadcast", Kind::Broadcast, &outgoing, &[], |_| Ok(()));
+            return self.exchange("broadcast", Kind::Broadcast, &outgoing, &[], |_| Ok(0));
         }
         let mut values = vec![0.0; rows * width];
         self.exchange("broadcast", Kind::Broadcast, &[], &[root], |part| {
-            self.same_shape("broadcast", (rows, width), &part)?;
+            let length = self.same_shape("broadcast", (rows, width), &part)?;
             part.copy_to(&mut values);
-            Ok(())
+            Ok(length)
         })?;
         Ok(backend.write_rows(buffer, 0..rows, &values)?)
     }
@@ -194,14 +195,20 @@ impl WiredRank {
         let outgoing: Vec<_> =
             (0..size).map(|rank| (rank != own).then(|| Outgoing { rows: counts[rank], width, values: of_rank(rank) })).collect();
         let mut received = vec![(0, Vec::new()); size];
+        let mut announced = counts[own];
         self.exchange("all_to_all", Kind::AllToAll, &outgoing, &self.others(), |part| {
             if part.width != width {
                 let expected = format!("{} columns (rank {})", part.width, part.from);
                 return Err(self.mismatch("all_to_all", format!("{width} columns"), expected));
             }
+            if part.offset == 0 {
+                // The peer's word: `out` must have room for it before any of it is kept.
+                announced = announced.saturating_add(part.rows);
+                backend.write_rows(out, announced..announced, &[])?;
+            }
             received[part.from].0 = part.rows;
             received[part.from].1.extend(part.values());
-            Ok(())
+            Ok(part.rows * width)
         })?;
         received[own] = (counts[own], of_rank(own).to_vec());
         let mut at = 0;
