@@ -23,7 +23,7 @@ use crate::group::Epochs;
 use crate::hello::{GroupId, Hello};
 use crate::links::MessageLinks;
 use crate::mesh::Mesh;
-use crate::stream::Stream;
+use crate::stream::{Failure, Inbox, Stream, Wire};
 use crate::tls::PeerVerifier;
 use crate::transport::{Carrier, Endpoint, Events, Transport};
 use crate::wired::WiredRank;
@@ -31,6 +31,8 @@ use crate::{Collective, Result};
 
 /// Streams that peers opened and no group has taken yet; the oldest makes room.
 const MAX_ARRIVALS: usize = 4096;
+/// As many of one node, so that it takes no other's place.
+const MAX_NODE_ARRIVALS: usize = 1024;
 /// How long such a stream waits for its group: a peer may have its plan this much earlier.
 const ARRIVAL_LIFE: Duration = Duration::from_secs(120);
 
@@ -102,7 +104,37 @@ struct State {
     /// Locked while a node is dialed.
     dialing: HashMap<NodeId, Arc<Mutex<()>>>,
     meshes: Vec<Weak<Mesh>>,
+    /// Groups that this process is forming, each under a number of its own.
+    forming: HashMap<u64, Underway>,
+    next_forming: u64,
     stopped: bool,
+}
+
+/// A group that is being formed, for those who end it meanwhile.
+struct Underway {
+    id: GroupId,
+    rank: usize,
+    nodes: Vec<NodeId>,
+    /// Streams it has so far.
+    streams: Vec<(Weak<Inbox>, Weak<dyn Wire>)>,
+    /// Why it is over already.
+    over: Option<String>,
+}
+
+impl Underway {
+    /// Whom a notice means.
+    fn is_meant(&self, node: &NodeId, notice: &Hello) -> bool {
+        self.id == notice.group && self.rank == notice.to && self.nodes.get(notice.from) == Some(node)
+    }
+}
+
+fn abort_stream((inbox, wire): &(Weak<Inbox>, Weak<dyn Wire>), reason: &str) {
+    if let Some(inbox) = inbox.upgrade() {
+        inbox.fail(Failure::Aborted(reason.to_owned()));
+    }
+    if let Some(wire) = wire.upgrade() {
+        wire.abort(reason);
+    }
 }
 
 /// A stream that waits for its group.
@@ -115,7 +147,13 @@ struct Arrival {
 impl Arrival {
     /// The peer has given it up.
     fn is_over(&self) -> bool {
-        self.stream.inbox.failure().is_some()
+        self.stream.is_over()
+    }
+
+    /// Both are one stream of one rank, of which the peer wants the newer.
+    fn is_replaced_by(&self, newer: &Arrival) -> bool {
+        let (old, new) = (&self.hello, &newer.hello);
+        self.stream.node == newer.stream.node && (&old.group, old.from, old.to, old.lane) == (&new.group, new.from, new.to, new.lane)
     }
 }
 
@@ -215,8 +253,20 @@ impl Shared {
         }
     }
 
-    /// A peer says that a group is over.
+    /// A peer says that a group is over, which this process has or is forming.
     fn aborted(&self, node: &NodeId, notice: &Hello) {
+        let mut streams = Vec::new();
+        {
+            let mut state = self.state.lock();
+            let State { forming, epochs, .. } = &mut *state;
+            for underway in forming.values_mut().filter(|underway| underway.is_meant(node, notice)) {
+                underway.over.get_or_insert_with(|| notice.agreement.clone());
+                streams.append(&mut underway.streams);
+                epochs.close(&underway.id);
+            }
+        }
+        self.changed.notify_all();
+        streams.iter().for_each(|stream| abort_stream(stream, &notice.agreement));
         let meant = |mesh: &Mesh| {
             let spec = mesh.spec();
             spec.id == notice.group && spec.rank == notice.to && spec.members.get(notice.from).is_some_and(|member| member.node == *node)
@@ -273,8 +323,14 @@ impl Shared {
             let arrival = Arrival { stream, hello, came: now };
             match &closed {
                 None => {
-                    unwanted.extend(state.arrivals.extract_if(.., |arrival| now - arrival.came >= ARRIVAL_LIFE || arrival.is_over()));
-                    if state.arrivals.len() >= MAX_ARRIVALS {
+                    let unwanted_now =
+                        |old: &mut Arrival| now - old.came >= ARRIVAL_LIFE || old.is_replaced_by(&arrival) || old.stream.has_failed();
+                    unwanted.extend(state.arrivals.extract_if(.., unwanted_now));
+                    let mut of_node = state.arrivals.iter().enumerate().filter(|(_, old)| old.stream.node == arrival.stream.node);
+                    let oldest = of_node.next().map(|(at, _)| at);
+                    if let Some(oldest) = oldest.filter(|_| of_node.count() + 1 >= MAX_NODE_ARRIVALS) {
+                        unwanted.push(state.arrivals.remove(oldest));
+                    } else if state.arrivals.len() >= MAX_ARRIVALS {
                         unwanted.push(state.arrivals.remove(0));
                     }
                     state.arrivals.push(arrival);

@@ -200,6 +200,15 @@ impl Group {
         Ok(())
     }
 
+    /// A stream of a peer has ended before the group was formed: it may come again.
+    pub fn left(&mut self, peer: usize) {
+        if matches!(self.state, State::Forming)
+            && let Some(come) = self.come.get_mut(peer)
+        {
+            *come = come.saturating_sub(1);
+        }
+    }
+
     /// Whether all streams are there.
     pub fn is_formed(&self) -> bool {
         self.state == State::Formed

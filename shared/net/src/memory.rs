@@ -25,6 +25,10 @@ impl Wire for MemoryWire {
         sleep();
     }
 
+    fn abort(&self, reason: &str) {
+        self.other.fail(Failure::Aborted(reason.to_owned()));
+    }
+
     fn close(&self) {
         self.other.end();
     }

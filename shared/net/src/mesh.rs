@@ -120,8 +120,12 @@ impl Mesh {
         for stream in self.parts.streams.iter().flatten() {
             stream.inbox.fail(Failure::Aborted(reason.to_owned()));
         }
+        // Peers are told before their streams end, so that they hear why.
         if let Some(fabric) = self.fabric.upgrade() {
             fabric.ended(self, reason);
+        }
+        for stream in self.parts.streams.iter().flatten() {
+            stream.wire.abort(reason);
         }
     }
 

@@ -12,10 +12,15 @@ use std::time::Instant;
 use forge_shared::ids::{Epoch, NodeId};
 use parking_lot::{Condvar, Mutex};
 
-use crate::frame::{Frame, FrameError, FrameReader, Head};
+use crate::frame::{Frame, FrameError, FrameReader, HEAD_BYTES, Head};
 
-/// Bytes that may wait in an inbox; then its transport stops reading, and the peer learns of it by flow control.
+/// Bytes that may wait in an inbox, each frame counted with its head and what keeping it takes; then its transport stops reading, and the peer learns of it by flow control.
 pub(crate) const INBOX_BYTES: usize = 8 << 20;
+
+/// What a frame counts in an inbox: one without a body is not free.
+fn weight(body: &[u8]) -> usize {
+    HEAD_BYTES + size_of::<Frame>() + body.len()
+}
 
 /// Why a stream is of no more use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +66,7 @@ impl Inbox {
         let State { reader, frames, bytes: held, .. } = &mut *state;
         let before = frames.len();
         let pushed = reader.push(bytes, |frame| {
-            *held += frame.body.len();
+            *held += weight(&frame.body);
             frames.push_back(frame);
         });
         if frames.len() > before {
@@ -122,7 +127,7 @@ impl Inbox {
         match state.frames.pop_front() {
             Some(frame) => {
                 let was_full = state.bytes >= INBOX_BYTES;
-                state.bytes -= frame.body.len();
+                state.bytes -= weight(&frame.body);
                 if was_full {
                     self.changed.notify_all();
                 }
@@ -151,7 +156,7 @@ impl Inbox {
                 return Err(failure.clone());
             }
             if state.bytes < INBOX_BYTES {
-                state.bytes += body.len();
+                state.bytes += weight(&body);
                 state.frames.push_back(Frame { head, epoch, body });
                 self.changed.notify_all();
                 return Ok(());
@@ -176,6 +181,15 @@ pub(crate) trait Wire: Send + Sync {
     /// saves handing over what comes; if another thread does it, this one calls `sleep`, which that thread wakes.
     fn wait(&self, until: Instant, ready: &dyn Fn() -> bool, sleep: &dyn Fn());
 
+    /// Whether the peer has given up a stream that nobody reads yet, as far as the transport knows.
+    fn is_over(&self) -> bool {
+        false
+    }
+
+    /// Ends it because its group was aborted: what is not sent yet need not go out, and who waits to send is woken. The
+    /// inbox has failed before.
+    fn abort(&self, reason: &str);
+
     /// Ends the stream: nothing more is read or written.
     fn close(&self);
 }
@@ -199,7 +213,17 @@ impl Stream {
         if let Some(failure) = self.inbox.failure() {
             return Err(failure);
         }
-        self.wire.write(head, body, until)
+        // Where the stream failed meanwhile, that is why nothing could be written.
+        self.wire.write(head, body, until).map_err(|failure| self.inbox.failure().unwrap_or(failure))
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.inbox.failure().is_some()
+    }
+
+    /// The peer has given it up.
+    pub(crate) fn is_over(&self) -> bool {
+        self.has_failed() || self.wire.is_over()
     }
 
     /// The next frame.

@@ -9,6 +9,7 @@
 mod pipe;
 mod session;
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,7 +17,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use forge_shared::ids::{Epoch, NodeId};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustls::pki_types::ServerName;
 
 use crate::frame::{Frame, FrameReader, Head, Kind};
@@ -29,8 +30,12 @@ pub(crate) use session::Session;
 
 /// Handshakes of peers at once; more are turned away.
 const MAX_HANDSHAKES: usize = 64;
-/// Longest step of a handshake, and longest wait for a peer's first frame.
-const HANDSHAKE: Duration = Duration::from_secs(2);
+/// Connections that one node may have open here, beside those for streams.
+const MAX_SESSIONS: usize = 8;
+/// Streams that one node may have open here, each of which is a connection and a thread.
+const MAX_STREAMS: usize = 1024;
+/// Longest handshake, from the connection to the peer's first frame, and longest wait of a stream for its node's session.
+const HANDSHAKE: Duration = Duration::from_secs(5);
 /// Pause after a failed accept: out of file descriptors, which others must give back first.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -41,8 +46,54 @@ pub(crate) struct TcpDriver {
     silence: Duration,
     events: OnceLock<Weak<dyn Events>>,
     sessions: Mutex<Vec<Weak<Session>>>,
+    /// There is one more.
+    session_came: Condvar,
+    /// What each node has opened here.
+    opened: Mutex<HashMap<NodeId, Opened>>,
     handshakes: AtomicUsize,
     stopped: AtomicBool,
+}
+
+/// Connections that a node has opened here.
+#[derive(Default)]
+struct Opened {
+    sessions: usize,
+    streams: usize,
+}
+
+/// What a node opens.
+#[derive(Clone, Copy)]
+enum Place {
+    Session,
+    Stream,
+}
+
+impl Place {
+    fn taken(self, opened: &mut Opened) -> (&mut usize, usize) {
+        match self {
+            Place::Session => (&mut opened.sessions, MAX_SESSIONS),
+            Place::Stream => (&mut opened.streams, MAX_STREAMS),
+        }
+    }
+}
+
+/// One of a node's places, until it is dropped.
+struct Held<'a> {
+    driver: &'a TcpDriver,
+    node: NodeId,
+    place: Place,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut nodes = self.driver.opened.lock();
+        if let Some(opened) = nodes.get_mut(&self.node) {
+            *self.place.taken(opened).0 -= 1;
+            if opened.sessions + opened.streams == 0 {
+                nodes.remove(&self.node);
+            }
+        }
+    }
 }
 
 impl TcpDriver {
@@ -55,6 +106,8 @@ impl TcpDriver {
             silence,
             events: OnceLock::new(),
             sessions: Mutex::default(),
+            session_came: Condvar::new(),
+            opened: Mutex::default(),
             handshakes: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
         }))
@@ -78,6 +131,7 @@ impl TcpDriver {
         for session in sessions {
             session.end("the process ends");
         }
+        self.session_came.notify_all();
         // Wakes the thread that accepts.
         if let Ok(address) = self.listener.local_addr() {
             let _ = TcpStream::connect_timeout(&address, HANDSHAKE);
@@ -132,10 +186,13 @@ impl TcpDriver {
     fn shake_hands(&self, socket: TcpStream) -> io::Result<(Arc<Pipe>, NodeId, Arc<Inbox>, Frame)> {
         let config = tls::server_config(&*self.verifier).map_err(io::Error::other)?;
         let connection = rustls::ServerConnection::new(Arc::new(config)).map_err(io::Error::other)?;
-        let pipe = Pipe::new(socket, connection.into(), HANDSHAKE)?;
-        let node = pipe.peer(&*self.verifier).map_err(io::Error::other)?;
-        let inbox = Inbox::new(FrameReader::opened_by_peer());
         let until = Instant::now() + HANDSHAKE;
+        let pipe = Pipe::new(socket, connection.into(), until)?;
+        let node = pipe.peer(&*self.verifier).map_err(|reason| {
+            pipe.refuse(&reason, until);
+            io::Error::other(reason)
+        })?;
+        let inbox = Inbox::new(FrameReader::opened_by_peer());
         loop {
             match inbox.take() {
                 Some(Ok((first, _))) => {
@@ -145,7 +202,7 @@ impl TcpDriver {
                 Some(Err(failure)) => return Err(io::Error::other(format!("{failure:?}"))),
                 None if Instant::now() >= until => return Err(io::ErrorKind::TimedOut.into()),
                 None => {
-                    if !pipe.read_into(&inbox, HANDSHAKE)? {
+                    if !pipe.read_into(&inbox, until.saturating_duration_since(Instant::now()))? {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     }
                 }
@@ -157,14 +214,15 @@ impl TcpDriver {
     fn take_in(self: &Arc<Self>, pipe: Arc<Pipe>, node: NodeId, inbox: Arc<Inbox>, first: Frame) {
         let Some(events) = self.events() else { return };
         if first.head.kind == Kind::Ping {
+            // The peer tries again: a process of that node that has ended gives its places back.
+            let Some(_held) = self.hold(&node, Place::Session) else { return };
             let session = self.add_session(node, pipe, inbox);
             session.run(self, &*events);
             return;
         }
-        let sessions = self.sessions.lock();
-        let session = sessions.iter().rev().filter_map(Weak::upgrade).find(|session| *session.node() == node && !session.is_lost());
-        drop(sessions);
-        let Some(session) = session else { return };
+        let refuse = |reason: &str| pipe.refuse(reason, Instant::now() + HANDSHAKE);
+        let Some(_held) = self.hold(&node, Place::Stream) else { return refuse("the node has too many streams open") };
+        let Some(session) = self.session_with(&node) else { return refuse("a stream of a node that has not connected") };
         session.add(&inbox, &pipe);
         let wire = PipeWire::new(Arc::clone(&pipe), false);
         events.opened(Stream { node, inbox: Arc::clone(&inbox), wire: Arc::<PipeWire>::clone(&wire) }, first);
@@ -175,11 +233,36 @@ impl TcpDriver {
         }
     }
 
+    fn hold(&self, node: &NodeId, place: Place) -> Option<Held<'_>> {
+        let mut nodes = self.opened.lock();
+        let (taken, limit) = place.taken(nodes.entry(node.clone()).or_default());
+        if *taken >= limit {
+            tracing::warn!(%node, limit, "refused a connection to the data plane: the node has too many");
+            return None;
+        }
+        *taken += 1;
+        Some(Held { driver: self, node: node.clone(), place })
+    }
+
+    /// The newest session with a node. A stream of its may come before this process has noted the session that it dialed.
+    fn session_with(&self, node: &NodeId) -> Option<Arc<Session>> {
+        let until = Instant::now() + HANDSHAKE;
+        let mut sessions = self.sessions.lock();
+        loop {
+            let live = |session: &Arc<Session>| session.node() == node && !session.is_lost();
+            let found = sessions.iter().rev().filter_map(Weak::upgrade).find(live);
+            if found.is_some() || self.is_stopped() || self.session_came.wait_until(&mut sessions, until).timed_out() {
+                return found;
+            }
+        }
+    }
+
     fn add_session(&self, node: NodeId, control: Arc<Pipe>, inbox: Arc<Inbox>) -> Arc<Session> {
         let session = Session::new(node, control, inbox);
         let mut sessions = self.sessions.lock();
         sessions.retain(|session| session.strong_count() > 0);
         sessions.push(Arc::downgrade(&session));
+        self.session_came.notify_all();
         drop(sessions);
         // A verdict that changed between the handshake and the list.
         if let Err(reason) = session.peer(&*self.verifier) {
@@ -192,15 +275,12 @@ impl TcpDriver {
         let silent = |error: io::Error| Lost { reason: error.to_string(), silent: true };
         let refused = |reason: String| Lost { reason, silent: false };
         let left = until.saturating_duration_since(Instant::now()).min(HANDSHAKE).max(Duration::from_millis(1));
-        let socket = TcpStream::connect_timeout(&address, left).map_err(|error| {
-            // Nobody listens yet: the peer may still start.
-            std::thread::sleep(ACCEPT_PAUSE);
-            silent(error)
-        })?;
+        // Nobody listens yet: the peer may still start.
+        let socket = TcpStream::connect_timeout(&address, left).map_err(silent)?;
         let config = tls::client_config(&*self.verifier).map_err(refused)?;
         let name = ServerName::try_from(self.verifier.server_name(node)).map_err(|error| refused(error.to_string()))?;
         let connection = rustls::ClientConnection::new(Arc::new(config), name).map_err(|error| refused(error.to_string()))?;
-        let pipe = Pipe::new(socket, connection.into(), HANDSHAKE).map_err(|error| {
+        let pipe = Pipe::new(socket, connection.into(), until.min(Instant::now() + HANDSHAKE)).map_err(|error| {
             let certificate = error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
             Lost { reason: error.to_string(), silent: !certificate }
         })?;
@@ -217,19 +297,10 @@ impl TcpDriver {
     /// Connects to a node: the connection that shows that both live.
     pub(crate) fn dial(self: &Arc<Self>, node: &NodeId, address: SocketAddr, until: Instant) -> std::result::Result<Arc<Session>, Lost> {
         let pipe = self.connect(node, address, until, Epoch(0))?;
-        let lost = |failure: Failure| Lost { reason: format!("{failure:?}"), silent: false };
-        pipe.write(Head::bytes(Kind::Ping), &[], until).map_err(lost)?;
+        // Whether it arrives shows in what comes back.
+        let _ = pipe.write(Head::bytes(Kind::Ping), &[], until);
         let inbox = Inbox::new(FrameReader::new(Epoch(0)));
-        // The first ping back says that the peer has taken the session, so that streams may follow.
-        while inbox.take().transpose().map_err(lost)?.is_none() {
-            // A refused certificate shows here, after the handshake is done on this side.
-            match pipe.read_into(&inbox, HANDSHAKE) {
-                Ok(true) if Instant::now() < until => {}
-                Ok(true) => return Err(Lost { reason: "no answer in time".to_owned(), silent: true }),
-                Ok(false) => return Err(Lost { reason: "it closes the connection: it does not take this node".to_owned(), silent: false }),
-                Err(error) => return Err(Lost { reason: error.to_string(), silent: false }),
-            }
-        }
+        first_answer(&pipe, &inbox, until)?;
         let session = self.add_session(node.clone(), pipe, inbox);
         let (running, driver) = (Arc::clone(&session), Arc::clone(self));
         let spawned = spawn("forge-net-peer", move || {
@@ -262,6 +333,35 @@ impl TcpDriver {
         let spawned = spawn("forge-net-in", move || pipe.read_on(&inbox));
         spawned.map_err(|error| Failure::Lost(error.to_string()))?;
         Ok(stream)
+    }
+}
+
+/// Waits for the first ping back: the peer has taken the session, so that streams may follow.
+fn first_answer(pipe: &Pipe, inbox: &Inbox, until: Instant) -> std::result::Result<(), Lost> {
+    let refused = |reason: String| Lost { reason, silent: false };
+    loop {
+        match inbox.take() {
+            Some(Ok((frame, _))) if frame.head.kind == Kind::Refuse => {
+                return Err(refused(String::from_utf8_lossy(&frame.body).into_owned()));
+            }
+            Some(Ok(_)) => return Ok(()),
+            Some(Err(failure)) => return Err(refused(format!("{failure:?}"))),
+            None => {}
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Lost { reason: "no answer in time".to_owned(), silent: true });
+        }
+        match pipe.read_into(inbox, left.min(HANDSHAKE)) {
+            Ok(true) => {}
+            // It has too many connections just now, or ends: who refuses says so.
+            Ok(false) => return Err(Lost { reason: "the peer closes the connection".to_owned(), silent: true }),
+            // A refused certificate shows here, after the handshake is done on this side.
+            Err(error) => {
+                let closed = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted);
+                return Err(Lost { reason: error.to_string(), silent: closed });
+            }
+        }
     }
 }
 

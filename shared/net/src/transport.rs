@@ -64,6 +64,9 @@ impl Carrier {
     }
 }
 
+/// Pause before a peer that does not answer is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+
 /// How often a connection that is otherwise silent shows that it lives.
 pub(crate) fn keep_alive(silence: Duration) -> Duration {
     silence * 2 / 7
@@ -128,7 +131,7 @@ impl Endpoint {
             };
             match dialed {
                 Ok(carrier) => return Ok(carrier),
-                Err(lost) if lost.silent && Instant::now() < until => {}
+                Err(lost) if lost.silent && Instant::now() + RETRY_PAUSE < until => std::thread::sleep(RETRY_PAUSE),
                 Err(lost) => return Err(NetError::Unreachable { node: node.clone(), address, reason: lost.reason }),
             }
         }

@@ -261,14 +261,107 @@ fn a_peer_that_stops_reading_holds_up_its_sender_and_nobody_else() {
 }
 
 #[test]
+fn an_abort_wakes_a_sender_whose_peer_does_not_read() {
+    for transport in [Transport::Quic, Transport::Tcp] {
+        let fabrics = fabrics(2, transport, PATIENT);
+        let [near, far] = linked(&fabrics, 1);
+        let message = vec![1; 1 << 20];
+        let sent = AtomicUsize::new(0);
+        let start = Instant::now();
+        thread::scope(|scope| {
+            let sending = scope.spawn(|| {
+                loop {
+                    match near.send(1, &message) {
+                        Ok(()) => sent.fetch_add(1, Ordering::Relaxed),
+                        Err(error) => return error,
+                    };
+                }
+            });
+            until_stuck(&[&sent]);
+            near.abort("enough");
+            let error = sending.join().unwrap();
+            assert!(error.to_string().contains("the group of epoch 1 was aborted: enough"), "{transport:?}: {error}");
+        });
+        let error = loop {
+            match far.recv(0, PATIENT) {
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        assert!(error.to_string().contains("the group of epoch 1 was aborted: enough"), "{transport:?}: {error}");
+        assert!(start.elapsed() < PATIENT / 2, "{:?}", start.elapsed());
+    }
+}
+
+/// Returns once nobody has sent anything for a while.
+fn until_stuck(sent: &[&AtomicUsize]) {
+    let count = || sent.iter().map(|sent| sent.load(Ordering::Relaxed)).sum::<usize>();
+    let mut before = usize::MAX;
+    while before != count() {
+        before = count();
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn streams_that_nobody_reads_stop_no_others_and_no_notice() {
+    let fabrics = fabrics(2, Transport::Quic, PATIENT);
+    let stuck: Vec<[MessageLinks; 2]> = (1..=10).map(|epoch| group_of_its_own(&fabrics, epoch)).collect();
+    let [near, far] = group_of_its_own(&fabrics, 11);
+    let message = vec![1; 1 << 20];
+    let sent: Vec<AtomicUsize> = stuck.iter().map(|_| AtomicUsize::new(0)).collect();
+    thread::scope(|scope| {
+        let sending = |at: usize| {
+            let ([links, _], sent, message) = (&stuck[at], &sent[at], &message);
+            scope.spawn(move || {
+                while links.send(1, message).is_ok() {
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        };
+        let senders: Vec<_> = (0..stuck.len()).map(sending).collect();
+        until_stuck(&sent.iter().collect::<Vec<_>>());
+        near.send(1, b"passes").unwrap();
+        assert_eq!(far.recv(0, PATIENT / 4).unwrap().expect("a message beside streams that nobody reads"), b"passes");
+        for [near, far] in &stuck {
+            near.abort("enough");
+            let error = loop {
+                match far.recv(0, PATIENT / 4) {
+                    Ok(Some(_)) => {}
+                    Ok(None) => panic!("the notice has not come"),
+                    Err(error) => break error,
+                }
+            };
+            assert!(error.to_string().contains("was aborted: enough"), "{error}");
+        }
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
+    });
+}
+
+/// Links under a name of their own, so that several are there at once.
+fn group_of_its_own(fabrics: &[Fabric], number: u64) -> [MessageLinks; 2] {
+    let specs = [0, 1].map(|rank| {
+        let mut spec = spec(fabrics, &[0, 1], rank, 1);
+        spec.id.name = format!("chat/{number}");
+        spec
+    });
+    link(fabrics, specs).map(Result::unwrap)
+}
+
+#[test]
 fn peers_outside_the_group_and_other_wishes_are_refused() {
-    let fabrics = fabrics(3, Transport::Quic, PATIENT);
+    for transport in [Transport::Quic, Transport::Tcp] {
+        refusals(&fabrics(3, transport, PATIENT));
+    }
+}
+
+fn refusals(fabrics: &[Fabric]) {
     // Node 0 says that it is rank 0 of a group whose rank 0 is node 1.
-    let _known = link_of(&fabrics, [1, 2], 9).map(Result::unwrap);
-    let mut stranger = soon(spec(&fabrics, &[1, 2], 0, 10));
+    let _known = link_of(fabrics, [1, 2], 9).map(Result::unwrap);
+    let mut stranger = soon(spec(fabrics, &[1, 2], 0, 10));
     stranger.members[0] = Member { node: "n0".into(), address: None };
     thread::scope(|scope| {
-        let group = scope.spawn(|| fabrics[2].links(soon(spec(&fabrics, &[1, 2], 1, 10))).map(|_| ()));
+        let group = scope.spawn(|| fabrics[2].links(soon(spec(fabrics, &[1, 2], 1, 10))).map(|_| ()));
         let refused = fabrics[0].links(stranger).map(|_| ()).unwrap_err();
         assert!(
             matches!(&refused, NetError::Refused { rank: 1, reason, .. } if reason.contains("node n0 says that it is rank 0")),
@@ -278,41 +371,52 @@ fn peers_outside_the_group_and_other_wishes_are_refused() {
         assert!(matches!(alone, NetError::Timeout { missing: 1, .. }), "{alone}");
     });
     // Weights that differ by one byte.
-    let specs = [0, 1].map(|rank| GroupSpec { agreement: format!("sha256:{rank}"), ..spec(&fabrics, &[0, 1], rank, 2) });
-    let [near, far] = link(&fabrics, specs).map(|links| links.map(|_| ()).unwrap_err());
+    let specs = [0, 1].map(|rank| GroupSpec { agreement: format!("sha256:{rank}"), ..spec(fabrics, &[0, 1], rank, 2) });
+    let [near, far] = link(fabrics, specs).map(|links| links.map(|_| ()).unwrap_err());
     assert!(matches!(&near, NetError::Refused { rank: 1, reason, .. } if reason.contains("agreement")), "{near}");
     assert!(matches!(far, NetError::Group(GroupError::Disagreement { rank: 0, field: "agreement", .. })), "{far}");
     // Nobody comes.
-    let brief = GroupSpec { form_timeout: Duration::from_millis(300), ..spec(&fabrics, &[0, 1], 1, 3) };
+    let brief = GroupSpec { form_timeout: Duration::from_millis(300), ..spec(fabrics, &[0, 1], 1, 3) };
     let alone = fabrics[1].links(brief).map(|_| ()).unwrap_err();
     assert!(matches!(alone, NetError::Timeout { operation: "form", missing: 1, .. }), "{alone}");
     // This node is no member, or the description is none.
-    assert!(fabrics[2].links(spec(&fabrics, &[0, 1], 1, 4)).is_err());
-    assert!(fabrics[0].links(GroupSpec { members: Vec::new(), ..spec(&fabrics, &[0, 1], 0, 4) }).is_err());
+    assert!(fabrics[2].links(spec(fabrics, &[0, 1], 1, 4)).is_err());
+    assert!(fabrics[0].links(GroupSpec { members: Vec::new(), ..spec(fabrics, &[0, 1], 0, 4) }).is_err());
 }
 
 #[test]
 fn an_epoch_that_is_over_is_refused_for_all() {
-    let fabrics = fabrics(2, Transport::Quic, PATIENT);
-    drop(linked(&fabrics, 5));
+    for transport in [Transport::Quic, Transport::Tcp] {
+        over(&fabrics(2, transport, PATIENT));
+    }
+}
+
+fn over(fabrics: &[Fabric]) {
+    drop(linked(fabrics, 5));
     // One node has forgotten: it began anew under the same name.
     for epoch in [4, 5] {
-        let late = fabrics[0].links(spec(&fabrics, &[0, 1], 0, epoch)).map(|_| ()).unwrap_err();
+        let late = fabrics[0].links(spec(fabrics, &[0, 1], 0, epoch)).map(|_| ()).unwrap_err();
         assert!(matches!(&late, NetError::Group(GroupError::Closed { closed: Epoch(5), .. })), "{late}");
     }
-    drop(linked(&fabrics, 6));
+    drop(linked(fabrics, 6));
 }
 
 #[test]
 fn only_certificates_of_the_cluster_that_name_the_node_are_taken() {
+    for transport in [Transport::Quic, Transport::Tcp] {
+        certificates(transport);
+    }
+}
+
+fn certificates(transport: Transport) {
     let (ca, other_ca) = (Ca::new(), Ca::new());
-    let target = fabric(ca.verifier("n1"), "n1", Transport::Quic, PATIENT);
+    let target = fabric(ca.verifier("n1"), "n1", transport, PATIENT);
     let address = target.local_address().unwrap();
     let to_target = |node: &str| {
         let member = |node: &str, address| Member { node: NodeId(node.to_owned()), address };
         GroupSpec {
             id: support::group_id(1),
-            members: vec![member(node, None), member("n1", Some(address))],
+            members: vec![member(node, Some(loopback(1))), member("n1", Some(address))],
             rank: 0,
             agreement: String::new(),
             urgent: false,
@@ -322,7 +426,7 @@ fn only_certificates_of_the_cluster_that_name_the_node_are_taken() {
     };
     let dial = |verifier, node: &str| {
         let start = Instant::now();
-        let error = fabric(verifier, node, Transport::Quic, PATIENT).links(to_target(node)).map(|_| ()).unwrap_err();
+        let error = fabric(verifier, node, transport, PATIENT).links(to_target(node)).map(|_| ()).unwrap_err();
         assert!(start.elapsed() < PATIENT / 2, "a refusal is no silence");
         error
     };
@@ -331,8 +435,8 @@ fn only_certificates_of_the_cluster_that_name_the_node_are_taken() {
         assert!(matches!(error, NetError::Unreachable { .. } | NetError::PeerLost { .. }), "{what}: {error}");
     }
     // A node that answers under another name than it was called by.
-    let impostor = fabric(ca.verifier("n2"), "n1", Transport::Quic, PATIENT);
-    let caller = fabric(ca.verifier("n0"), "n0", Transport::Quic, PATIENT);
+    let impostor = fabric(ca.verifier("n2"), "n1", transport, PATIENT);
+    let caller = fabric(ca.verifier("n0"), "n0", transport, PATIENT);
     let mut spec = to_target("n0");
     spec.members[1].address = Some(impostor.local_address().unwrap());
     let error = caller.links(spec).map(|_| ()).unwrap_err();
@@ -342,7 +446,7 @@ fn only_certificates_of_the_cluster_that_name_the_node_are_taken() {
     for length in [0, 1, 20, 1200, 1400] {
         noise.send_to(&vec![0xc3; length], address).unwrap();
     }
-    let ok = fabric(ca.verifier("n0"), "n0", Transport::Quic, PATIENT);
+    let ok = fabric(ca.verifier("n0"), "n0", transport, PATIENT);
     thread::scope(|scope| {
         let other = scope.spawn(|| target.links(GroupSpec { rank: 1, ..to_target("n0") }));
         ok.links(to_target("n0")).unwrap();

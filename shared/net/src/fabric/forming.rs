@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use forge_shared::ids::NodeId;
 
-use super::{Arrival, GroupSpec, Shared, State, refuse};
+use super::{Arrival, GroupSpec, Shared, State, Underway, abort_stream, refuse};
 use crate::frame::{Head, Kind};
 use crate::group::{Group, GroupError, Membership};
 use crate::hello::{Hello, Lane};
@@ -29,6 +29,51 @@ struct Forming<'a> {
     /// Per rank, its streams in the order of lanes.
     streams: Vec<Vec<Stream>>,
     carriers: Vec<Option<Carrier>>,
+    registered: Registered<'a>,
+}
+
+/// A group's entry among those that are being formed, until it is dropped.
+struct Registered<'a> {
+    shared: &'a Shared,
+    number: u64,
+}
+
+impl<'a> Registered<'a> {
+    fn new(shared: &'a Shared, spec: &GroupSpec) -> Self {
+        let mut state = shared.state.lock();
+        let number = state.next_forming;
+        state.next_forming += 1;
+        let nodes = spec.members.iter().map(|member| member.node.clone()).collect();
+        state.forming.insert(number, Underway { id: spec.id.clone(), rank: spec.rank, nodes, streams: Vec::new(), over: None });
+        Registered { shared, number }
+    }
+
+    /// Why the group is over, if another member has ended it.
+    fn over(&self, state: &State) -> Option<String> {
+        state.forming.get(&self.number)?.over.clone()
+    }
+
+    /// A stream that ends with the group.
+    fn add(&self, stream: &Stream) {
+        let stream = (Arc::downgrade(&stream.inbox), Arc::downgrade(&stream.wire));
+        let over = {
+            let mut state = self.shared.state.lock();
+            let over = self.over(&state);
+            if let Some(underway) = state.forming.get_mut(&self.number).filter(|_| over.is_none()) {
+                underway.streams.push(stream.clone());
+            }
+            over
+        };
+        if let Some(reason) = over {
+            abort_stream(&stream, &reason);
+        }
+    }
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        self.shared.state.lock().forming.remove(&self.number);
+    }
 }
 
 impl Shared {
@@ -55,15 +100,22 @@ impl Shared {
             until: Instant::now() + spec.form_timeout,
             streams: (0..size).map(|_| Vec::new()).collect(),
             carriers: vec![None; size],
+            registered: Registered::new(self, &spec),
         };
         forming.connect()?;
         forming.open()?;
         forming.take()?;
         forming.wait_for_welcomes()?;
-        let Forming { group, streams, carriers, .. } = forming;
-        let mesh = Mesh::new(Arc::downgrade(self), Parts { spec, group, lanes, streams, carriers });
+        let Forming { group, streams, carriers, registered, .. } = forming;
+        let epoch = spec.id.epoch;
+        let mesh = Mesh::new(Arc::downgrade(self), Parts { spec: spec.clone(), group, lanes, streams, carriers });
         let lost = {
             let mut state = self.state.lock();
+            // From here on an abort finds the mesh; one that came before is noted.
+            if let Some(reason) = registered.over(&state) {
+                drop(state);
+                return Err(NetError::Aborted { epoch, reason });
+            }
             state.meshes.retain(|mesh| mesh.strong_count() > 0);
             state.meshes.push(Arc::downgrade(&mesh));
             // A connection that ended since is not heard of again.
@@ -84,6 +136,10 @@ impl Forming<'_> {
 
     fn node(&self, rank: usize) -> &NodeId {
         &self.spec.members[rank].node
+    }
+
+    fn aborted(&self, reason: String) -> NetError {
+        NetError::Aborted { epoch: self.spec.id.epoch, reason }
     }
 
     fn timeout(&self, missing: usize) -> NetError {
@@ -124,6 +180,9 @@ impl Forming<'_> {
             if let Some(carrier) = self.shared.live_peer(&mut state, node) {
                 return Ok(carrier);
             }
+            if let Some(reason) = self.registered.over(&state) {
+                return Err(self.aborted(reason));
+            }
             if state.stopped || self.shared.changed.wait_until(&mut state, self.until).timed_out() {
                 return Err(self.timeout(1));
             }
@@ -142,12 +201,14 @@ impl Forming<'_> {
                         let open = Open { urgency, epoch: id.epoch, until: self.until };
                         let opened = self.shared.endpoint.open(carrier, &members[to], open);
                         let stream = opened.map_err(|failure| describe(failure, "form", self.spec, to))?;
+                        self.registered.add(&stream);
                         let sent = stream.send(Head::bytes(Kind::Hello), &hello.encode(), self.until);
                         sent.map_err(|failure| describe(failure, "form", self.spec, to))?;
                         stream
                     }
                     None => {
                         let (ours, theirs) = memory::pair(&self.shared.node, id.epoch);
+                        self.registered.add(&ours);
                         self.shared.arrived(theirs, hello);
                         ours
                     }
@@ -165,6 +226,12 @@ impl Forming<'_> {
         let mut taken: Vec<Vec<(Lane, Stream)>> = (0..lower).map(|_| Vec::new()).collect();
         while taken.iter().any(|streams| streams.len() < self.lanes.len()) {
             let Some(Arrival { stream, hello, .. }) = self.next_arrival(&taken)? else { continue };
+            // The peer has tried again: the stream that was taken is none any more.
+            let stale = |(lane, old): &(Lane, Stream)| *lane == hello.lane && old.node == stream.node && old.has_failed();
+            if let Some(at) = taken[hello.from].iter().position(stale) {
+                taken[hello.from].remove(at);
+                self.group.left(hello.from);
+            }
             let lane_known = self.lanes.contains(&hello.lane) && taken[hello.from].iter().all(|(lane, _)| *lane != hello.lane);
             let checked = if lane_known {
                 self.group.hello(&stream.node, &hello)
@@ -173,6 +240,7 @@ impl Forming<'_> {
             };
             match checked {
                 Ok(()) => {
+                    self.registered.add(&stream);
                     let welcome = stream.send(Head::bytes(Kind::Welcome), &[], self.until);
                     welcome.map_err(|failure| describe(failure, "form", self.spec, hello.from))?;
                     stream.wire.resume();
@@ -198,6 +266,9 @@ impl Forming<'_> {
         let spec = self.spec;
         let meant = |hello: &Hello| hello.group == spec.id && hello.to == spec.rank && hello.from < spec.rank;
         let mut state = self.shared.state.lock();
+        if let Some(reason) = self.registered.over(&state) {
+            return Err(self.aborted(reason));
+        }
         let State { arrivals, stopped, .. } = &mut *state;
         if let Some(at) = arrivals.iter().position(|arrival| meant(&arrival.hello) && !arrival.is_over()) {
             return Ok(Some(arrivals.remove(at)));

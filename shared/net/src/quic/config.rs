@@ -40,7 +40,8 @@ pub(super) fn transport(receive_buffer_bytes: usize, silence: Duration) -> Resul
         .max_concurrent_bidi_streams(MAX_STREAMS.into())
         .max_concurrent_uni_streams(MAX_STREAMS.into())
         .stream_receive_window(VarInt::from_u32(INBOX_BYTES as u32))
-        .receive_window(VarInt::from_u32(64 << 20))
+        // Each stream has its own bound; one for all would let streams that nobody reads stop the others.
+        .receive_window(VarInt::MAX)
         .send_window(SEND_WINDOW_BYTES)
         .datagram_receive_buffer_size(None)
         .initial_rtt(Duration::from_millis(20))

@@ -1,16 +1,19 @@
 //! One connection: its protocol state, its streams, and what a change of it means to the layer above.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use forge_shared::ids::NodeId;
 use parking_lot::{Condvar, Mutex};
-use quinn_proto::{ConnectionError, ConnectionHandle, Dir, Event, ReadError, ReadableError, StreamEvent, StreamId, VarInt};
+use quinn_proto::{
+    ConnectionError, ConnectionHandle, Dir, Event, ReadError, ReadableError, StreamEvent, StreamId, TransportErrorCode, VarInt, WriteError,
+};
 use rustls::pki_types::CertificateDer;
 
 use super::driver::Driver;
+use super::wire::Urgency;
 use crate::frame::{Frame, FrameReader};
 use crate::stream::{Failure, Inbox};
 use crate::tls::node_of_chain;
@@ -20,6 +23,10 @@ use crate::transport::Lost;
 const REFUSED: VarInt = VarInt::from_u32(1);
 /// Code of one that is no longer needed.
 const DONE: VarInt = VarInt::from_u32(0);
+/// Code of a stream whose group was aborted: a notice, which is told first, says why.
+pub(super) const ABORTED: VarInt = VarInt::from_u32(2);
+/// Notices that wait for room in a connection; the oldest makes room.
+const MAX_UNTOLD: usize = 4096;
 
 /// One connection.
 pub(crate) struct Connection {
@@ -39,7 +46,15 @@ pub(super) struct State {
     expected: Option<NodeId>,
     peer: Option<NodeId>,
     lost: Option<Lost>,
+    /// What the peer must hear as soon as there is room, oldest first.
+    untold: VecDeque<Notice>,
     out: Vec<u8>,
+}
+
+/// A frame on its way, on a stream of its own.
+struct Notice {
+    stream: Option<StreamId>,
+    rest: Vec<u8>,
 }
 
 struct Entry {
@@ -67,7 +82,7 @@ pub(super) enum Effect {
 
 impl Connection {
     pub(super) fn new(handle: ConnectionHandle, proto: quinn_proto::Connection, expected: Option<NodeId>) -> Arc<Self> {
-        let state = State { proto, streams: HashMap::new(), expected, peer: None, lost: None, out: Vec::new() };
+        let state = State { proto, streams: HashMap::new(), expected, peer: None, lost: None, untold: VecDeque::new(), out: Vec::new() };
         Arc::new(Connection {
             handle,
             state: Mutex::new(state),
@@ -98,7 +113,7 @@ impl Connection {
         }
     }
 
-    fn advance(&self) {
+    pub(super) fn advance(&self) {
         self.progress.fetch_add(1, Ordering::AcqRel);
         self.changed.notify_all();
     }
@@ -110,6 +125,7 @@ impl Connection {
             while let Some(event) = state.proto.poll() {
                 self.event(state, driver, event, effects);
             }
+            state.tell();
             loop {
                 state.out.clear();
                 let train = driver.socket.train(state.proto.current_mtu());
@@ -134,16 +150,22 @@ impl Connection {
         match event {
             Event::Connected => {
                 match state.identify(driver) {
-                    Ok(node) => {
+                    Ok(node) if driver.takes(self.handle, &node, state.expected.is_none()) => {
                         state.peer = Some(node);
                         effects.push(Effect::Connected);
                     }
+                    Ok(node) => self.close(state, &format!("node {node} has too many connections open"), effects),
                     Err(reason) => self.close(state, &reason, effects),
                 }
                 self.advance();
             }
             Event::ConnectionLost { reason } => {
-                let silent = matches!(reason, ConnectionError::TimedOut | ConnectionError::Reset);
+                let silent = match &reason {
+                    ConnectionError::TimedOut | ConnectionError::Reset => true,
+                    // It takes no more just now.
+                    ConnectionError::ConnectionClosed(close) => close.error_code == TransportErrorCode::CONNECTION_REFUSED,
+                    _ => false,
+                };
                 self.lose(state, Lost { reason: reason.to_string(), silent }, effects);
             }
             Event::Stream(StreamEvent::Opened { dir }) => {
@@ -178,6 +200,7 @@ impl Connection {
             for (_, entry) in state.streams.drain() {
                 entry.inbox.fail(Failure::Lost(lost.reason.clone()));
             }
+            state.untold.clear();
             state.lost = Some(lost.clone());
             effects.push(Effect::Lost(lost));
         }
@@ -215,6 +238,40 @@ impl State {
         Some(id)
     }
 
+    /// Notes what the peer must hear ahead of everything else.
+    pub(super) fn notify(&mut self, bytes: Vec<u8>) {
+        if self.lost.is_some() {
+            return;
+        }
+        if self.untold.len() >= MAX_UNTOLD {
+            self.untold.pop_front();
+        }
+        self.untold.push_back(Notice { stream: None, rest: bytes });
+    }
+
+    /// Writes notices as far as there is room.
+    fn tell(&mut self) {
+        while let Some(notice) = self.untold.front_mut() {
+            let Some(id) = notice.stream.or_else(|| self.proto.streams().open(Dir::Uni)) else { return };
+            let mut stream = self.proto.send_stream(id);
+            if notice.stream.replace(id).is_none() {
+                // Fails only for a stream that has ended.
+                let _ = stream.set_priority(Urgency::Abort as i32);
+            }
+            match stream.write(&notice.rest) {
+                Ok(written) if written < notice.rest.len() => {
+                    notice.rest.drain(..written);
+                    continue;
+                }
+                Err(WriteError::Blocked) => return,
+                // Told, or of no interest to the peer.
+                Ok(_) | Err(WriteError::Stopped(_) | WriteError::ClosedStream) => {}
+            }
+            let _ = stream.finish();
+            self.untold.pop_front();
+        }
+    }
+
     /// The layer above wants what comes on a stream, and has room.
     pub(super) fn resume(&mut self, id: StreamId, effects: &mut Vec<Effect>) {
         if let Some(entry) = self.streams.get_mut(&id) {
@@ -227,6 +284,7 @@ impl State {
     pub(super) fn read(&mut self, id: StreamId, effects: &mut Vec<Effect>) {
         let Some(entry) = self.streams.get_mut(&id).filter(|entry| entry.stage != Stage::Waiting) else { return };
         let mut refused = false;
+        let ended_early;
         {
             let mut stream = self.proto.recv_stream(id);
             let mut chunks = match stream.read(true) {
@@ -256,18 +314,27 @@ impl State {
                         break;
                     }
                     Err(ReadError::Blocked) => break,
+                    // The notice fails it, with the reason.
+                    Err(ReadError::Reset(ABORTED)) if entry.stage == Stage::Open => break,
                     Err(ReadError::Reset(_)) => {
                         entry.inbox.fail(Failure::Left);
                         break;
                     }
                 }
             }
+            // Nobody else knows of a stream that ends before it says what it is for.
+            ended_early = entry.stage == Stage::HelloDue && entry.inbox.failure().is_some();
             // Credit goes out with the datagrams that follow.
             let _ = chunks.finalize();
         }
-        if refused {
+        if refused || ended_early {
             self.end(id, REFUSED);
         }
+    }
+
+    /// Ends both directions of a stream at once: what was not sent is given up, which makes room for others.
+    pub(super) fn abort_stream(&mut self, id: StreamId) {
+        self.end(id, ABORTED);
     }
 
     /// Ends both directions of a stream; what was written still goes out where all is well.

@@ -28,6 +28,10 @@ use crate::{NetError, Result};
 
 /// Connections at once, those in their handshake included.
 const MAX_CONNECTIONS: usize = 512;
+/// From so many on, whoever connects must first show that it has the address that it claims.
+const VALIDATE_FROM: usize = MAX_CONNECTIONS / 2;
+/// Connections that one node may have open here.
+const MAX_NODE_CONNECTIONS: usize = 8;
 /// How long the driver's own thread leaves the socket to others after one has waited on it.
 const LINGER: Duration = Duration::from_millis(1);
 /// Longest sleep of the driver's thread.
@@ -63,6 +67,8 @@ pub(crate) struct Driver {
 struct EndpointState {
     endpoint: Endpoint,
     connections: HashMap<ConnectionHandle, Arc<Connection>>,
+    /// Whose they are, once that is known.
+    nodes: HashMap<ConnectionHandle, NodeId>,
     scratch: Vec<u8>,
 }
 
@@ -74,7 +80,7 @@ impl Driver {
         // Checked here so that a process without a usable certificate does not start; later ones are made per connection.
         let server = server_config(&*verifier, &transport)?;
         let endpoint = Endpoint::new(Arc::new(config::endpoint()?), Some(server), !socket.may_fragment(), None);
-        let state = EndpointState { endpoint, connections: HashMap::new(), scratch: Vec::new() };
+        let state = EndpointState { endpoint, connections: HashMap::new(), nodes: HashMap::new(), scratch: Vec::new() };
         Ok(Arc::new_cyclic(|me| Driver {
             socket,
             verifier,
@@ -199,7 +205,7 @@ impl Driver {
             match effect {
                 Effect::Connected => events.connected(carrier.clone()),
                 Effect::Opened { node, id, inbox, first } => {
-                    let wire = QuicWire::accepted(Arc::clone(&driver), connection, id, first.epoch);
+                    let wire = QuicWire::accepted(Arc::clone(&driver), connection, id, &inbox, first.epoch);
                     events.opened(Stream { node, inbox, wire }, first);
                 }
                 Effect::Lost(lost) => events.lost(&carrier, &lost.reason),
@@ -211,8 +217,17 @@ impl Driver {
         let mut state = self.endpoint.lock();
         if event.is_drained() {
             state.connections.remove(&handle);
+            state.nodes.remove(&handle);
         }
         state.endpoint.handle_event(handle, event)
+    }
+
+    /// Notes whose a connection is; whether a node may have one more, if the node `opened` it.
+    pub(super) fn takes(&self, handle: ConnectionHandle, node: &NodeId, opened: bool) -> bool {
+        let mut state = self.endpoint.lock();
+        let takes = !opened || state.nodes.values().filter(|other| *other == node).count() < MAX_NODE_CONNECTIONS;
+        state.nodes.insert(handle, node.clone());
+        takes
     }
 
     fn now_us(&self) -> u64 {
@@ -316,7 +331,7 @@ impl Driver {
     ) -> Option<Arc<Connection>> {
         let now = Instant::now();
         let mut state = self.endpoint.lock();
-        let EndpointState { endpoint, connections, scratch } = &mut *state;
+        let EndpointState { endpoint, connections, scratch, .. } = &mut *state;
         scratch.clear();
         match endpoint.handle(now, from, to, ecn, datagram.into(), scratch)? {
             DatagramEvent::ConnectionEvent(handle, event) => {
@@ -334,8 +349,18 @@ impl Driver {
     }
 
     fn accept(&self, state: &mut EndpointState, incoming: Incoming, now: Instant) -> Option<Arc<Connection>> {
-        let EndpointState { endpoint, connections, scratch } = state;
+        let EndpointState { endpoint, connections, scratch, .. } = state;
         scratch.clear();
+        let mut incoming = incoming;
+        if connections.len() >= VALIDATE_FROM && !incoming.remote_address_validated() {
+            match endpoint.retry(incoming, scratch) {
+                Ok(transmit) => {
+                    self.socket.send(&transmit, scratch);
+                    return None;
+                }
+                Err(refused) => incoming = refused.into_incoming(),
+            }
+        }
         let server = server_config(&*self.verifier, &self.transport);
         let (true, Ok(server)) = (connections.len() < MAX_CONNECTIONS, server.as_ref()) else {
             let why = server.err().map_or("too many connections".to_owned(), |error| error.to_string());

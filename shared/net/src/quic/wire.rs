@@ -7,7 +7,7 @@ use forge_shared::ids::{Epoch, NodeId};
 use parking_lot::Mutex;
 use quinn_proto::{Dir, StreamId, WriteError};
 
-use super::connection::Connection;
+use super::connection::{ABORTED, Connection};
 use super::driver::Driver;
 use crate::frame::{FrameReader, FrameWriter, Head};
 use crate::stream::{Failure, Inbox, Stream, Wire};
@@ -25,6 +25,8 @@ pub(crate) struct QuicWire {
     driver: Arc<Driver>,
     connection: Arc<Connection>,
     id: StreamId,
+    /// The stream's: once that has failed, nothing is written any more.
+    inbox: Arc<Inbox>,
     /// A peer's stream without a way back.
     receives_only: bool,
     /// Held while a frame is written, so that frames do not mix.
@@ -33,18 +35,21 @@ pub(crate) struct QuicWire {
 
 impl QuicWire {
     /// A stream that the peer opened.
-    pub(super) fn accepted(driver: Arc<Driver>, connection: &Arc<Connection>, id: StreamId, epoch: Epoch) -> Arc<Self> {
-        QuicWire::new(driver, connection, id, epoch, id.dir() == Dir::Uni)
+    pub(super) fn accepted(driver: Arc<Driver>, connection: &Arc<Connection>, id: StreamId, inbox: &Arc<Inbox>, epoch: Epoch) -> Arc<Self> {
+        QuicWire { receives_only: id.dir() == Dir::Uni, ..QuicWire::new(driver, connection, id, inbox, epoch) }.into()
     }
 
-    fn new(driver: Arc<Driver>, connection: &Arc<Connection>, id: StreamId, epoch: Epoch, receives_only: bool) -> Arc<Self> {
-        let writer = Mutex::new(FrameWriter::new(epoch));
-        Arc::new(QuicWire { driver, connection: Arc::clone(connection), id, receives_only, writer })
+    fn new(driver: Arc<Driver>, connection: &Arc<Connection>, id: StreamId, inbox: &Arc<Inbox>, epoch: Epoch) -> Self {
+        let (connection, inbox, writer) = (Arc::clone(connection), Arc::clone(inbox), Mutex::new(FrameWriter::new(epoch)));
+        QuicWire { driver, connection, id, inbox, receives_only: false, writer }
     }
 
     fn write_all(&self, mut bytes: &[u8], until: Instant) -> Result<(), Failure> {
         while !bytes.is_empty() {
             let seen = self.connection.progress();
+            if let Some(failure) = self.inbox.failure() {
+                return Err(failure);
+            }
             {
                 let mut state = self.connection.state.lock();
                 if let Some(lost) = state.lost() {
@@ -55,6 +60,8 @@ impl QuicWire {
                         bytes = &bytes[written..];
                         continue;
                     }
+                    // The notice, which says why, is on its way.
+                    Err(WriteError::Stopped(ABORTED)) => {}
                     Err(WriteError::Blocked) => {}
                     Err(WriteError::Stopped(_) | WriteError::ClosedStream) => return Err(Failure::Left),
                 }
@@ -91,6 +98,11 @@ impl Wire for QuicWire {
         self.driver.wait(until, ready, sleep);
     }
 
+    fn abort(&self, _reason: &str) {
+        self.driver.with(&self.connection, |state, _| state.abort_stream(self.id));
+        self.connection.advance();
+    }
+
     fn close(&self) {
         self.driver.with(&self.connection, |state, _| state.close_stream(self.id));
     }
@@ -116,22 +128,13 @@ impl Driver {
             let _ = state.proto.send_stream(id).set_priority(urgency as i32);
             Ok(id)
         })?;
-        Ok(Stream { node: node.clone(), inbox, wire: QuicWire::new(Arc::clone(self), connection, id, epoch, false) })
+        let wire = Arc::new(QuicWire::new(Arc::clone(self), connection, id, &inbox, epoch));
+        Ok(Stream { node: node.clone(), inbox, wire })
     }
 
-    /// Sends one frame on a stream of its own, ahead of everything else, and waits for nothing.
+    /// Sends one frame on a stream of its own, ahead of everything else and as soon as there is room. Waits for nothing.
     pub(crate) fn tell_peer(&self, connection: &Arc<Connection>, epoch: Epoch, head: Head, body: &[u8]) {
         let Ok(head) = FrameWriter::new(epoch).head(head, body.len()) else { return };
-        self.with(connection, |state, _| {
-            if state.lost().is_some() {
-                return;
-            }
-            let Some(id) = state.open(Dir::Uni, None) else { return };
-            let mut stream = state.proto.send_stream(id);
-            let _ = stream.set_priority(Urgency::Abort as i32);
-            // A few hundred bytes: what the windows do not take, the peer's own deadline replaces.
-            let _ = stream.write(&[head.as_slice(), body].concat());
-            let _ = stream.finish();
-        });
+        self.with(connection, |state, _| state.notify([head.as_slice(), body].concat()));
     }
 }

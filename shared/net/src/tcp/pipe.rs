@@ -3,12 +3,13 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use forge_shared::ids::{Epoch, NodeId};
 use parking_lot::{Condvar, Mutex};
 
-use crate::frame::{FrameWriter, Head};
+use crate::frame::{FrameWriter, Head, Kind};
 use crate::stream::{Failure, Inbox, Wire};
 use crate::tls::{PeerVerifier, node_of_chain};
 
@@ -16,6 +17,10 @@ use crate::tls::{PeerVerifier, node_of_chain};
 const PIECE_BYTES: usize = 128 << 10;
 /// Longest wait of a reader before it looks whether it is still wanted.
 const READ: Duration = Duration::from_secs(1);
+/// Longest wait of a writer for room before it looks whether its group was aborted.
+const LOOK: Duration = Duration::from_millis(100);
+/// Shortest wait: the system takes none for a wait without end.
+const SHORTEST: Duration = Duration::from_millis(1);
 /// How long a stream that a peer opened waits to be accepted.
 const ACCEPTANCE: Duration = Duration::from_secs(120);
 
@@ -25,19 +30,48 @@ pub(crate) struct Pipe {
     tls: Mutex<rustls::Connection>,
     /// Held while a frame is written, so that frames do not mix.
     out: Mutex<FrameWriter>,
+    /// Nobody wants what is written any more.
+    aborted: AtomicBool,
+}
+
+/// A socket until a certain time, however little comes at a time.
+struct Until<'a>(&'a TcpStream, Instant);
+
+impl Until<'_> {
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.1.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left.max(SHORTEST)) }
+    }
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.set_read_timeout(Some(self.left()?))?;
+        self.0.read(bytes)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.set_write_timeout(Some(self.left()?))?;
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 impl Pipe {
-    /// Shakes hands.
-    pub(super) fn new(socket: TcpStream, mut tls: rustls::Connection, step: Duration) -> io::Result<Arc<Self>> {
+    /// Shakes hands, all of it until `until`.
+    pub(super) fn new(socket: TcpStream, mut tls: rustls::Connection, until: Instant) -> io::Result<Arc<Self>> {
         socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(step))?;
-        socket.set_write_timeout(Some(step))?;
         tls.set_buffer_limit(None);
         while tls.is_handshaking() {
-            tls.complete_io(&mut &socket)?;
+            tls.complete_io(&mut Until(&socket, until))?;
         }
-        Ok(Arc::new(Pipe { socket, tls: Mutex::new(tls), out: Mutex::new(FrameWriter::new(Epoch(0))) }))
+        let (tls, out) = (Mutex::new(tls), Mutex::new(FrameWriter::new(Epoch(0))));
+        Ok(Arc::new(Pipe { socket, tls, out, aborted: AtomicBool::new(false) }))
     }
 
     /// Whom the peer's certificate names.
@@ -79,12 +113,19 @@ impl Pipe {
 
     fn push(&self, sealed: &mut Vec<u8>, until: Instant) -> Result<(), Failure> {
         let mut rest = sealed.as_slice();
+        let mut tried = false;
         while !rest.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            // What there is room for goes out even where nobody waits for it.
+            if left.is_zero() && tried {
                 return Err(Failure::Timeout);
             }
-            let written = self.socket.set_write_timeout(Some(left)).and_then(|()| (&self.socket).write(rest));
+            if self.aborted.load(Ordering::Acquire) {
+                return Err(Failure::Left);
+            }
+            tried = true;
+            let wait = left.clamp(SHORTEST, LOOK);
+            let written = self.socket.set_write_timeout(Some(wait)).and_then(|()| (&self.socket).write(rest));
             match written {
                 Ok(0) => return Err(Failure::Left),
                 Ok(written) => rest = &rest[written..],
@@ -101,7 +142,7 @@ impl Pipe {
         if self.open(inbox)? {
             return Ok(true);
         }
-        self.socket.set_read_timeout(Some(timeout))?;
+        self.socket.set_read_timeout(Some(timeout.max(SHORTEST)))?;
         let mut bytes = [0; 32 << 10];
         let read = match (&self.socket).read(&mut bytes) {
             Ok(0) => return Ok(false),
@@ -149,6 +190,24 @@ impl Pipe {
             }
         }
         self.close();
+    }
+
+    /// Says why the peer is not taken, and waits until it has read that: a connection that is closed over bytes that nobody
+    /// read may lose it.
+    pub(super) fn refuse(&self, reason: &str, until: Instant) {
+        let _ = self.write(Head::bytes(Kind::Refuse), reason.as_bytes(), until);
+        let _ = self.socket.shutdown(Shutdown::Write);
+        let mut bytes = [0; 4 << 10];
+        while Until(&self.socket, until).read(&mut bytes).is_ok_and(|read| read > 0) {}
+    }
+
+    /// Whether the peer has ended the connection and sent nothing that is still to be read. For a stream that nobody reads.
+    fn is_over(&self) -> bool {
+        let looked = self.socket.set_read_timeout(Some(SHORTEST)).and_then(|()| self.socket.peek(&mut [0]));
+        match looked {
+            Ok(read) => read == 0,
+            Err(error) => !is_timeout(&error),
+        }
     }
 
     pub(super) fn close(&self) {
@@ -200,6 +259,15 @@ impl Wire for PipeWire {
 
     fn wait(&self, _until: Instant, _ready: &dyn Fn() -> bool, sleep: &dyn Fn()) {
         sleep();
+    }
+
+    fn is_over(&self) -> bool {
+        self.pipe.is_over()
+    }
+
+    /// The connection stays: the notice goes another way and must come before its end.
+    fn abort(&self, _reason: &str) {
+        self.pipe.aborted.store(true, Ordering::Release);
     }
 
     fn close(&self) {

@@ -1,6 +1,8 @@
 //! A cluster's certificates for tests and benchmarks: a CA, and nodes whose certificates name them.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod raw;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
