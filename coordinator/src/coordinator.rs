@@ -93,6 +93,8 @@ pub(crate) struct Inner {
     pub(crate) replicated: Arc<Replicated>,
     /// While this member leads and may act.
     pub(crate) leading: RwLock<Option<Arc<Leading>>>,
+    /// Held alone while the level is raised, and together while somebody is let in.
+    pub(crate) levels: tokio::sync::RwLock<()>,
     /// What other members said they are builds of, as far as this one heard.
     pub(crate) heard: Mutex<BTreeMap<u64, Build>>,
     pub(crate) contact: Contact,
@@ -135,6 +137,7 @@ impl Coordinator {
             raft,
             replicated,
             leading: RwLock::new(None),
+            levels: tokio::sync::RwLock::default(),
             heard: Mutex::default(),
             stop,
             tasks: TaskTracker::new(),
@@ -212,6 +215,21 @@ impl Coordinator {
         // Before it is in the log: older members could not apply it. The level only grows, so this stays true.
         self.0.replicated.read().check_level(&command)?;
         self.0.replicated.read().check_duty(&command)?;
+        // Nobody older is let in between the leader's look at who is there and the entry that older ones stop before.
+        let (_joining, _raising);
+        match &command {
+            Command::JoinNode { .. } | Command::PutMember { .. } => _joining = self.0.levels.read().await,
+            Command::RaiseLevel { level } => {
+                let alone = self.0.levels.try_write();
+                let state = self.0.replicated.read();
+                match alone {
+                    Ok(alone) if state.older_than(*level).is_empty() => _raising = alone,
+                    // The leader looks again in a moment.
+                    Ok(_) | Err(_) => return Ok(Applied { revision: state.revision(), changed: false, existing: None }),
+                }
+            }
+            _ => {}
+        }
         let data = encode_envelope(&Envelope { request_id, proposed_ms: self.wall_ms(), traceparent, command })?;
         let began = Instant::now();
         let result = match self.0.raft.propose(data, timeout).await {

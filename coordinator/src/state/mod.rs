@@ -206,6 +206,11 @@ impl ClusterState {
                 Err(error)
             }
         };
+        // A build that does not know the level has nothing to remember of a raise that came too early.
+        let is_early_raise = matches!(envelope.command, Command::RaiseLevel { .. }) && reply.as_ref().is_ok_and(|applied| !applied.changed);
+        if is_early_raise {
+            return (reply, step.changes);
+        }
         let (replies, limit) = if is_asked { (&mut self.asked, MAX_ASKED_REPLIES) } else { (&mut self.reported, MAX_REPORTED_REPLIES) };
         replies.remember(&envelope.request_id, digest, &reply, limit);
         (reply, step.changes)
