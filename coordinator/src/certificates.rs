@@ -69,9 +69,13 @@ impl Shared {
         let command = Command::BeginCaRotation { from, to };
         coordinator.0.replicated.read().check_level(&command)?;
         // Before anybody believes it: a leader that dies in between leaves a key that means nothing.
-        self.cas.add(new).map_err(wrong)?;
+        self.cas.introduce(new).map_err(wrong)?;
         let id = format!("rotate-ca-{term}-{}", &sha256[..16]);
-        coordinator.submit(coordinator.own(id, command), timeout).await?;
+        let begun = coordinator.submit(coordinator.own(id, command), timeout).await;
+        if let Err(CoordinatorError::Command(_)) = &begun {
+            self.cas.give_up(&sha256);
+        }
+        begun?;
         Ok(sha256)
     }
 }
