@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
 use super::Shared;
-use super::call::{refuse, timeout};
+use super::call::{place_among, refuse, timeout};
 use crate::coordinator::{Coordinator, Submission};
 use crate::error::CoordinatorError;
 use crate::raft::MemberChange;
@@ -33,7 +33,7 @@ pub(super) struct AdmissionService(pub(super) Shared);
 #[tonic::async_trait]
 impl Admission for AdmissionService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
-        let _place = self.0.place()?;
+        let _place = place_among(&self.0.joins, "requests to be let in").map_err(refuse)?;
         let timeout = timeout(&request);
         let reply = self.admit(request.into_inner(), timeout).await.map_err(refuse)?;
         Ok(Response::new(reply))
@@ -56,13 +56,20 @@ impl AdmissionService {
         let role = named_role(&request)?;
         let is_coordinator = role == Role::Coordinator;
         coordinator.leading()?;
-        coordinator.0.raft.read_index(timeout).await.map_err(|error| coordinator.raft_error(error))?;
 
         // The same request again, after its answer was lost, has this id again.
         let digest = Sha256::new().chain_update(&request.signing_request_der).chain_update(&request.address).finalize();
         let id = format!("join-{}-{role}-{}", request.name, hex::encode(&digest[..16]));
         let command = Command::UseJoinToken { id: request.token_id.clone(), role, node: request.name.clone() };
+        // Who guesses costs the group next to nothing. A token that is not known here may have been made a moment ago, by
+        // another leader.
+        let doubted = match self.check_token(&request, &id, &command) {
+            Ok(()) => None,
+            Err(_) => Some(place_among(&self.0.doubted_joins, "requests with tokens that it does not know")?),
+        };
+        coordinator.0.raft.read_index(timeout).await.map_err(|error| coordinator.raft_error(error))?;
         self.check_token(&request, &id, &command)?;
+        drop(doubted);
         let build = Build { version: request.version.clone(), level: request.level.max(FIRST_LEVEL) };
         // Later it would be refused as well, and the token used up.
         coordinator.0.replicated.read().check_build(role, &request.name, &build)?;

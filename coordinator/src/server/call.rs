@@ -1,12 +1,13 @@
 //! What every call begins and ends with: its time, its place among the calls in work, its caller, its error as a status.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use forge_cluster::api::ClusterError;
 use forge_cluster::status::to_status;
 use forge_cluster::tls::{Identity, Peer, TlsError};
 use forge_shared::cluster::node::Role;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Request, Status};
 
 use super::Shared;
@@ -47,9 +48,14 @@ impl Shared {
 
     /// A place among the calls in work.
     pub(super) fn place(&self) -> Result<OwnedSemaphorePermit, Status> {
-        let busy = |_| refuse(CoordinatorError::Busy { reason: "this coordinator works on as many calls as it takes: try again".into() });
-        self.calls.clone().try_acquire_owned().map_err(busy)
+        place_among(&self.calls, "calls").map_err(refuse)
     }
+}
+
+/// A place among the `what` in work.
+pub(super) fn place_among(places: &Arc<Semaphore>, what: &str) -> Result<OwnedSemaphorePermit, CoordinatorError> {
+    let busy = |_| CoordinatorError::Busy { reason: format!("this coordinator works on as many {what} as it takes: try again") };
+    places.clone().try_acquire_owned().map_err(busy)
 }
 
 /// The time a caller gives a call, by its `grpc-timeout`.

@@ -39,6 +39,10 @@ const CALLS_PER_CONNECTION: usize = 512;
 const STREAMS_PER_CONNECTION: u32 = 2048;
 /// Calls in work over all connections; more are told to come again.
 const CALLS: usize = 2048;
+/// Requests to be let in, in work over all connections: whoever asks has no certificate, and takes nobody's place who has.
+const JOINS: usize = 64;
+/// Of those, the ones whose token is not known here as good: the group is asked whether it is.
+const DOUBTED_JOINS: usize = 4;
 /// Watches over all connections.
 const WATCHES: usize = 32_768;
 /// Streams of log lines over all connections.
@@ -60,6 +64,8 @@ pub(crate) struct Shared {
     /// Of certificates that are signed.
     pub(crate) life: Duration,
     pub(crate) calls: Arc<Semaphore>,
+    pub(crate) joins: Arc<Semaphore>,
+    pub(crate) doubted_joins: Arc<Semaphore>,
     pub(crate) watches: Arc<Semaphore>,
     pub(crate) logs: Arc<Semaphore>,
 }
@@ -88,6 +94,8 @@ pub(crate) async fn serve(port: Port, coordinator: Coordinator) -> Result<(), Co
         cas,
         life,
         calls: Arc::new(Semaphore::new(CALLS)),
+        joins: Arc::new(Semaphore::new(JOINS)),
+        doubted_joins: Arc::new(Semaphore::new(DOUBTED_JOINS)),
         watches: Arc::new(Semaphore::new(WATCHES)),
         logs: Arc::new(Semaphore::new(LOGS)),
     };

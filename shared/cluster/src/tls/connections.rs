@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::Connected;
 
 use super::clock::CertificateClock;
+use super::listener::Seat;
 use super::peer::PeerCertificate;
 
 /// Certificates that are remembered of connections that have ended.
@@ -82,7 +83,7 @@ impl Connections {
             table.open.insert(number, Open { peer, cut: cut.clone() });
             Place { number, connections: self.clone() }
         });
-        Guarded { stream, caller, cut, place }
+        Guarded { stream, caller, cut, place, seat: None }
     }
 
     /// Cuts those whose peer is not `believed`; whose they were.
@@ -128,9 +129,21 @@ pub struct Guarded<S> {
     /// Held for its end.
     #[expect(dead_code, reason = "dropping it takes the connection out of the table")]
     place: Option<Place>,
+    /// Likewise, of one without a certificate.
+    seat: Option<Seat>,
 }
 
 impl<S> Guarded<S> {
+    /// Cuts this one when `over` ends; `seat` is held as long as it stands.
+    pub(super) fn cut_after(&mut self, over: impl Future<Output = ()> + Send + 'static, seat: Seat) {
+        self.seat = Some(seat);
+        let cut = self.cut.clone();
+        tokio::spawn(async move {
+            over.await;
+            cut.now();
+        });
+    }
+
     /// Cuts this one if its peer is not `believed`.
     pub(super) fn check(&self, believed: impl Fn(&PeerCertificate) -> bool) {
         if self.caller.certificate.as_ref().is_some_and(|peer| !believed(peer)) {

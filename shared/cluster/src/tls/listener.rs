@@ -2,6 +2,7 @@
 //!
 //! Invariant: a client that is slow, silent or breaks off during its handshake holds up nobody, and at most
 //! [`MAX_HANDSHAKES`] of them take memory at once: where one more comes, the oldest ends of the address that has the most.
+//! So do connections that show no certificate, of which there are at most [`MAX_ANONYMOUS`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -28,6 +29,8 @@ pub type TlsStream = Guarded<tokio_rustls::server::TlsStream<TcpStream>>;
 
 /// Handshakes at once.
 const MAX_HANDSHAKES: usize = 128;
+/// Connections without a certificate: of those who have a join token, and of anybody.
+const MAX_ANONYMOUS: usize = 256;
 /// Longest handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after a failed accept: out of file descriptors, which others must give back first.
@@ -66,7 +69,8 @@ impl Stream for TlsIncoming {
 }
 
 async fn accept(listener: TcpListener, acceptor: TlsAcceptor, credentials: SharedCredentials, connections: mpsc::Sender<TlsStream>) {
-    let handshakes = Arc::new(Mutex::new(Handshakes::default()));
+    let handshakes = Crowd::of(MAX_HANDSHAKES);
+    let anonymous = Crowd::of(MAX_ANONYMOUS);
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -77,19 +81,25 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, credentials: Share
             }
         };
         let (acceptor, credentials, connections) = (acceptor.clone(), credentials.clone(), connections.clone());
-        let (number, pushed_out) = handshakes.lock().begin(from.ip());
-        let handshakes = handshakes.clone();
+        let (seat, pushed_out) = Crowd::seat(&handshakes, from.ip());
+        let anonymous = anonymous.clone();
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
             let handshake = tokio::select! {
                 handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)) => handshake,
                 _ = pushed_out => return tracing::debug!(%from, "a handshake made room for others"),
             };
-            handshakes.lock().end(number);
+            drop(seat);
             match handshake {
                 Ok(Ok(stream)) => match client_of(&stream) {
                     Ok(peer) => {
-                        let _ = connections.send(credentials.guard(stream, peer)).await;
+                        let is_anonymous = peer.is_none();
+                        let mut guarded = credentials.guard(stream, peer);
+                        if is_anonymous {
+                            let (seat, pushed_out) = Crowd::seat(&anonymous, from.ip());
+                            guarded.cut_after(async move { drop(pushed_out.await) }, seat);
+                        }
+                        let _ = connections.send(guarded).await;
                     }
                     Err(reason) => tracing::warn!(%from, %reason, "refused a connection"),
                 },
@@ -109,18 +119,28 @@ fn client_of(stream: &tokio_rustls::server::TlsStream<TcpStream>) -> Result<Opti
     shown.map(PeerCertificate::read).transpose()
 }
 
-/// Handshakes under way, oldest first.
-#[derive(Debug, Default)]
-struct Handshakes {
+/// Strangers who are let wait, so many at once, oldest first.
+#[derive(Debug)]
+struct Crowd {
+    most: usize,
     next: u64,
     /// Of whom, and what ends it when dropped.
     open: BTreeMap<u64, (IpAddr, oneshot::Sender<()>)>,
 }
 
-impl Handshakes {
+impl Crowd {
+    fn of(most: usize) -> Arc<Mutex<Crowd>> {
+        Arc::new(Mutex::new(Crowd { most, next: 0, open: BTreeMap::new() }))
+    }
+
     /// Takes one in; another makes room where there is none. The receiver ends when this one has to.
+    fn seat(crowd: &Arc<Mutex<Crowd>>, from: IpAddr) -> (Seat, oneshot::Receiver<()>) {
+        let (number, pushed_out) = crowd.lock().begin(from);
+        (Seat { number, crowd: crowd.clone() }, pushed_out)
+    }
+
     fn begin(&mut self, from: IpAddr) -> (u64, oneshot::Receiver<()>) {
-        if self.open.len() >= MAX_HANDSHAKES {
+        if self.open.len() >= self.most {
             let mut counts: HashMap<IpAddr, usize> = HashMap::new();
             self.open.values().for_each(|(from, _)| *counts.entry(*from).or_default() += 1);
             let most = counts.values().copied().max().unwrap_or_default();
@@ -133,9 +153,18 @@ impl Handshakes {
         self.open.insert(number, (from, keep));
         (number, pushed_out)
     }
+}
 
-    fn end(&mut self, number: u64) {
-        self.open.remove(&number);
+/// A place among them, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Seat {
+    number: u64,
+    crowd: Arc<Mutex<Crowd>>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.crowd.lock().open.remove(&self.number);
     }
 }
 
@@ -161,17 +190,16 @@ mod tests {
 
     #[test]
     fn whoever_has_the_most_handshakes_makes_room() {
-        let mut handshakes = Handshakes::default();
-        let (_, mut first) = handshakes.begin(ip(1));
-        let mut many: Vec<_> = (0..MAX_HANDSHAKES).map(|_| handshakes.begin(ip(2))).collect();
+        let crowd = Crowd::of(MAX_HANDSHAKES);
+        let (_first, mut first) = Crowd::seat(&crowd, ip(1));
+        let mut many: Vec<_> = (0..MAX_HANDSHAKES).map(|_| Crowd::seat(&crowd, ip(2))).collect();
         let mut is_over = |index: usize| many[index].1.try_recv() == Err(oneshot::error::TryRecvError::Closed);
         assert!(is_over(0) && !is_over(1), "the oldest of the one that has the most");
         assert_eq!(first.try_recv(), Err(oneshot::error::TryRecvError::Empty), "older, and alone");
-        let (number, mut late) = handshakes.begin(ip(3));
-        assert!(is_over(1) && !is_over(2) && handshakes.open.len() == MAX_HANDSHAKES);
-        assert_eq!(late.try_recv(), Err(oneshot::error::TryRecvError::Empty));
-        handshakes.end(number);
-        handshakes.end(number);
-        assert_eq!(handshakes.open.len(), MAX_HANDSHAKES - 1);
+        let (late, mut pushed_out) = Crowd::seat(&crowd, ip(3));
+        assert!(is_over(1) && !is_over(2) && crowd.lock().open.len() == MAX_HANDSHAKES);
+        assert_eq!(pushed_out.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        drop(late);
+        assert_eq!(crowd.lock().open.len(), MAX_HANDSHAKES - 1);
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use forge_proto::node::admission_client::AdmissionClient;
 use forge_proto::node::admission_server::{Admission, AdmissionServer};
 use forge_proto::node::nodes_client::NodesClient;
 use forge_proto::node::nodes_server::{Nodes, NodesServer};
@@ -290,6 +291,41 @@ async fn two_cas_are_believed_until_the_old_one_is_dropped() {
     let error = reason(call(&address, coordinator(), of_old.with_cas(&both).unwrap()).await);
     assert!(error.contains("this process is not of this cluster's CA") && error.contains("rotated"), "{error}");
     assert!(server.trust("", BTreeSet::new()).is_err(), "believing nobody is no choice");
+}
+
+#[tokio::test]
+async fn connections_without_a_certificate_are_bounded_and_shut_nobody_out() {
+    let ca = ClusterCa::create("c1", clock_s()).unwrap();
+    let server = issue(&ca, Role::Coordinator, "a", DAY, clock_s());
+    let worker = issue(&ca, Role::Worker, "w1", DAY, clock_s());
+    let digest = ca.digest();
+    let (address, _) = serve(ca, server).await;
+    let mut strangers = Vec::new();
+    for _ in 0..300 {
+        let channel = super::connector::pinned_channel(&address, digest, ChannelOptions::default()).unwrap();
+        let mut client = AdmissionClient::new(channel);
+        assert!(client.join(JoinRequest::default()).await.is_err());
+        strangers.push(client);
+    }
+    // The first ones had to make room.
+    let begun = tokio::time::Instant::now();
+    while open_sockets(&address) > 2 * 256 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{} ends of {} connections", open_sockets(&address), strangers.len());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(call(&address, coordinator(), worker).await.unwrap(), "forge://c1/worker/w1");
+}
+
+/// Ends of connections of a port of this machine that stand.
+fn open_sockets(address: &str) -> usize {
+    let port: u16 = address.rsplit(':').next().unwrap().parse().unwrap();
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let of_port = format!(":{port:04X}");
+    let is_open = |line: &&str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields.len() > 3 && (fields[1].ends_with(&of_port) || fields[2].ends_with(&of_port)) && fields[3] == "01"
+    };
+    table.lines().filter(is_open).count()
 }
 
 #[tokio::test]
