@@ -1,7 +1,7 @@
 //! A coordinator's certificates: it carries out what the log says is believed, and writes down whom it sees.
 //!
-//! Invariant: a certificate that is given out stands in the log before its holder has it, where the log takes it; any other,
-//! as those made by hand with the CA's key, stands there once the leader has seen it.
+//! Invariant: a certificate that is given out stands in the log before its holder has it, or it is not given out; any other,
+//! as those made by hand with the CA's key and those of the first level, stands there once the leader has seen it.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use forge_cluster::client::{RemoteCluster, believe};
 use forge_cluster::tls::{ClusterCa, PeerCertificate, SharedCredentials, TlsError, issued_s};
+use forge_shared::cluster::Revision;
 use forge_shared::cluster::certificate::{CertificateRecord, Trust};
 use forge_shared::cluster::command::{Command, CommandError};
 
@@ -27,7 +28,7 @@ const FETCH_WITHIN: Duration = Duration::from_secs(5);
 /// For one of them.
 const RECORD_WITHIN: Duration = Duration::from_secs(5);
 
-/// What the log keeps of a certificate. `cas_pem` are the CAs that may have signed it.
+/// What the log keeps of a certificate that was signed. `cas_pem` are the CAs that may have signed it.
 pub(crate) fn record_of(certificate: &PeerCertificate, cas_pem: &str, believes: Vec<String>) -> Option<CertificateRecord> {
     Some(CertificateRecord {
         serial: certificate.serial.clone(),
@@ -37,15 +38,40 @@ pub(crate) fn record_of(certificate: &PeerCertificate, cas_pem: &str, believes: 
         expires_s: certificate.ends_s,
         ca_sha256: certificate.issuer_sha256(cas_pem)?,
         believes,
+        is_used: false,
+        written: Revision::default(),
         revoked_s: None,
     })
 }
 
+/// The same of one that somebody showed.
+pub(crate) fn seen_record_of(certificate: &PeerCertificate, cas_pem: &str) -> Option<CertificateRecord> {
+    Some(CertificateRecord { is_used: true, ..record_of(certificate, cas_pem, Vec::new())? })
+}
+
 impl Coordinator {
-    /// Writes a certificate down.
-    pub(crate) async fn record_certificate(&self, certificate: CertificateRecord, timeout: Duration) -> Result<(), CoordinatorError> {
+    /// Writes a signed certificate down; `asked_with` is the serial number of the one that asked for it.
+    pub(crate) async fn record_signed(
+        &self,
+        certificate: CertificateRecord,
+        asked_with: Option<String>,
+        timeout: Duration,
+    ) -> Result<(), CoordinatorError> {
         let id = format!("certificate-{}", certificate.serial);
-        self.submit(self.own(id, Command::RecordCertificate { certificate: Box::new(certificate) }), timeout).await?;
+        self.submit(self.own(id, Command::RecordCertificate { certificate: Box::new(certificate), asked_with }), timeout).await?;
+        Ok(())
+    }
+
+    /// Writes down that somebody showed a certificate; `occasion` tells this time from others.
+    pub(crate) async fn record_shown(
+        &self,
+        certificate: CertificateRecord,
+        occasion: &str,
+        timeout: Duration,
+    ) -> Result<(), CoordinatorError> {
+        let id = format!("shown-{}-{occasion}", certificate.serial);
+        let command = Command::RecordCertificate { certificate: Box::new(certificate), asked_with: None };
+        self.submit(self.own(id, command), timeout).await?;
         Ok(())
     }
 }
@@ -116,7 +142,7 @@ pub(crate) async fn follow_trust(coordinator: Coordinator, keeper: Keeper) {
 async fn carry_out(coordinator: &Coordinator, keeper: &Keeper, trust: &Trust) -> Result<(), String> {
     let Keeper { credentials, cas, directory } = keeper;
     let said = |error: TlsError| error.to_string();
-    for whose in credentials.trust(credentials.get().ca_pem(), trust.revoked.clone()).map_err(said)? {
+    for whose in credentials.revoke(trust.revoked.clone()).map_err(said)? {
         tracing::warn!(whose, "cut a connection: its certificate was revoked");
     }
     for missing in cas.adopt(trust).map_err(said)? {
@@ -136,17 +162,20 @@ async fn fetch_key(coordinator: &Coordinator, credentials: &SharedCredentials, s
     others.signing_key(sha256, FETCH_WITHIN).await.map_err(|error| format!("the key of CA {sha256}: {error}"))
 }
 
-/// While this coordinator leads, writes down certificates that it sees and the log does not have: its own, and those that
-/// were made with the CA's key.
+/// While this coordinator leads, writes down certificates that it sees and the log does not have, or not as used: its own,
+/// and those that were made with the CA's key.
 pub(crate) async fn record_seen(coordinator: Coordinator, credentials: SharedCredentials) {
+    // What was written down once is not told again, whatever became of it.
+    let mut told: BTreeSet<String> = BTreeSet::new();
     loop {
         tokio::select! {
             () = coordinator.0.stop.cancelled() => return,
             () = tokio::time::sleep(LOOK_INTERVAL) => {}
         }
-        if coordinator.leading().is_err() {
+        let Ok(term) = coordinator.leading().map(|leading| leading.term()) else {
+            told.clear();
             continue;
-        }
+        };
         let held = credentials.get();
         let own = PeerCertificate::from_pem(held.certificate_pem());
         let mut seen: Vec<PeerCertificate> = credentials.peers().iter().map(|peer| PeerCertificate::clone(peer)).collect();
@@ -155,13 +184,17 @@ pub(crate) async fn record_seen(coordinator: Coordinator, credentials: SharedCre
             let state = coordinator.0.replicated.read();
             let now_s = credentials.clock().now_s();
             let mut serials = BTreeSet::new();
-            let is_new = |peer: &PeerCertificate| state.certificate(&peer.serial).is_none() && peer.ends_s > now_s;
-            seen.into_iter().filter(|peer| is_new(peer) && serials.insert(peer.serial.clone())).take(AT_ONCE).collect()
+            seen.retain(|peer| serials.insert(peer.serial.clone()));
+            told.retain(|serial| serials.contains(serial));
+            let is_known = |peer: &PeerCertificate| state.certificate(&peer.serial).is_some_and(|known| known.is_used);
+            let is_new = |peer: &PeerCertificate| !is_known(peer) && peer.ends_s > now_s && !told.contains(&peer.serial);
+            seen.into_iter().filter(is_new).take(AT_ONCE).collect()
         };
         for peer in unknown {
-            let Some(record) = record_of(&peer, held.ca_pem(), Vec::new()) else { continue };
-            if let Err(error) = coordinator.record_certificate(record, RECORD_WITHIN).await {
-                tracing::debug!(%error, "a certificate that was seen is not written down yet");
+            let Some(record) = seen_record_of(&peer, held.ca_pem()) else { continue };
+            match coordinator.record_shown(record, &format!("to-{term}"), RECORD_WITHIN).await {
+                Ok(()) => drop(told.insert(peer.serial)),
+                Err(error) => tracing::debug!(%error, "a certificate that was seen is not written down yet"),
             }
         }
     }

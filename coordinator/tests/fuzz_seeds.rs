@@ -208,21 +208,25 @@ fn entries() -> Vec<(&'static str, Vec<Envelope>)> {
             expires_s: 9_000,
             ca_sha256: ca("bb").sha256,
             believes: vec![ca("aa").sha256, ca("bb").sha256],
+            is_used: true,
+            written: Revision(0),
             revoked_s: None,
         };
-        Command::RecordCertificate { certificate: Box::new(certificate) }
+        Command::RecordCertificate { certificate: Box::new(certificate), asked_with: None }
     };
     let certificates = vec![
         certificate("01", Role::Worker, "w1"),
         certificate("02", Role::Worker, "w2"),
         certificate("03", Role::Admin, "root"),
         certificate("04", Role::Admin, "other"),
-        Command::RevokeCertificates { serials: ["04".to_owned()].into(), force: false },
+        Command::PutMember { member: MemberRecord::new(3, "c1", "c1:7000", Default::default()) },
+        certificate("05", Role::Coordinator, "c1"),
+        Command::RevokeCertificates { serials: ["04".to_owned()].into(), holder: None, force: false },
         Command::BeginCaRotation { from: ca("aa"), to: ca("bb") },
         Command::AbandonCaRotation,
         Command::BeginCaRotation { from: ca("aa"), to: ca("bb") },
-        Command::SwitchCa { force: false },
-        Command::FinishCaRotation { force: false },
+        Command::SwitchCa { to: ca("bb").sha256, force: false },
+        Command::FinishCaRotation { to: ca("bb").sha256, force: false },
     ];
     let nodes = vec![
         Command::JoinNode { spec: Box::new(worker("w3", 7)) },

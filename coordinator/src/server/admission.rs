@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status};
 
 use super::Shared;
 use super::call::{place_among, refuse, timeout};
+use super::nodes::Asked;
 use crate::coordinator::{Coordinator, Submission};
 use crate::error::CoordinatorError;
 use crate::raft::MemberChange;
@@ -87,7 +88,7 @@ impl AdmissionService {
         } else {
             0
         };
-        self.0.write_down(&signed, None, timeout).await?;
+        self.0.write_down(&signed, Asked::Join, timeout).await?;
         tracing::info!(%identity, "joined");
         Ok(JoinReply {
             cluster_id: coordinator.0.options.cluster_id.clone(),

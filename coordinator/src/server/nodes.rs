@@ -7,7 +7,10 @@ use std::time::Duration;
 use forge_cluster::api::Session;
 use forge_cluster::tls::{Identity, Peer, PeerCertificate};
 use forge_proto::node::nodes_server::Nodes;
-use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest};
+use forge_proto::node::{
+    ConfirmReply, ConfirmRequest, RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest,
+};
+use forge_shared::cluster::command::CommandError;
 use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::cluster::session::NodeUp;
 use forge_shared::ids::NodeId;
@@ -19,7 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::Shared;
 use super::call::{json, refuse, timeout, to_json, unknown_caller};
 use super::cluster::Answers;
-use crate::certificates::record_of;
+use crate::certificates::{record_of, seen_record_of};
 use crate::error::CoordinatorError;
 
 /// For the first message of a session, and for joining.
@@ -36,23 +39,37 @@ pub(super) struct NodesService(pub(super) Shared);
 #[tonic::async_trait]
 impl Nodes for NodesService {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
-        let caller = Peer::of(&request).map_err(unknown_caller)?;
+        let shown = Peer::certificate(&request).map_err(unknown_caller)?;
+        let caller = &shown.identity;
         let _place = self.0.place()?;
         let timeout = timeout(&request);
         self.0.coordinator.0.raft.read_index(timeout).await.map_err(|error| refuse(self.0.coordinator.raft_error(error)))?;
-        still_belongs(&self.0, &caller).map_err(refuse)?;
+        still_belongs(&self.0, caller).map_err(refuse)?;
         // Written down by the leader, before its holder has it.
         self.0.coordinator.leading().map_err(refuse)?;
         let RenewRequest { signing_request_der, mut believed_ca_sha256 } = request.into_inner();
         believed_ca_sha256.truncate(MAX_BELIEVED);
-        let signed = self.0.sign(&signing_request_der, &caller).map_err(refuse)?;
-        self.0.write_down(&signed, Some(believed_ca_sha256), timeout).await.map_err(refuse)?;
+        let signed = self.0.sign(&signing_request_der, caller).map_err(refuse)?;
+        self.0.write_down(&signed, Asked::Renewal { with: &shown, believes: believed_ca_sha256 }, timeout).await.map_err(refuse)?;
         tracing::info!(%caller, "a certificate was renewed");
         Ok(Response::new(RenewReply {
             certificate_pem: signed.certificate_pem,
             ca_certificate_pem: signed.cas_pem,
             coordinators: self.0.addresses(),
         }))
+    }
+
+    async fn confirm(&self, request: Request<ConfirmRequest>) -> Result<Response<ConfirmReply>, Status> {
+        let shown = Peer::certificate(&request).map_err(unknown_caller)?;
+        let _place = self.0.place()?;
+        let timeout = timeout(&request);
+        let term = self.0.coordinator.leading().map_err(refuse)?.term();
+        still_belongs(&self.0, &shown.identity).map_err(refuse)?;
+        let is_known = self.0.coordinator.0.replicated.read().certificate(&shown.serial).is_some_and(|known| known.is_used);
+        if !is_known {
+            self.0.write_shown(&shown, &format!("to-{term}"), timeout).await.map_err(refuse)?;
+        }
+        Ok(Response::new(ConfirmReply {}))
     }
 
     async fn signing_key(&self, request: Request<SigningKeyRequest>) -> Result<Response<SigningKeyReply>, Status> {
@@ -89,6 +106,16 @@ pub(super) struct Signed {
     pub(super) certificate_pem: String,
     /// All CAs to believe, the one that signed first.
     pub(super) cas_pem: String,
+    /// Hex of their digests.
+    cas_sha256: Vec<String>,
+}
+
+/// How somebody asked for a certificate.
+pub(super) enum Asked<'a> {
+    /// With a join token: he will believe what comes with it.
+    Join,
+    /// With the certificate that he has, and he said which CAs he believes.
+    Renewal { with: &'a PeerCertificate, believes: Vec<String> },
 }
 
 impl Shared {
@@ -98,36 +125,52 @@ impl Shared {
         let ca = self.cas.signing(&trust)?;
         let signed = ca.sign(signing_request_der, identity, self.life, self.credentials.clock().now_s());
         let certificate_pem = signed.map_err(|error| CoordinatorError::message("signing_request_der", error))?;
-        Ok(Signed { certificate_pem, cas_pem: trust.cas_pem(ca.certificate_pem()) })
+        let cas_sha256 = match trust.cas.as_slice() {
+            [] => vec![ca.digest_text()],
+            cas => cas.iter().map(|ca| ca.sha256.clone()).collect(),
+        };
+        Ok(Signed { certificate_pem, cas_pem: trust.cas_pem(ca.certificate_pem()), cas_sha256 })
     }
 
-    /// Writes a signed certificate into the log; `believes` is what its holder said, or absent: it will believe what comes
-    /// with the certificate.
-    pub(super) async fn write_down(
-        &self,
-        signed: &Signed,
-        believes: Option<Vec<String>>,
-        timeout: Duration,
-    ) -> Result<(), CoordinatorError> {
+    /// Writes a signed certificate into the log.
+    pub(super) async fn write_down(&self, signed: &Signed, asked: Asked<'_>, timeout: Duration) -> Result<(), CoordinatorError> {
         let broken = |what: String| CoordinatorError::message("certificate", what);
         let certificate = PeerCertificate::from_pem(&signed.certificate_pem).map_err(|error| broken(error.to_string()))?;
-        let all = || self.coordinator.0.replicated.read().trust().cas.iter().map(|ca| ca.sha256.clone()).collect();
-        let record = record_of(&certificate, &signed.cas_pem, believes.unwrap_or_else(all));
-        let record = record.ok_or_else(|| broken("it is of none of the CAs".into()))?;
-        match self.coordinator.record_certificate(record, timeout).await {
-            // Nobody is shut out because the log cannot take his record (a member is of an older version, there are too many):
-            // the leader writes it down later, when it sees it.
-            Err(CoordinatorError::Command(error)) => {
-                tracing::warn!(%error, "a certificate is given out and not written down yet");
-                Ok(())
-            }
-            written => written,
+        let (believes, with) = match asked {
+            Asked::Join => (signed.cas_sha256.clone(), None),
+            Asked::Renewal { with, believes } => (believes, Some(with)),
+        };
+        if let Some(with) = with.filter(|with| self.coordinator.0.replicated.read().certificate(&with.serial).is_none()) {
+            // What is asked for with it is then known to be.
+            self.write_shown(with, &format!("for-{}", certificate.serial), timeout).await?;
         }
+        let record = record_of(&certificate, &signed.cas_pem, believes);
+        let record = record.ok_or_else(|| broken("it is of none of the CAs".into()))?;
+        let written = self.coordinator.record_signed(record, with.map(|with| with.serial.clone()), timeout).await;
+        unless_older(written)
+    }
+
+    async fn write_shown(&self, shown: &PeerCertificate, occasion: &str, timeout: Duration) -> Result<(), CoordinatorError> {
+        let foreign = || CoordinatorError::message("certificate", "it is of none of the CAs");
+        let record = seen_record_of(shown, self.credentials.get().ca_pem()).ok_or_else(foreign)?;
+        unless_older(self.coordinator.record_shown(record, occasion, timeout).await)
     }
 
     /// `host:port` of all coordinators.
     pub(super) fn addresses(&self) -> Vec<String> {
         self.coordinator.0.replicated.read().members().values().map(|member| member.address.clone()).collect()
+    }
+}
+
+/// Nobody is shut out because a process is of an older version, which knows no list of certificates: the leader writes down
+/// later what it sees.
+fn unless_older(written: Result<(), CoordinatorError>) -> Result<(), CoordinatorError> {
+    match written {
+        Err(CoordinatorError::Command(error @ CommandError::Level { .. })) => {
+            tracing::warn!(%error, "a certificate is in use and not written down yet");
+            Ok(())
+        }
+        written => written,
     }
 }
 

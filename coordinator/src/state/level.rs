@@ -318,10 +318,10 @@ mod tests {
             Command::RecordWait { name: "demo".into(), generation: 2, waits_for: "a worker".into() },
             Command::DrainNode { node: NodeId::from("w1"), draining: true, is_forced: true },
             Command::RecordFacts { name: "demo".into(), generation: 2, facts: Ok(Box::new(counted.clone())) },
-            Command::RevokeCertificates { serials: Default::default(), force: false },
+            Command::RevokeCertificates { serials: Default::default(), holder: None, force: false },
             Command::BeginCaRotation { from: ca("aa"), to: ca("bb") },
-            Command::SwitchCa { force: true },
-            Command::FinishCaRotation { force: true },
+            Command::SwitchCa { to: "bb".repeat(32), force: true },
+            Command::FinishCaRotation { to: "bb".repeat(32), force: true },
             Command::AbandonCaRotation,
         ] {
             assert!(matches!(world.run(command), Err(CommandError::Level { needed: 2, level: 1, .. })));

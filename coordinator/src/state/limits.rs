@@ -27,8 +27,10 @@ pub const MAX_TOKENS: usize = 1_024;
 pub const MAX_TOKEN_USES: u32 = 10_000;
 /// Longest life of a join token, milliseconds.
 pub const MAX_TOKEN_LIFE_MS: u64 = 30 * 24 * 3_600_000;
-/// Certificates; those that end first make room.
+/// Certificates that were not revoked; those that have ended make room, then the oldest of whoever has the most.
 pub const MAX_CERTIFICATES: usize = 32_768;
+/// Certificates of one holder that are good; more are not signed.
+pub const MAX_HOLDER_CERTIFICATES: usize = 64;
 /// Revoked certificates that have not ended.
 pub const MAX_REVOKED: usize = 4_096;
 /// Members of the raft group, learners included.

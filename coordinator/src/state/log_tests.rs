@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use forge_shared::cluster::Revision;
-use forge_shared::cluster::certificate::{CaRecord, CaRotation, CertificateRecord};
+use forge_shared::cluster::certificate::{CaRecord, CaRotation, CertificateRecord, Holder};
 use forge_shared::cluster::command::{
     ApiKeyRecord, Applied, Command, CommandError, Envelope, IdempotencyRecord, JoinToken, MemberRecord, PlannedReplica,
 };
@@ -155,31 +155,46 @@ impl Log {
 
     fn certificate(&self, a: u8, b: u8, c: u8) -> Command {
         let ca = |number: u8| CaRecord { sha256: format!("{:02x}", number % 3).repeat(32), certificate_pem: format!("{}", number % 3) };
+        let trust = self.state.trust();
         match c % 8 {
             0..=3 => {
+                // A CA signs once most members have said that they believe it.
+                let is_wanted = trust.rotation == Some(CaRotation::Introduced);
+                let role = if is_wanted { Role::Coordinator } else { Role::ALL[usize::from(b % 4)] };
+                let member = self.state.members().values().nth(usize::from(a) % self.state.members().len().max(1));
+                let name = member.filter(|_| role == Role::Coordinator).map_or_else(|| node_id(a).0, |member| member.name.clone());
                 let issued_s = (self.now_ms / 1_000).saturating_sub(u64::from(b));
                 let certificate = CertificateRecord {
-                    serial: format!("{:02x}", a % 8),
-                    role: Role::ALL[usize::from(b % 4)],
-                    name: node_id(a).0,
+                    serial: format!("{:02x}", if is_wanted { 64 + b % 64 } else { a % 8 }),
+                    role,
+                    name,
                     issued_s,
                     expires_s: issued_s + u64::from(c),
                     ca_sha256: ca(b).sha256,
-                    believes: vec![ca(a).sha256, ca(b).sha256],
+                    believes: if c >= 128 && !is_wanted { Vec::new() } else { (0..3).map(|number| ca(number).sha256).collect() },
+                    is_used: a.is_multiple_of(2),
+                    written: Revision(0),
                     revoked_s: None,
                 };
-                Command::RecordCertificate { certificate: Box::new(certificate) }
+                let asked_with = c.is_multiple_of(16).then(|| format!("{:02x}", b % 8));
+                Command::RecordCertificate { certificate: Box::new(certificate), asked_with }
             }
             4 => Command::RevokeCertificates {
-                serials: [a, b].map(|serial| format!("{:02x}", serial % 8)).into(),
+                serials: if c >= 64 { Default::default() } else { [format!("{:02x}", a % 8)].into() },
+                holder: (c >= 64).then(|| Holder { role: Role::ALL[usize::from(b % 4)], name: node_id(a).0 }),
                 force: b.is_multiple_of(2),
             },
             5 => Command::BeginCaRotation { from: ca(a), to: ca(b) },
             // A rotation has three steps in this order; random ones alone would hardly ever take them.
-            _ if self.state.trust().rotation == Some(CaRotation::Switched) => Command::FinishCaRotation { force: b.is_multiple_of(2) },
-            6 => Command::SwitchCa { force: b.is_multiple_of(2) },
-            _ if b.is_multiple_of(4) => Command::AbandonCaRotation,
-            _ => Command::FinishCaRotation { force: b.is_multiple_of(2) },
+            _ if trust.rotation == Some(CaRotation::Switched) => {
+                let to = if a.is_multiple_of(8) { ca(a).sha256 } else { trust.cas[0].sha256.clone() };
+                Command::FinishCaRotation { to, force: !b.is_multiple_of(4) }
+            }
+            7 if b.is_multiple_of(4) => Command::AbandonCaRotation,
+            _ => {
+                let new = trust.cas.get(1).map_or_else(|| ca(a).sha256, |new| new.sha256.clone());
+                Command::SwitchCa { to: if a.is_multiple_of(8) { ca(a).sha256 } else { new }, force: !b.is_multiple_of(4) }
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use forge_cluster::client::{RemoteCluster, keep_certificates};
 use forge_cluster::tls::{
     CA_KEY_FILE, CertificateClock, Credentials, JoinTokenText, JoinWish, NODE_LIFETIME, SharedCredentials, ca_digest, join,
 };
-use forge_shared::cluster::certificate::{CertificateRecord, Trust};
+use forge_shared::cluster::certificate::{CertificateRecord, Holder, Trust};
 use forge_shared::cluster::command::{Command, CommandError};
 use forge_shared::cluster::event::{Kind, Object};
 use forge_shared::cluster::node::{NodeLoad, Role};
@@ -174,6 +174,10 @@ async fn trust(cluster: &RemoteCluster) -> Trust {
     }
 }
 
+fn revoke_all(role: Role, name: &str) -> Command {
+    Command::RevokeCertificates { serials: Default::default(), holder: Some(Holder { role, name: name.into() }), force: false }
+}
+
 /// Has a command applied once it is not refused as coming too early; what was said before.
 async fn once_safe(cluster: &RemoteCluster, command: Command) -> Vec<String> {
     let (begun, mut refusals) = (Instant::now(), Vec::new());
@@ -209,7 +213,7 @@ async fn who_is_revoked_is_cut_and_refused_by_all_coordinators() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
     let serials = |role: Role| known.iter().filter(|record| record.role == role).map(|record| record.serial.clone()).collect();
-    let revoke = |role| Command::RevokeCertificates { serials: serials(role), force: false };
+    let revoke = |role| Command::RevokeCertificates { serials: serials(role), holder: None, force: false };
     for role in [Role::Admin, Role::Coordinator] {
         match operator.cluster.execute(format!("revoke-{role}"), revoke(role), SOON).await {
             Err(ClusterError::Command(CommandError::Unsafe { reason })) => assert!(reason.contains("--force"), "{reason}"),
@@ -229,6 +233,104 @@ async fn who_is_revoked_is_cut_and_refused_by_all_coordinators() {
         }
     }
     operator.cluster.read(Kind::Member, None, SOON).await.expect("others go on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_has_a_stolen_key_does_not_outrun_its_revocation() {
+    let cluster = Cluster::of_three().await;
+    let mut worker = Kept::start(&cluster, Role::Worker, "w1");
+    let operator = Kept::start(&cluster, Role::Admin, "o1");
+    worker.live("w1").await;
+    // Asks for one certificate with the other, as fast as it is given them.
+    let stolen = Credentials::load(&cluster.path("w1")).expect("whole");
+    let thief = cluster.client_with(stolen);
+    let (taken, wanted) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(6)));
+    let (count, most) = (taken.clone(), wanted.clone());
+    let flood = tokio::spawn(async move {
+        let mut serials = Vec::new();
+        while count.load(Ordering::Relaxed) < most.load(Ordering::Relaxed) + 20 {
+            let Ok(renewed) = thief.renew(Duration::from_secs(3)).await else { break };
+            serials.push(renewed.serial().expect("its number"));
+            thief.credentials().replace(renewed).expect("its own");
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        serials
+    });
+    until("some are there", || taken.load(Ordering::Relaxed) >= wanted.load(Ordering::Relaxed)).await;
+    execute(&operator.cluster, revoke_all(Role::Worker, "w1")).await;
+    let serials = flood.await.expect("it ends");
+    let revoked = trust(&operator.cluster).await.revoked;
+    assert!(serials.iter().all(|serial| revoked.contains(serial)), "{serials:?} but for {revoked:?}");
+    assert!(serials.len() < 26, "it was cut");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_waits_for_who_cannot_keep_what_he_is_given() {
+    let cluster = Cluster::of_three().await;
+    let mut worker = Kept::start(&cluster, Role::Worker, "w1");
+    let operator = Kept::start(&cluster, Role::Admin, "o1");
+    worker.live("w1").await;
+    let (folder, away) = (cluster.path("w1"), cluster.path("w1-away"));
+    // As a full disk: nothing can be written there.
+    let fill = || {
+        std::fs::rename(&folder, &away).expect("moved");
+        std::fs::write(&folder, "no folder").expect("written");
+    };
+    let mend = || {
+        std::fs::remove_file(&folder).expect("there");
+        std::fs::rename(&away, &folder).expect("moved back");
+    };
+    let refused = async |command: &Command| {
+        let begun = Instant::now();
+        let mut alone = 0;
+        while alone < 5 {
+            let id = format!("early-{:?}-{:?}", std::mem::discriminant(command), begun.elapsed());
+            match operator.cluster.execute(id, command.clone(), SOON).await {
+                Err(ClusterError::Command(CommandError::Unsafe { reason })) => {
+                    alone = if reason.contains("shut out: worker/w1;") { alone + 1 } else { 0 };
+                }
+                other => panic!("{other:?}"),
+            }
+            assert!(begun.elapsed() < SOON, "it is named, and all others have followed");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    };
+    // It is known before its disk is full, and nobody else lags.
+    certificates_in_use(&operator.cluster, &["worker/w1", "admin/o1", "admin/operator"]).await;
+    execute(&operator.cluster, revoke_all(Role::Admin, "operator")).await;
+    fill();
+    let to = operator.cluster.begin_ca_rotation(SOON).await.expect("begun");
+    refused(&Command::SwitchCa { to: to.clone(), force: false }).await;
+    mend();
+    let begun = Instant::now();
+    let has_said = |record: &CertificateRecord| record.holder() == "worker/w1" && record.is_used && record.believes.contains(&to);
+    while !certificates(&operator.cluster).await.iter().any(has_said) {
+        assert!(begun.elapsed() < 2 * SOON, "it is tried again");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    fill();
+    once_safe(&operator.cluster, Command::SwitchCa { to: to.clone(), force: false }).await;
+    // Certificates of the new CA are signed for it, and none is kept.
+    refused(&Command::FinishCaRotation { to: to.clone(), force: false }).await;
+    mend();
+    once_safe(&operator.cluster, Command::FinishCaRotation { to, force: false }).await;
+    until("the old CA is gone from its files", || {
+        Credentials::load(&folder).is_ok_and(|kept| kept.ca_pem().matches("BEGIN CERTIFICATE").count() == 1)
+    })
+    .await;
+}
+
+/// Waits until the cluster knows that these are used.
+async fn certificates_in_use(cluster: &RemoteCluster, holders: &[&str]) {
+    let begun = Instant::now();
+    loop {
+        let known = certificates(cluster).await;
+        if holders.iter().all(|holder| known.iter().any(|record| record.is_used && record.holder() == *holder)) {
+            return;
+        }
+        assert!(begun.elapsed() < SOON, "{known:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -256,7 +358,11 @@ async fn a_ca_is_rotated_under_load_and_the_old_one_is_worth_nothing_afterwards(
     let new_sha256 = operator.cluster.begin_ca_rotation(SOON).await.expect("begun");
     let begun = Instant::now();
     let refusal = loop {
-        match operator.cluster.execute(format!("switch-{:?}", begun.elapsed()), Command::SwitchCa { force: false }, SOON).await {
+        match operator
+            .cluster
+            .execute(format!("switch-{:?}", begun.elapsed()), Command::SwitchCa { to: new_sha256.clone(), force: false }, SOON)
+            .await
+        {
             Err(ClusterError::Command(CommandError::Unsafe { reason })) if reason.contains("shut out: worker/w2, admin/operator;") => {
                 break reason;
             }
@@ -267,15 +373,9 @@ async fn a_ca_is_rotated_under_load_and_the_old_one_is_worth_nothing_afterwards(
     assert!(refusal.contains("--force"), "{refusal}");
     // What lags comes back, or is taken out.
     let _late = Kept::start(&cluster, Role::Worker, "w2");
-    let gone: std::collections::BTreeSet<String> = certificates(&operator.cluster)
-        .await
-        .into_iter()
-        .filter(|record| record.holder() == "admin/operator")
-        .map(|record| record.serial)
-        .collect();
-    execute(&operator.cluster, Command::RevokeCertificates { serials: gone, force: false }).await;
-    once_safe(&operator.cluster, Command::SwitchCa { force: false }).await;
-    once_safe(&operator.cluster, Command::FinishCaRotation { force: false }).await;
+    execute(&operator.cluster, revoke_all(Role::Admin, "operator")).await;
+    once_safe(&operator.cluster, Command::SwitchCa { to: new_sha256.clone(), force: false }).await;
+    once_safe(&operator.cluster, Command::FinishCaRotation { to: new_sha256.clone(), force: false }).await;
     let trust = trust(&operator.cluster).await;
     assert!(trust.rotation.is_none() && trust.cas.len() == 1 && trust.cas[0].sha256 == new_sha256, "{trust:?}");
 

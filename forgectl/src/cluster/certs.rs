@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use forge_cluster::api::ClusterApi;
 use forge_cluster::client::RemoteCluster;
-use forge_shared::cluster::certificate::{CertificateRecord, Trust};
+use forge_shared::cluster::certificate::{CertificateRecord, Holder, Trust};
 use forge_shared::cluster::command::Command;
 use forge_shared::cluster::event::{Kind, Object};
 
@@ -36,17 +36,22 @@ pub fn certs(command: &CertsCommand) -> Result<()> {
         }),
         CertsCommand::Revoke { target, force, server } => with_cluster(server, |cluster| async move {
             let certificates = read_certificates(&cluster, TIMEOUT).await?;
-            let meant = meant(&certificates, target)?;
-            let serials: BTreeSet<String> = meant.iter().map(|record| record.serial.clone()).collect();
-            let command = Command::RevokeCertificates { serials, force: *force };
+            let (serials, holder) = match meant(&certificates, target)? {
+                Meant::One(record) => (BTreeSet::from([record.serial.clone()]), None),
+                Meant::All(holder) => (BTreeSet::new(), Some(holder)),
+            };
+            let whose = match &holder {
+                // All that it has when the command is applied: it may ask for another one now.
+                Some(holder) => format!("all certificates of {holder}"),
+                None => format!("certificate {}", serials.first().cloned().unwrap_or_default()),
+            };
+            let command = Command::RevokeCertificates { serials, holder, force: *force };
             let applied = cluster.execute(request_id(), command, TIMEOUT).await?;
             if !applied.changed {
                 return Err(Failure::new(format!("{target} was revoked before")));
             }
             print_text(&format!(
-                "revoked {} certificate(s) of {}; its connections are cut within seconds, and it can come back by a join token alone\n",
-                meant.len(),
-                meant.first().map(|record| record.holder()).unwrap_or_default(),
+                "revoked {whose}; connections are cut within seconds, and its holder can come back by a join token alone\n"
             ))
         }),
         CertsCommand::RotateCa(args) => super::rotate::rotate(args),
@@ -78,13 +83,13 @@ enum Standing {
 
 impl Standing {
     fn of(record: &CertificateRecord, all: &[CertificateRecord], now_s: u64) -> Standing {
-        let is_newer =
-            |other: &&CertificateRecord| other.holder() == record.holder() && other.revoked_s.is_none() && other.issued_s > record.issued_s;
+        let standing = || all.iter().filter(|other| other.holder() == record.holder() && other.revoked_s.is_none());
+        let is_replaced = || CertificateRecord::newest(standing()).is_some_and(|newest| newest.serial != record.serial);
         let life_s = record.expires_s.saturating_sub(record.issued_s);
         match record {
             _ if record.revoked_s.is_some() => Standing::Revoked,
             _ if record.expires_s <= now_s => Standing::Expired,
-            _ if all.iter().any(|other| is_newer(&other)) => Standing::Replaced,
+            _ if is_replaced() => Standing::Replaced,
             _ if now_s > record.renew_at_s() + life_s / OVERDUE_PART => Standing::Overdue,
             _ => Standing::Good,
         }
@@ -124,23 +129,30 @@ fn show(certificates: &[CertificateRecord], all: bool, output: OutputFormat) -> 
     })
 }
 
-/// The certificates that are meant: one by its serial number or the beginning of it, or all good ones of a holder by `NAME`
-/// or `ROLE/NAME`.
-fn meant<'a>(all: &'a [CertificateRecord], target: &str) -> Result<Vec<&'a CertificateRecord>> {
-    let by_name: Vec<&CertificateRecord> = all.iter().filter(|record| record.name == target || record.holder() == target).collect();
-    let holders: BTreeSet<String> = by_name.iter().map(|record| record.holder()).collect();
+/// The certificates that are meant.
+#[derive(Debug, PartialEq)]
+enum Meant<'a> {
+    /// By its serial number or the beginning of it.
+    One(&'a CertificateRecord),
+    /// All that a holder has, by `NAME` or `ROLE/NAME`.
+    All(Holder),
+}
+
+fn meant<'a>(all: &'a [CertificateRecord], target: &str) -> Result<Meant<'a>> {
+    let by_name = all.iter().filter(|record| record.name == target || record.holder() == target);
+    let mut holders: BTreeSet<Holder> = by_name.map(|record| Holder { role: record.role, name: record.name.clone() }).collect();
     if holders.len() > 1 {
-        let holders: Vec<String> = holders.into_iter().collect();
+        let holders: Vec<String> = holders.iter().map(Holder::to_string).collect();
         return Err(Failure::usage(format!("{target:?} means several: {}", holders.join(", "))).help("write ROLE/NAME"));
     }
-    if !by_name.is_empty() {
-        return Ok(by_name);
+    if let Some(holder) = holders.pop_first() {
+        return Ok(Meant::All(holder));
     }
     let digits = target.to_ascii_lowercase().replace(':', "");
     let by_serial: Vec<&CertificateRecord> =
         all.iter().filter(|record| digits.len() >= SHORTEST_SERIAL && record.serial.starts_with(&digits)).collect();
     match by_serial.as_slice() {
-        [_] => Ok(by_serial),
+        [one] => Ok(Meant::One(one)),
         [] => Err(Failure::usage(format!("no certificate has the name or serial number {target:?}"))
             .help("`forgectl cluster certs list --all` shows them; one that was never used is not known: `certs rotate-ca` ends it")),
         several => Err(Failure::usage(format!("{} serial numbers begin with {target:?}", several.len())).help("write more digits")),
@@ -177,6 +189,7 @@ pub(super) async fn read_trust(cluster: &RemoteCluster, timeout: Duration) -> Re
 
 #[cfg(test)]
 mod tests {
+    use forge_shared::cluster::Revision;
     use forge_shared::cluster::node::Role;
 
     use super::*;
@@ -190,6 +203,8 @@ mod tests {
             expires_s: issued_s + 900,
             ca_sha256: "0".repeat(64),
             believes: Vec::new(),
+            is_used: true,
+            written: Revision::default(),
             revoked_s: None,
         }
     }
@@ -202,12 +217,12 @@ mod tests {
             record(Role::Gateway, "a", "aabbccdd03", 0),
             record(Role::Gateway, "b", "eeff00112233", 0),
         ];
-        let serials = |target: &str| meant(&all, target).map(|found| found.iter().map(|record| record.serial.clone()).collect::<Vec<_>>());
-        assert_eq!(serials("worker/a").expect("one holder"), ["aabbccdd01", "aabbccdd02"]);
-        assert_eq!(serials("b").expect("one holder"), ["eeff00112233"]);
-        assert_eq!(serials("EE:FF:00:11").expect("as openssl writes it"), ["eeff00112233"]);
+        let of = |role, name: &str| Meant::All(Holder { role, name: name.into() });
+        assert_eq!(meant(&all, "worker/a").expect("one holder"), of(Role::Worker, "a"));
+        assert_eq!(meant(&all, "b").expect("one holder"), of(Role::Gateway, "b"));
+        assert_eq!(meant(&all, "EE:FF:00:11").expect("as openssl writes it"), Meant::One(&all[3]));
         for (target, word) in [("a", "several"), ("aabbcc", "begin with"), ("eeff0", "no certificate"), ("c", "no certificate")] {
-            assert!(serials(target).expect_err("not one").to_string().contains(word), "{target}");
+            assert!(meant(&all, target).expect_err("not one").to_string().contains(word), "{target}");
         }
     }
 
@@ -221,5 +236,14 @@ mod tests {
         let revoked = CertificateRecord { revoked_s: Some(5), ..record(Role::Worker, "a", "02", 600) };
         let all = [record(Role::Worker, "a", "01", 0), revoked];
         assert_eq!(Standing::of(&all[0], &all, 610), Standing::Good, "a revoked one replaces nothing");
+        // Signed by a leader whose clock is behind: the log's order counts.
+        let asked = |serial, issued_s, written| CertificateRecord {
+            believes: vec!["0".repeat(64)],
+            written: Revision(written),
+            ..record(Role::Worker, "a", serial, issued_s)
+        };
+        let all = [asked("01", 600, 7), asked("02", 300, 8)];
+        assert_eq!(Standing::of(&all[0], &all, 610), Standing::Replaced);
+        assert_eq!(Standing::of(&all[1], &all, 610), Standing::Good);
     }
 }

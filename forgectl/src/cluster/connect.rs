@@ -81,8 +81,8 @@ pub async fn freshen(args: &ServerArgs, cluster: &RemoteCluster) {
         let credentials = cluster.credentials();
         if is_renewal_due(cluster, &folder).await? || credentials.clock().now_s() >= credentials.get().renew_at_s() {
             let renewed = cluster.renew(LEARN_TIMEOUT).await?;
-            renewed.save(&folder)?;
-            credentials.replace(renewed)?;
+            credentials.keep(renewed, &folder)?;
+            cluster.confirm(LEARN_TIMEOUT).await?;
         }
         Ok::<_, Failure>(())
     };
@@ -110,6 +110,9 @@ async fn is_renewal_due(cluster: &RemoteCluster, folder: &Path) -> Result<bool> 
     let serial = credentials.get().serial()?;
     let record = cluster.read(Kind::Certificate, Some(serial), LEARN_TIMEOUT).await?.objects.into_iter().next();
     let Some(Object::Certificate(record)) = record else { return Ok(true) };
+    if !record.is_used {
+        cluster.confirm(LEARN_TIMEOUT).await?;
+    }
     let believes_all = trust.cas.iter().all(|ca| record.believes.contains(&ca.sha256));
     Ok(!believes_all || trust.signing().is_some_and(|ca| ca.sha256 != record.ca_sha256))
 }

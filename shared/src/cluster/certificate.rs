@@ -8,7 +8,24 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use super::Revision;
 use super::node::Role;
+
+/// Whose certificates.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Holder {
+    /// As what.
+    pub role: Role,
+    /// Under which name.
+    pub name: String,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.role, self.name)
+    }
+}
 
 /// A certificate that was signed or seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +46,12 @@ pub struct CertificateRecord {
     /// The CAs that its holder said it believes when it asked for it, likewise. Empty where it was made by hand.
     #[serde(default)]
     pub believes: Vec<String>,
+    /// Whether its holder has shown it: one that was signed may never have come, or was not kept.
+    #[serde(default)]
+    pub is_used: bool,
+    /// The entry of the log that wrote it down; 0 before that.
+    #[serde(default)]
+    pub written: Revision,
     /// When it was revoked, seconds since 1970, if it was.
     pub revoked_s: Option<u64>,
 }
@@ -37,6 +60,19 @@ impl CertificateRecord {
     /// `role/name`.
     pub fn holder(&self) -> String {
         format!("{}/{}", self.role, self.name)
+    }
+
+    /// The newest of one holder's. Those that were asked for have the order of the log: clocks of those who sign differ. One
+    /// that was made by hand is written down when it is seen, and has its time alone; in one second it is the older.
+    pub fn newest<'a>(of_one: impl IntoIterator<Item = &'a CertificateRecord>) -> Option<&'a CertificateRecord> {
+        let (asked, by_hand): (Vec<_>, Vec<_>) = of_one.into_iter().partition(|record| !record.believes.is_empty());
+        let asked = asked.into_iter().max_by_key(|record| record.written);
+        let by_hand = by_hand.into_iter().max_by_key(|record| (record.issued_s, record.written));
+        match (asked, by_hand) {
+            (Some(asked), Some(by_hand)) if by_hand.issued_s > asked.issued_s => Some(by_hand),
+            (Some(asked), _) => Some(asked),
+            (None, by_hand) => by_hand,
+        }
     }
 
     /// From when on it should have been renewed: two thirds of its life, seconds since 1970.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 use super::Revision;
-use super::certificate::{CaRecord, CertificateRecord};
+use super::certificate::{CaRecord, CertificateRecord, Holder};
 use super::node::{NodeSpec, Role};
 use super::service::ReplicaReport;
 use crate::ids::{Epoch, Incarnation, NodeId, ReplicaId, ServiceName};
@@ -101,17 +101,20 @@ pub enum Command {
     /// No longer good.
     RevokeKey { name: String },
 
-    /// A certificate was signed, or seen. One that is known changes nothing.
-    RecordCertificate { certificate: Box<CertificateRecord> },
-    /// Certificates are believed no more. Refused where it shuts out the last operator or a coordinator that votes, unless
-    /// `force`.
-    RevokeCertificates { serials: BTreeSet<String>, force: bool },
+    /// A certificate was signed, or seen: then one that is known is in use from now on. `asked_with` is the serial number of
+    /// the one that asked for it; refused where that one is not known or was revoked.
+    RecordCertificate { certificate: Box<CertificateRecord>, asked_with: Option<String> },
+    /// Certificates are believed no more: these, and all that `holder` has when this is applied. Refused where it shuts out
+    /// the last operator or a coordinator that votes, unless `force`.
+    RevokeCertificates { serials: BTreeSet<String>, holder: Option<Holder>, force: bool },
     /// A CA is believed beside the one that signs.
     BeginCaRotation { from: CaRecord, to: CaRecord },
-    /// The new CA signs. Refused while somebody has not said that it believes it, unless `force`.
-    SwitchCa { force: bool },
-    /// The old CA is believed no more. Refused while somebody's newest certificate is of it, unless `force`.
-    FinishCaRotation { force: bool },
+    /// The new CA, hex of its digest, signs. Refused while somebody has not said that it believes it, unless `force`; while
+    /// most coordinators have not, always: they could not sign.
+    SwitchCa { to: String, force: bool },
+    /// The CA that signs, hex of its digest, is believed alone. Refused while somebody does not use a certificate of it,
+    /// unless `force`.
+    FinishCaRotation { to: String, force: bool },
     /// The new CA, which does not sign yet, is believed no more.
     AbandonCaRotation,
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forge_proto::cluster::change_members_request::Change;
 use forge_proto::cluster::{BackupRequest, BeginCaRotationRequest, ChangeMembersRequest, LogLine, LogsRequest};
-use forge_proto::node::{RenewRequest, SigningKeyRequest};
+use forge_proto::node::{ConfirmRequest, RenewRequest, SigningKeyRequest};
 use futures::StreamExt;
 use tokio::sync::mpsc;
 use tonic::{Request, Streaming};
@@ -132,6 +132,26 @@ impl RemoteCluster {
             self.channels.learn(address);
         }
         Ok(renewed)
+    }
+
+    /// Says that this process has kept the certificate that it shows: a change of the CA waits for that.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    pub async fn confirm(&self, timeout: Duration) -> Result<(), ClusterError> {
+        let attempt = |address: String, wait: Duration| {
+            let client = self.channels.nodes(&address);
+            async move {
+                let mut request = Request::new(ConfirmRequest {});
+                request.set_timeout(wait);
+                match client?.confirm(request).await {
+                    // A coordinator of the first level, which has no list of certificates.
+                    Err(status) if status.code() == tonic::Code::Unimplemented => Ok(()),
+                    confirmed => confirmed.map(drop),
+                }
+            }
+        };
+        self.channels.attempts(Patience::reading(timeout), attempt).await
     }
 
     /// A CA's key, which only coordinators are given, from one that has it.

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use forge_proto::cluster as wire;
 use forge_proto::cluster::cluster_server::{Cluster, ClusterServer};
 use forge_proto::node::nodes_server::{Nodes, NodesServer};
-use forge_proto::node::{RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest};
+use forge_proto::node::{
+    ConfirmReply, ConfirmRequest, RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest,
+};
 use forge_shared::cluster::command::CommandError;
 use forge_shared::cluster::event::{Change, Event};
 use forge_shared::cluster::node::{NodeLoad, Role};
@@ -164,6 +166,11 @@ impl Nodes for Script {
         let certificate_pem = self.ca.sign(&request.into_inner().signing_request_der, &identity, NODE_LIFETIME, clock_s())?;
         let ca_certificate_pem = self.ca.certificate_pem().into();
         Ok(Response::new(RenewReply { certificate_pem, ca_certificate_pem, ..Default::default() }))
+    }
+
+    async fn confirm(&self, request: Request<ConfirmRequest>) -> Result<Response<ConfirmReply>, Status> {
+        Peer::of(&request)?;
+        Ok(Response::new(ConfirmReply {}))
     }
 
     async fn signing_key(&self, _: Request<SigningKeyRequest>) -> Result<Response<SigningKeyReply>, Status> {

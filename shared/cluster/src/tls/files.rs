@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::TlsError;
 
@@ -13,6 +14,9 @@ pub const CA_CERTIFICATE_FILE: &str = "ca.pem";
 pub const CA_KEY_FILE: &str = "ca.key";
 /// A process's certificate and its key, in one file so that a renewal replaces both at once.
 pub const NODE_FILE: &str = "node.pem";
+
+/// Counts files that were written.
+static WRITTEN: AtomicU64 = AtomicU64::new(0);
 
 /// Largest file that is read; a chain of certificates has a few KiB.
 const MAX_FILE_BYTES: u64 = 256 << 10;
@@ -36,7 +40,9 @@ pub fn write_public(path: &Path, text: &str) -> Result<(), TlsError> {
 fn write(path: &Path, text: &str, mode: u32) -> Result<(), TlsError> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = directory.join(format!(".{name}.{}.new", std::process::id()));
+    // Of its own: two threads may write one file, and the last is whole.
+    let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+    let temporary = directory.join(format!(".{name}.{}.{number}.new", std::process::id()));
     let attempt = || -> std::io::Result<()> {
         fs::create_dir_all(directory)?;
         let _ = fs::remove_file(&temporary);
@@ -80,4 +86,23 @@ pub fn read_keys(directory: &Path) -> Result<String, TlsError> {
 
 pub(super) fn file_error(path: &Path, reason: String) -> TlsError {
     TlsError::File { path: path.display().to_string(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_who_write_one_file_are_both_done_and_it_is_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(NODE_FILE);
+        let texts = ["a".repeat(10_000), "b".repeat(20_000)];
+        std::thread::scope(|scope| {
+            for text in &texts {
+                scope.spawn(|| (0..100).for_each(|_| write_private(&path, text).expect("written")));
+            }
+        });
+        assert!(texts.contains(&fs::read_to_string(&path).expect("there")));
+        assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 1, "nothing is left beside it");
+    }
 }

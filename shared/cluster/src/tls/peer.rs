@@ -1,5 +1,7 @@
 //! Who called: read from the connection's certificate, checked per call.
 
+use std::sync::Arc;
+
 use forge_shared::cluster::node::Role;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -64,10 +66,18 @@ impl Peer {
     /// # Errors
     /// [`TlsError::NoCertificate`], or [`TlsError::Expired`].
     pub fn of<T>(request: &Request<T>) -> Result<Identity, TlsError> {
+        Ok(Peer::certificate(request)?.identity.clone())
+    }
+
+    /// The certificate of who made this call.
+    ///
+    /// # Errors
+    /// As [`Peer::of`].
+    pub fn certificate<T>(request: &Request<T>) -> Result<Arc<PeerCertificate>, TlsError> {
         let caller = request.extensions().get::<Caller>().ok_or(TlsError::NoCertificate)?;
         let certificate = caller.certificate.as_ref().ok_or(TlsError::NoCertificate)?;
         check_time(&certificate.identity.to_string(), (certificate.begins_s, certificate.ends_s), caller.clock.now_s())?;
-        Ok(certificate.identity.clone())
+        Ok(certificate.clone())
     }
 
     /// Who made this call, if it has one of these roles.

@@ -1,12 +1,15 @@
 //! Credentials that can be replaced, and trust that can change, while connections use them.
 //!
 //! Invariants: new handshakes take the newest; connections that stand go on over a renewal, and are cut when their peer's
-//! certificate is revoked or its CA dropped.
+//! certificate is revoked or its CA dropped; a CA that was dropped does not come back with a renewal that began before; what
+//! is in use is what is in the files, where there are any.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use forge_shared::cluster::certificate::Trust;
 use parking_lot::{Mutex, RwLock};
 use rustls_pki_types::CertificateDer;
 
@@ -26,6 +29,9 @@ pub struct SharedCredentials(Arc<Inner>);
 struct Inner {
     held: RwLock<Arc<Credentials>>,
     trusted: RwLock<Arc<Trusted>>,
+    /// What the cluster said last is believed, where it has. Held over every change of the two above and of their files, so
+    /// that none undoes another.
+    told: Mutex<Option<Trust>>,
     /// Counts replacements.
     generation: AtomicU64,
     /// Counts wishes for a new certificate, and those that were fulfilled.
@@ -57,6 +63,7 @@ impl SharedCredentials {
         SharedCredentials(Arc::new(Inner {
             trusted: RwLock::new(credentials.trusted().clone()),
             held: RwLock::new(Arc::new(credentials)),
+            told: Mutex::default(),
             generation: AtomicU64::new(0),
             wished: AtomicU64::new(0),
             fulfilled: AtomicU64::new(0),
@@ -71,22 +78,58 @@ impl SharedCredentials {
         self.0.held.read().clone()
     }
 
-    /// From now on these, of the same process, and the CAs beside them.
+    /// From now on these, of the same process, and the CAs beside them; where the cluster has said which CAs are believed,
+    /// those. What came beside a certificate may be older.
     ///
     /// # Errors
-    /// [`TlsError::WrongPeer`] for another process's.
+    /// [`TlsError::WrongPeer`] for another process's, [`TlsError::WrongCa`] for one of a CA that is believed no more.
     pub fn replace(&self, credentials: Credentials) -> Result<(), TlsError> {
-        let mut held = self.0.held.write();
-        if held.identity() != credentials.identity() {
-            return Err(TlsError::WrongPeer { expected: held.identity().to_string() });
+        let told = self.0.told.lock();
+        let credentials = self.beside(credentials, told.as_ref())?;
+        self.put(credentials)
+    }
+
+    /// As [`SharedCredentials::replace`], in the files of a directory first.
+    ///
+    /// # Errors
+    /// The same, and [`TlsError::File`]; then nothing changes.
+    pub fn keep(&self, credentials: Credentials, directory: &Path) -> Result<(), TlsError> {
+        let told = self.0.told.lock();
+        let credentials = self.beside(credentials, told.as_ref())?;
+        credentials.save(directory)?;
+        self.put(credentials)
+    }
+
+    /// Carries out what the cluster believes: connections are cut at once, then the CAs are kept beside the certificate in
+    /// the files of a directory. Gives whose connections were cut.
+    ///
+    /// # Errors
+    /// CAs that cannot be used, files that cannot be written, or a certificate of a CA that is believed no more. What is
+    /// said so is believed all the same, but for CAs that cannot be used.
+    pub fn carry_out(&self, trust: &Trust, directory: &Path) -> Result<Vec<String>, TlsError> {
+        let mut told = self.0.told.lock();
+        let held = self.get();
+        let cas_pem = trust.cas_pem(held.ca_pem());
+        let cas = certificates_of(&cas_pem)?;
+        super::ca::check_cluster(&cas, &held.identity().cluster_id)?;
+        let cut = self.believe(Trusted::new(cas, trust.revoked.clone())?);
+        *told = Some(trust.clone());
+        if held.ca_pem() != cas_pem {
+            let beside = held.with_cas(&cas_pem)?;
+            beside.save(directory)?;
+            self.put(beside)?;
         }
-        if held.ca_pem() != credentials.ca_pem() {
-            let revoked = self.trusted().revoked().clone();
-            self.believe(Trusted::new(credentials.trusted().cas().to_vec(), revoked)?);
-        }
-        *held = Arc::new(credentials);
-        self.0.generation.fetch_add(1, Ordering::Release);
-        Ok(())
+        Ok(cut)
+    }
+
+    /// From now on all serials but these are believed, of the same CAs. Gives whose connections were cut.
+    ///
+    /// # Errors
+    /// None that was not one before.
+    pub fn revoke(&self, revoked: BTreeSet<String>) -> Result<Vec<String>, TlsError> {
+        let _told = self.0.told.lock();
+        let cas = self.trusted().cas().to_vec();
+        Ok(self.believe(Trusted::new(cas, revoked)?))
     }
 
     /// From now on these CAs (PEM, one after the other) and all serials but these are believed; connections that are not
@@ -95,9 +138,31 @@ impl SharedCredentials {
     /// # Errors
     /// [`TlsError::Certificate`] for text that holds no CA of this cluster; then nothing changes.
     pub fn trust(&self, cas_pem: &str, revoked: BTreeSet<String>) -> Result<Vec<String>, TlsError> {
+        let _told = self.0.told.lock();
         let cas = certificates_of(cas_pem)?;
         super::ca::check_cluster(&cas, &self.get().identity().cluster_id)?;
         Ok(self.believe(Trusted::new(cas, revoked)?))
+    }
+
+    /// New credentials of this process beside the CAs that are believed.
+    fn beside(&self, credentials: Credentials, told: Option<&Trust>) -> Result<Credentials, TlsError> {
+        let held = self.get();
+        if held.identity() != credentials.identity() {
+            return Err(TlsError::WrongPeer { expected: held.identity().to_string() });
+        }
+        let cas_pem = told.map_or(String::new(), |trust| trust.cas_pem(""));
+        if cas_pem.is_empty() || cas_pem == credentials.ca_pem() { Ok(credentials) } else { credentials.with_cas(&cas_pem) }
+    }
+
+    /// Under the lock of `told`.
+    fn put(&self, credentials: Credentials) -> Result<(), TlsError> {
+        if self.get().ca_pem() != credentials.ca_pem() {
+            let revoked = self.trusted().revoked().clone();
+            self.believe(Trusted::new(credentials.trusted().cas().to_vec(), revoked)?);
+        }
+        *self.0.held.write() = Arc::new(credentials);
+        self.0.generation.fetch_add(1, Ordering::Release);
+        Ok(())
     }
 
     fn believe(&self, trusted: Trusted) -> Vec<String> {
@@ -163,9 +228,9 @@ impl SharedCredentials {
         self.0.fulfilled.fetch_max(wish, Ordering::AcqRel);
     }
 
-    /// Hex of SHA-256 over the certificates of the CAs that are believed.
+    /// Hex of SHA-256 over the certificates of the CAs that are believed, and will be after a restart: those that are kept.
     pub fn believed_cas(&self) -> Vec<String> {
-        self.trusted().cas().iter().map(|ca| super::ca::digest_text(ca)).collect()
+        self.get().trusted().cas().iter().map(|ca| super::ca::digest_text(ca)).collect()
     }
 
     pub(super) fn trusted(&self) -> Arc<Trusted> {

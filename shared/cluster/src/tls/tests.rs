@@ -9,7 +9,11 @@ use forge_proto::node::admission_client::AdmissionClient;
 use forge_proto::node::admission_server::{Admission, AdmissionServer};
 use forge_proto::node::nodes_client::NodesClient;
 use forge_proto::node::nodes_server::{Nodes, NodesServer};
-use forge_proto::node::{JoinReply, JoinRequest, RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply, SigningKeyRequest};
+use forge_proto::node::{
+    ConfirmReply, ConfirmRequest, JoinReply, JoinRequest, RenewReply, RenewRequest, SessionDown, SessionUp, SigningKeyReply,
+    SigningKeyRequest,
+};
+use forge_shared::cluster::certificate::{CaRecord, Trust};
 use forge_shared::cluster::node::Role;
 use futures::stream::BoxStream;
 use tokio::net::TcpListener;
@@ -43,6 +47,10 @@ impl Nodes for Echo {
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewReply>, Status> {
         let caller = Peer::require(&request, &[Role::Worker, Role::Gateway])?;
         Ok(Response::new(RenewReply { certificate_pem: caller.uri(), ..Default::default() }))
+    }
+
+    async fn confirm(&self, _: Request<ConfirmRequest>) -> Result<Response<ConfirmReply>, Status> {
+        Err(Status::unimplemented("not in this test"))
     }
 
     async fn signing_key(&self, _: Request<SigningKeyRequest>) -> Result<Response<SigningKeyReply>, Status> {
@@ -326,6 +334,71 @@ fn open_sockets(address: &str) -> usize {
         fields.len() > 3 && (fields[1].ends_with(&of_port) || fields[2].ends_with(&of_port)) && fields[3] == "01"
     };
     table.lines().filter(is_open).count()
+}
+
+fn believing(cas: &[&ClusterCa], revoked: &[&str]) -> Trust {
+    let record = |ca: &&ClusterCa| CaRecord { sha256: ca.digest_text(), certificate_pem: ca.certificate_pem().into() };
+    Trust { cas: cas.iter().map(record).collect(), rotation: None, revoked: revoked.iter().map(|serial| (*serial).into()).collect() }
+}
+
+#[test]
+fn a_renewal_that_began_before_brings_no_dropped_ca_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (ClusterCa::create("c1", clock_s()).unwrap(), ClusterCa::create("c1", clock_s()).unwrap());
+    let both = [new.certificate_pem(), old.certificate_pem()].concat();
+    let shared = SharedCredentials::new(issue(&new, Role::Worker, "w1", DAY, clock_s()).with_cas(&both).unwrap());
+    // Its answer was written while both were believed.
+    let answer = issue(&new, Role::Worker, "w1", DAY, clock_s()).with_cas(&both).unwrap();
+    shared.carry_out(&believing(&[&new], &["0a"]), folder.path()).unwrap();
+    shared.keep(answer.clone(), folder.path()).unwrap();
+    assert_eq!(shared.get().serial().unwrap(), answer.serial().unwrap());
+    assert_eq!(shared.believed_cas(), [new.digest_text()]);
+    assert_eq!(shared.trusted().cas().len(), 1);
+    assert!(shared.trusted().revoked().contains("0a"));
+    let kept = Credentials::load(folder.path()).unwrap();
+    assert_eq!((kept.ca_pem(), kept.serial().unwrap()), (new.certificate_pem(), answer.serial().unwrap()));
+    // One of the CA that was dropped is of no use any more.
+    let late = issue(&old, Role::Worker, "w1", DAY, clock_s()).with_cas(&both).unwrap();
+    assert!(matches!(shared.keep(late, folder.path()), Err(TlsError::WrongCa { .. })));
+    assert_eq!(Credentials::load(folder.path()).unwrap().serial().unwrap(), answer.serial().unwrap());
+}
+
+#[test]
+fn what_is_kept_is_what_is_in_use_whoever_comes_between() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (ClusterCa::create("c1", clock_s()).unwrap(), ClusterCa::create("c1", clock_s()).unwrap());
+    let shared = SharedCredentials::new(issue(&old, Role::Worker, "w1", DAY, clock_s()));
+    let renewals: Vec<Credentials> = (0..40).map(|_| issue(&old, Role::Worker, "w1", DAY, clock_s())).collect();
+    let last = renewals.last().unwrap().serial().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| renewals.into_iter().for_each(|renewed| shared.keep(renewed, folder.path()).unwrap()));
+        scope.spawn(|| {
+            for turn in 0..40 {
+                let cas: &[&ClusterCa] = if turn % 2 == 0 { &[&old, &new] } else { &[&old] };
+                shared.carry_out(&believing(cas, &["0a"]), folder.path()).unwrap();
+            }
+        });
+    });
+    let kept = Credentials::load(folder.path()).unwrap();
+    assert_eq!(shared.get().serial().unwrap(), last, "an older one came back");
+    assert_eq!(kept.serial().unwrap(), last);
+    assert_eq!((kept.ca_pem(), shared.get().ca_pem()), (old.certificate_pem(), old.certificate_pem()));
+}
+
+#[test]
+fn what_cannot_be_kept_is_not_said_to_be_believed() {
+    let folder = tempfile::tempdir().unwrap();
+    let full = folder.path().join("full");
+    std::fs::write(&full, "no folder").unwrap();
+    let (old, new) = (ClusterCa::create("c1", clock_s()).unwrap(), ClusterCa::create("c1", clock_s()).unwrap());
+    let shared = SharedCredentials::new(issue(&old, Role::Worker, "w1", DAY, clock_s()));
+    let trust = believing(&[&old, &new], &[]);
+    assert!(matches!(shared.carry_out(&trust, &full), Err(TlsError::File { .. })));
+    assert_eq!(shared.believed_cas(), [old.digest_text()], "after a restart it would not be");
+    assert_eq!(shared.trusted().cas().len(), 2, "in use at once");
+    std::fs::remove_file(&full).unwrap();
+    shared.carry_out(&trust, &full).unwrap();
+    assert_eq!(shared.believed_cas(), [old.digest_text(), new.digest_text()]);
 }
 
 #[tokio::test]
