@@ -8,7 +8,7 @@ use forge_coordinator::control::plan_service;
 use forge_coordinator::state::ClusterState;
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{Command, Envelope};
-use forge_shared::cluster::node::{NodeSpec, Role};
+use forge_shared::cluster::node::{DataPlane, NodeSpec, Role};
 use forge_shared::ids::{Incarnation, NodeId};
 use forge_shared::plan::{ModelFacts, ModelShape};
 use forge_shared::spec::{Layout, ModelService, ModelServiceSpec};
@@ -17,6 +17,12 @@ const DEVICE_BYTES: u64 = 80 << 30;
 
 fn cluster(folder: &str, workers: usize) -> ClusterState {
     let mut state = ClusterState::new("example");
+    let mut apply = |number: usize, command: Command| {
+        let envelope = Envelope { request_id: format!("request-{number}"), proposed_ms: 1, traceparent: String::new(), command };
+        state.apply(Revision(number as u64 + 1), &envelope).0.unwrap();
+    };
+    // Nobody is older.
+    apply(0, Command::RaiseLevel { level: forge_shared::version::LEVEL });
     for number in 1..=workers {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../cluster-configs/{folder}/worker-{number}.yaml"));
         let config: WorkerConfig = load(Some(&file), &[]).unwrap();
@@ -28,12 +34,10 @@ fn cluster(folder: &str, workers: usize) -> ClusterState {
             level: forge_shared::version::LEVEL,
             address: config.address().into(),
             metrics_address: config.metrics_listen.clone(),
-            data_plane: None,
+            data_plane: Some(DataPlane { address: config.address().into(), transport: config.data_plane.transport }),
             devices: config.declared(),
         };
-        let command = Command::JoinNode { spec: Box::new(spec) };
-        let envelope = Envelope { request_id: format!("join-{number}"), proposed_ms: 1, traceparent: String::new(), command };
-        state.apply(Revision(number as u64), &envelope).0.unwrap();
+        apply(number, Command::JoinNode { spec: Box::new(spec) });
     }
     state
 }

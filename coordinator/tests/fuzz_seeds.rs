@@ -354,8 +354,13 @@ fn replies() -> Seeds {
         notes: vec!["a note".into()],
     };
     let down = |message: NodeDown| lettered(b'd', &node_wire::SessionDown { message_json: json(&message).into() });
-    let assignment =
-        Assignment { plan: plan(1), service: Box::new(service("demo")), weights_digest: "sha256:ab".into(), drain_ms: Some(5_000) };
+    let assignment = Assignment {
+        plan: plan(1),
+        service: Box::new(service("demo")),
+        weights_digest: "sha256:ab".into(),
+        drain_ms: Some(5_000),
+        peers: Vec::new(),
+    };
     let share = KeyShare { key_id: "k1".into(), rpm: Some(3), tpm: None };
     let detail = |error_json: Vec<u8>| wire::ErrorDetail { leader: "c2:7000".into(), is_retryable: true, error_json: error_json.into() };
     let missing = CommandError::NotFound { kind: "node".into(), name: "w".into(), nearest: Some("w1".into()) };

@@ -35,6 +35,24 @@ pub struct Plan {
     pub ranks: Vec<RankPlan>,
 }
 
+impl Plan {
+    /// Nodes that have a rank, each once, the leading one first.
+    pub fn nodes(&self) -> Vec<&NodeId> {
+        let mut nodes: Vec<&NodeId> = Vec::new();
+        for rank in &self.ranks {
+            if !nodes.contains(&&rank.node) {
+                nodes.push(&rank.node);
+            }
+        }
+        nodes
+    }
+
+    /// Whether its ranks are on more than one node.
+    pub fn is_divided(&self) -> bool {
+        self.ranks.iter().any(|rank| Some(&rank.node) != self.ranks.first().map(|first| &first.node))
+    }
+}
+
 /// One rank's place and share.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankPlan {

@@ -3,7 +3,8 @@
     python3 tests/cluster/configs.py --programs target/debug --model MODEL.gguf
 
 Each folder is copied with one change: 127.0.0.1 becomes another address of the loopback, so that a cluster on this machine is
-not in the way. What is typed is what the files and docs/cluster.md say. Exit code 0: every cluster answered.
+not in the way. What is typed is what the files and docs/cluster.md say. Where two workers share a model, one of them is killed while
+it answers, and the answer goes on with its tokens. Exit code 0: every cluster answered.
 """
 
 import argparse
@@ -15,19 +16,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from cluster import Cluster, exchange
 from network import Failed, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FOLDERS = ["laptop", "one-host", "two-devices"]
+FOLDERS = ["laptop", "one-host", "two-devices", "two-workers"]
 
 
 class Copy:
     """A folder of configurations and the processes that were started from it."""
 
     def __init__(self, name, programs, folder):
+        self.name = name
         self.programs, self.folder = pathlib.Path(programs).resolve(), folder
         self.host = f"127.78.{os.getpid() % 250 + 1}.{FOLDERS.index(name) + 1}"
         self.files, self.models = {}, []
@@ -38,7 +41,7 @@ class Copy:
             else:
                 self.files[file.stem] = file.name
         self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "FORGE_HOME": str(folder / "home"), "FORGE_OFFLINE": "1"}
-        self.processes = []
+        self.processes, self.by_stem = [], {}
 
     def forgectl(self, *arguments):
         return run(self.programs / "forgectl", *arguments, env=self.environment, cwd=self.folder)
@@ -49,6 +52,14 @@ class Copy:
             command = [self.programs / f"forge-{role}", "--config", self.files[stem], *arguments]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, cwd=self.folder, start_new_session=True)
         self.processes.append(process)
+        self.by_stem[stem] = process
+
+    def kill(self, stem):
+        """Ends a process as a crash would."""
+        process = self.by_stem[stem]
+        process.kill()
+        process.wait()
+        self.processes.remove(process)
 
     def key(self, stem, name):
         """A value of a file, by its name and indentation."""
@@ -118,18 +129,71 @@ def starts(copy, model):
         until(f"{document.stem} is gone", 60, lambda: "demo" not in copy.forgectl("get", "models"))
     if len(set(answers.values())) != 1:
         raise Failed(f"layouts answer differently: {answers}")
+    if copy.name == "two-workers":
+        survives(copy, address)
     codes = copy.stop()
     if any(codes):
         raise Failed(f"exit codes after SIGTERM: {codes}")
+
+
+def survives(copy, address):
+    """A worker that has ranks of a model is killed while that answers, leading or not: the answer is the undisturbed one."""
+    copy.forgectl("apply", "-f", copy.folder / "model-pipeline.yaml", "--wait", "running", "--timeout", "120")
+    body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 64, "temperature": 0, "stream": True}
+
+    def answer(on_token=lambda count: None):
+        texts = []
+
+        def on_line(line):
+            if line.startswith("data: {"):
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise Failed(line)
+                if chunk["choices"] and chunk["choices"][0]["text"]:
+                    texts.append(chunk["choices"][0]["text"])
+                    on_token(len(texts))
+
+        status, text = exchange(address, "POST", "/v1/completions", body, {}, on_line)
+        if status != 200:
+            raise Failed(f"{status}: {text}")
+        return "".join(texts)
+
+    def placed():
+        return re.findall(r"\bw[12]\b", copy.forgectl("get", "placements"))
+
+    Cluster.until("the model answers", 60, lambda: exchange(address, "GET", "/health/ready", None, {}, None)[0] == 200)
+    undisturbed = answer()
+    for victim in ["worker-2", "worker-1"]:
+        print(f"  ranks on {', '.join(placed())}; {victim} is killed", flush=True)
+        if len(set(placed())) != 2:
+            raise Failed(f"the ranks are not on two workers: {placed()}")
+
+        def on_token(count, victim=victim):
+            if count == 5:
+                copy.kill(victim)
+                # It is back before long.
+                threading.Timer(1, copy.start, [victim]).start()
+
+        began = time.monotonic()
+        disturbed = answer(on_token)
+        if disturbed != undisturbed:
+            raise Failed(f"{victim} was killed, and the answer is {disturbed!r}, not {undisturbed!r}")
+        print(f"  the answer went on with its tokens, in {time.monotonic() - began:.1f} s", flush=True)
+        Cluster.until("both workers are ready", 60, lambda: copy.forgectl("get", "nodes").count(" ready ") == 3)
+        copy.forgectl("delete", "demo")
+        Cluster.until("the model is gone", 60, lambda: "demo" not in copy.forgectl("get", "models"))
+        copy.forgectl("apply", "-f", copy.folder / "model-pipeline.yaml", "--wait", "running", "--timeout", "120")
+        Cluster.until("the model answers", 60, lambda: answer() == undisturbed)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", default="target/debug")
     parser.add_argument("--model", required=True)
+    parser.add_argument("--only", choices=FOLDERS, help="one of the clusters")
     options = parser.parse_args()
     model = pathlib.Path(options.model).resolve()
-    for name in FOLDERS:
+    for name in [options.only] if options.only else FOLDERS:
         folder, began = pathlib.Path(tempfile.mkdtemp(prefix=f"forge-{name}-")), time.monotonic()
         copy = Copy(name, options.programs, folder)
         try:

@@ -1,5 +1,6 @@
 //! Errors of the worker: what keeps a replica from running, and whether trying again can help.
 
+use forge_shared::ids::NodeId;
 use forge_shared::plan::Refusal;
 use forge_shared::spec::ByteSize;
 
@@ -86,6 +87,17 @@ pub enum WorkerError {
         /// What is wrong.
         reason: String,
     },
+    /// The data plane, between the workers of a replica.
+    #[error(transparent)]
+    Net(#[from] forge_net::NetError),
+    /// A replica whose ranks are on several workers has ended: it is not started again under its plan.
+    #[error("{source}")]
+    Several {
+        /// By whose fault, where that is known.
+        node: Option<NodeId>,
+        /// What happened.
+        source: Box<WorkerError>,
+    },
     /// The engine ended by itself.
     #[error("the engine died: {reason}")]
     EngineDied {
@@ -116,10 +128,19 @@ impl WorkerError {
         matches!(self, WorkerError::EngineDied { .. } | WorkerError::Actor { .. })
     }
 
+    /// The node by whose fault a replica of several workers has ended.
+    pub fn fault(&self) -> Option<&NodeId> {
+        match self {
+            WorkerError::Several { node, .. } => node.as_ref(),
+            _ => None,
+        }
+    }
+
     /// What the device really has, where it is less than the node had said.
     pub fn found_memory_bytes(&self) -> Option<u64> {
         match self {
             WorkerError::Memory { found_bytes, .. } => *found_bytes,
+            WorkerError::Several { source, .. } => source.found_memory_bytes(),
             _ => None,
         }
     }

@@ -7,18 +7,21 @@ use std::time::{Duration, Instant};
 
 use forge_engine::{EngineExit, EngineHandle, EngineOptions, EngineSetup, EngineThread};
 use forge_model::Shard;
-use forge_model::sharded::RankLayout;
+use forge_model::sharded::{FollowingRanks, RankLayout, StopFollowing};
+use forge_net::Fabric;
 use forge_shared::cluster::service::ReplicaPhase;
 use forge_shared::cluster::session::Assignment;
 use forge_shared::ids::NodeId;
-use forge_shared::link::ModelCard;
+use forge_shared::link::{EngineLink, ModelCard};
 use forge_shared::plan::{Plan, RankPlan};
 use forge_shared::telemetry::{Metrics, run_label};
+use forge_text::ModelText;
 use tokio::sync::oneshot;
 
 use crate::WorkerError;
 use crate::actors::{Launch, LaunchWatch, Launched};
 use crate::ledger::{Ledger, Patience, Reservation};
+use crate::meeting::Meeting;
 use crate::models::{ProvideModel, ProvidedModel, ServedNames};
 use crate::prepare::{DecoderSizes, PreparedModel};
 use crate::ranks::{self, RankCores};
@@ -32,8 +35,10 @@ const SHORTAGE: Patience = Patience { wait: Duration::from_secs(5), pause: Durat
 
 /// See the module documentation.
 pub struct ModelLauncher {
-    /// This node: a plan's ranks must be on it.
+    /// This node: some of a plan's ranks must be on it.
     pub node: NodeId,
+    /// The way to ranks on other workers; absent outside a cluster.
+    pub fabric: Option<Arc<Fabric>>,
     /// Where models come from.
     pub models: Arc<dyn ProvideModel>,
     /// What this node's devices have.
@@ -45,17 +50,38 @@ pub struct ModelLauncher {
 impl Launch for ModelLauncher {
     fn launch(&self, assignment: &Assignment, watch: &LaunchWatch) -> Result<Launched, WorkerError> {
         let plan = &assignment.plan;
-        let layout = ranks::layout(plan, &self.node)?;
+        let layout = ranks::layout(plan)?;
+        let here = ranks::here(plan, &self.node)?;
+        if !plan.is_divided() {
+            return self.run(assignment, watch, (layout, here), None);
+        }
+        let meeting = Arc::new(Meeting::begin(self.fabric.as_ref(), assignment, &self.node, &watch.cancel)?);
+        let launched = self.run(assignment, watch, (layout, here), Some(&meeting));
+        launched.map_err(|error| meeting.failed(error))
+    }
+}
+
+impl ModelLauncher {
+    /// Brings the model, takes the memory of the ranks that are `here`, and loads them.
+    fn run(
+        &self,
+        assignment: &Assignment,
+        watch: &LaunchWatch,
+        (layout, here): (RankLayout, Vec<usize>),
+        meeting: Option<&Arc<Meeting>>,
+    ) -> Result<Launched, WorkerError> {
+        let plan = &assignment.plan;
         let ProvidedModel { model, names, lease } = self.models.provide(assignment, watch)?;
         if watch.cancel.is_cancelled() {
             return Err(forge_store::StoreError::Cancelled.into());
         }
         (watch.progress)(ReplicaPhase::Loading, 0);
         let started = Instant::now();
-        ranks::check(plan, &layout, &model, sizes(plan))?;
-        let mut reservations = self.reserve(plan, watch)?;
+        ranks::check(plan, &here, &layout, &model, sizes(plan))?;
+        let mut reservations = self.reserve(plan, &here, watch)?;
         let card = card(&model, plan, names)?;
-        let cores = ranks::cores(plan, &reservations);
+        let cores = ranks::cores(plan, &here, &reservations);
+        meeting.map_or(Ok(()), |meeting| meeting.all_ready(&watch.cancel))?;
         let load = LoadRun {
             model: model.clone(),
             card: card.clone(),
@@ -63,43 +89,129 @@ impl Launch for ModelLauncher {
             metrics: self.metrics.clone(),
             layout,
             cores,
+            meeting: meeting.cloned(),
         };
-        let (handle, exit) = load.on_own_thread(watch)?;
+        let loaded = load.on_own_thread(watch)?;
         reservations.iter_mut().for_each(Reservation::loaded);
         let load_s = started.elapsed().as_secs_f64();
         let label = run_label(&card.name, &plan.replica.to_string(), plan.epoch);
         self.metrics.model_load_s.get_or_create(&label).set(load_s);
-        let threads: usize = plan.ranks.iter().map(|rank| rank.threads).sum();
+        let threads: usize = here.iter().map(|&rank| plan.ranks[rank].threads).sum();
+        let (ranks, of_ranks) = (here.len(), plan.ranks.len());
         tracing::info!(
-            replica = %plan.replica, epoch = plan.epoch.0, model = card.name, ranks = plan.ranks.len(), load_s, threads, "model loaded"
+            replica = %plan.replica, epoch = plan.epoch.0, model = card.name, ranks, of_ranks, load_s, threads, "model loaded"
         );
-        let (engine, prefixes, counted) = (handle.clone(), handle.clone(), handle.clone());
-        Ok(Launched {
-            engine: Arc::new(handle),
-            ended: Box::pin(async move {
-                let end = match exit.await {
-                    Ok(EngineExit::Stopped) => None,
-                    Ok(EngineExit::Died { reason }) => Some(reason),
-                    Err(_) => Some("its thread ended without a word".into()),
-                };
-                // Both are held exactly as long as the engine's memory is.
-                drop((reservations, lease));
-                end
-            }),
-            stop: Box::new(move |timeout| engine.drain(timeout)),
-            text: Some(model.text),
-            prefixes: Box::new(move || prefixes.prefixes()),
-            generated_tokens: Box::new(move || counted.generated_tokens()),
-        })
+        // Both are held exactly as long as the memory is.
+        let held = (reservations, lease);
+        match loaded {
+            Loaded::Leading { handle, exit } => leading(handle, exit, model.text, meeting, held),
+            Loaded::Following { ranks, meeting } => following(ranks, meeting, held),
+        }
+    }
+
+    /// Takes the memory of every rank that is here, in the plan's order; of all or of none.
+    fn reserve(&self, plan: &Plan, here: &[usize], watch: &LaunchWatch) -> Result<Vec<Reservation>, WorkerError> {
+        let is_cancelled = || watch.cancel.is_cancelled();
+        let reserve = |rank: &RankPlan| self.ledger.reserve_patiently(rank.device, rank.memory.total_bytes(), SHORTAGE, is_cancelled);
+        here.iter().map(|&rank| reserve(&plan.ranks[rank])).collect()
     }
 }
 
-impl ModelLauncher {
-    /// Takes the memory of every rank, in the plan's order; of all or of none.
-    fn reserve(&self, plan: &Plan, watch: &LaunchWatch) -> Result<Vec<Reservation>, WorkerError> {
-        let is_cancelled = || watch.cancel.is_cancelled();
-        let reserve = |rank: &RankPlan| self.ledger.reserve_patiently(rank.device, rank.memory.total_bytes(), SHORTAGE, is_cancelled);
-        plan.ranks.iter().map(reserve).collect()
+/// A replica whose engine is here.
+fn leading(
+    handle: EngineHandle,
+    exit: oneshot::Receiver<EngineExit>,
+    text: ModelText,
+    meeting: Option<&Arc<Meeting>>,
+    held: impl Send + 'static,
+) -> Result<Launched, WorkerError> {
+    let (engine, prefixes, counted) = (handle.clone(), handle.clone(), handle.clone());
+    let (numerics_id, fault) = (handle.card().numerics_id.clone(), meeting.map(|meeting| meeting.reach().fault.clone()));
+    if let Some(meeting) = meeting {
+        let engine = handle.clone();
+        meeting.hear_drains(move |timeout| engine.drain(timeout))?;
+    }
+    let over = meeting.cloned().map(EndsRun);
+    Ok(Launched {
+        engine: Some(Arc::new(handle)),
+        numerics_id,
+        fault,
+        ended: Box::pin(async move {
+            let end = match exit.await {
+                Ok(EngineExit::Stopped) => None,
+                Ok(EngineExit::Died { reason }) => Some(reason),
+                Err(_) => Some("its thread ended without a word".into()),
+            };
+            drop((held, over));
+            end
+        }),
+        stop: Box::new(move |timeout| engine.drain(timeout)),
+        text: Some(text),
+        prefixes: Box::new(move || prefixes.prefixes()),
+        generated_tokens: Box::new(move || counted.generated_tokens()),
+    })
+}
+
+/// Ranks whose engine is on another worker.
+fn following(ranks: Box<FollowingRanks>, meeting: Arc<Meeting>, held: impl Send + 'static) -> Result<Launched, WorkerError> {
+    let (numerics_id, fault) = (ranks.info().numerics_id.clone(), Some(meeting.reach().fault.clone()));
+    let stopper = StopsRanks(ranks.stopper());
+    let say_drain = meeting.say_drain();
+    let (end, ended) = oneshot::channel();
+    let over = EndsRun(meeting);
+    let follow = move || {
+        let error = (*ranks).run();
+        // Its memory is free from here on.
+        drop((held, over));
+        // Nobody may be waiting any more.
+        let _ = end.send(error.to_string());
+    };
+    let thread = std::thread::Builder::new().name("forge-follow".into()).spawn(follow);
+    thread.map_err(|error| WorkerError::EngineDied { reason: format!("the system gives no thread: {error}") })?;
+    Ok(Launched {
+        engine: None,
+        numerics_id,
+        fault,
+        ended: Box::pin(async move { Some(ended.await.unwrap_or_else(|_| "its thread ended without a word".into())) }),
+        stop: Box::new(move |timeout| {
+            let ranks = stopper.0.clone();
+            if timeout.is_zero() {
+                return ranks.stop(ENDED);
+            }
+            // The engine lets its requests finish, and ends the ranks then.
+            say_drain(timeout);
+            let late = std::thread::Builder::new().name("forge-drain".into()).spawn(move || {
+                std::thread::sleep(timeout);
+                ranks.stop(ENDED);
+            });
+            if late.is_err() {
+                stopper.0.stop(ENDED);
+            }
+        }),
+        text: None,
+        prefixes: Box::new(|| tokio::sync::mpsc::channel(1).1),
+        generated_tokens: Box::new(|| 0),
+    })
+}
+
+/// Why ranks end that are not wanted any more.
+const ENDED: &str = "its worker ends it";
+
+/// Ends following ranks that nobody can stop any more.
+struct StopsRanks(StopFollowing);
+
+impl Drop for StopsRanks {
+    fn drop(&mut self) {
+        self.0.stop(ENDED);
+    }
+}
+
+/// Ends a run for all its workers when this one's part of it has ended.
+struct EndsRun(Arc<Meeting>);
+
+impl Drop for EndsRun {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }
 
@@ -122,14 +234,22 @@ struct LoadRun {
     assignment: Assignment,
     metrics: Metrics,
     layout: RankLayout,
-    /// For each rank.
+    /// For each rank that is here.
     cores: Vec<RankCores>,
+    /// With the workers that have the others.
+    meeting: Option<Arc<Meeting>>,
+}
+
+/// What was loaded.
+enum Loaded {
+    Leading { handle: EngineHandle, exit: oneshot::Receiver<EngineExit> },
+    Following { ranks: Box<FollowingRanks>, meeting: Arc<Meeting> },
 }
 
 impl LoadRun {
     /// Loads on a thread of its own, whose cores and priority the engine's threads inherit, and the kernels' of a single
     /// rank; where there are several, each has a thread and cores of its own.
-    fn on_own_thread(self, watch: &LaunchWatch) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
+    fn on_own_thread(self, watch: &LaunchWatch) -> Result<Loaded, WorkerError> {
         let progress = self.model.progress.clone();
         let died = |reason: String| WorkerError::EngineDied { reason: format!("while loading: {reason}") };
         let (end, ended) = std::sync::mpsc::channel::<()>();
@@ -153,11 +273,15 @@ impl LoadRun {
         }
     }
 
-    fn load(self) -> Result<(EngineHandle, oneshot::Receiver<EngineExit>), WorkerError> {
-        let LoadRun { model, card, assignment, metrics, layout, cores } = self;
+    fn load(self) -> Result<Loaded, WorkerError> {
+        let LoadRun { model, card, assignment, metrics, layout, cores, meeting } = self;
         let (plan, spec) = (&assignment.plan, &assignment.service.spec);
         let options = model.decoder_options(sizes(plan), Shard::default());
-        let decoder = ranks::load(&model, &options, &layout, cores)?;
+        if let Some(meeting) = meeting.clone().filter(|meeting| !meeting.reach().leads()) {
+            let ranks = Box::new(ranks::follow(&model, &options, &layout, cores, meeting.reach())?);
+            return Ok(Loaded::Following { ranks, meeting });
+        }
+        let decoder = ranks::load(&model, &options, &layout, cores, meeting.as_deref().map(Meeting::reach))?;
         #[cfg(debug_assertions)]
         let decoder = crate::fault::inject(decoder)?;
         let card = Arc::new(ModelCard { numerics_id: decoder.info().numerics_id.clone(), ..card });
@@ -176,7 +300,8 @@ impl LoadRun {
             },
             metrics,
         };
-        Ok(EngineThread::spawn(setup)?)
+        let (handle, exit) = EngineThread::spawn(setup)?;
+        Ok(Loaded::Leading { handle, exit })
     }
 }
 

@@ -16,6 +16,7 @@ pub mod link;
 pub mod local;
 pub mod logs;
 pub mod machine;
+mod meeting;
 pub mod models;
 pub mod node;
 pub mod prepare;

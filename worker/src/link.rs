@@ -32,6 +32,8 @@ pub struct ReplicaLink {
     current: RwLock<Current>,
     text: RwLock<Option<Arc<ServedText>>>,
     block_size: usize,
+    /// Whether its engine will be here; else ranks without one are.
+    leads: bool,
     restarts: AtomicU32,
     /// Counts changes of engine, card and text, so that watchers compare a number.
     version: AtomicU64,
@@ -84,6 +86,7 @@ impl ReplicaLink {
             current: RwLock::new(Current::Absent { reason: "the model is loading".into() }),
             text: RwLock::new(None),
             block_size,
+            leads: true,
             restarts: AtomicU32::new(0),
             version: AtomicU64::new(0),
             changed: Arc::default(),
@@ -199,7 +202,8 @@ impl ReplicaBoard {
     }
 
     /// The link of a run, made where there is none yet.
-    pub fn open(&self, run: &RunId, assignment: &Assignment) -> Arc<ReplicaLink> {
+    /// `leads` says whether its engine is to be on this node.
+    pub fn open(&self, run: &RunId, assignment: &Assignment, leads: bool) -> Arc<ReplicaLink> {
         let link = || {
             let name = &assignment.service.metadata.name;
             let model_name = assignment.service.spec.model_name.clone().unwrap_or_else(|| name.clone());
@@ -214,7 +218,7 @@ impl ReplicaBoard {
                 default_sampling: Default::default(),
             };
             let link = ReplicaLink::new(card, assignment.plan.block_size);
-            Arc::new(ReplicaLink { changed: self.changed.clone(), ..link })
+            Arc::new(ReplicaLink { changed: self.changed.clone(), leads, ..link })
         };
         self.runs.write().entry(run.clone()).or_insert_with(link).clone()
     }
@@ -247,6 +251,7 @@ impl ReplicaBoard {
                 generated_tokens: link.generated_tokens(),
             }
         };
-        self.runs.read().iter().map(load).collect()
+        // What a replica does its leading worker says.
+        self.runs.read().iter().filter(|(_, link)| link.leads).map(load).collect()
     }
 }

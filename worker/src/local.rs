@@ -85,6 +85,7 @@ impl LocalCluster {
         let device = LedgerDevice { index: plan.ranks.first().map_or(0, |rank| rank.device), memory_bytes, cores: Vec::new(), niceness: 0 };
         let launcher = ModelLauncher {
             node: node.clone(),
+            fabric: None,
             models: Arc::new(OpenModel { model, names }),
             ledger: Ledger::new(vec![device], Box::new(move || memory_bytes)),
             metrics: metrics.clone(),
@@ -102,7 +103,7 @@ impl LocalCluster {
         let actor_error = |reason: String| WorkerError::Actor { actor: "node", reason };
         let (node, joined) = spawned.map_err(|error| actor_error(error.to_string()))?;
         let cluster = LocalCluster { served, node, joined, events };
-        let assignment = Assignment { plan, service: Box::new(service), weights_digest: String::new(), drain_ms: None };
+        let assignment = Assignment { plan, service: Box::new(service), weights_digest: String::new(), drain_ms: None, peers: Vec::new() };
         let assign = |reply| NodeMessage::Assign {
             history: String::new(),
             revision: Revision(1),

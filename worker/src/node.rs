@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use forge_net::Fabric;
 use forge_shared::cluster::node::{NodeLoad, NodeSpec};
 use forge_shared::cluster::session::NodeUp;
 use forge_shared::telemetry::Metrics;
@@ -40,14 +41,21 @@ pub struct WorkerNode {
 }
 
 impl WorkerNode {
-    /// Starts a node that serves these models within this ledger.
+    /// Starts a node that serves these models within this ledger. Without a `fabric` it takes no ranks of replicas that have
+    /// others elsewhere.
     ///
     /// # Errors
     /// The actor system does not start it.
-    pub async fn start(spec: &NodeSpec, ledger: Arc<Ledger>, models: Arc<dyn ProvideModel>, metrics: Metrics) -> Result<Self, WorkerError> {
+    pub async fn start(
+        spec: &NodeSpec,
+        ledger: Arc<Ledger>,
+        models: Arc<dyn ProvideModel>,
+        fabric: Option<Arc<Fabric>>,
+        metrics: Metrics,
+    ) -> Result<Self, WorkerError> {
         let board = Arc::new(ReplicaBoard::default());
         let (event_sender, events) = mpsc::unbounded_channel();
-        let launcher = ModelLauncher { node: spec.id.clone(), models, ledger, metrics: metrics.clone() };
+        let launcher = ModelLauncher { node: spec.id.clone(), fabric, models, ledger, metrics: metrics.clone() };
         let arguments = NodeArguments {
             node: spec.id.clone(),
             incarnation: spec.incarnation,

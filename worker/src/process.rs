@@ -115,7 +115,7 @@ pub async fn run(options: WorkerOptions, logs: Arc<LogRing>, shutdown: impl Futu
     let metrics = Metrics::new();
     let models = Arc::new(StoredModels::new(options.home.clone(), options.is_offline).counting(metrics.clone()));
     let ledger = Ledger::new(ledger, Box::new(machine::free_bytes));
-    let node = WorkerNode::start(&spec, ledger.clone(), models.clone(), metrics.clone()).await?;
+    let node = WorkerNode::start(&spec, ledger.clone(), models.clone(), Some(data_plane.fabric().clone()), metrics.clone()).await?;
     let data_address = &data_plane.told().address;
     tracing::info!(name = options.name, %address, %data_address, %metrics_address, incarnation = spec.incarnation.0, devices = spec.devices.len(), "the worker starts");
     let mut node = node.join(spec, connect(&options), Arc::new(move |service| inspect(&models, service)))?;

@@ -1,7 +1,8 @@
 //! A plan's ranks on this node: checked, given their cores, and loaded as one model.
 //!
 //! One rank is a decoder that the engine's thread runs. Several are a [`ShardedModel`]: a thread for each, on the cores of
-//! its device, whose sums go through this process's memory. What it is not: it takes no memory ([`crate::ledger`] does)
+//! its device, whose sums go through this process's memory; ranks of other workers are reached over the data plane, and where
+//! another worker leads, the ranks here are [`FollowingRanks`]. What it is not: it takes no memory ([`crate::ledger`] does)
 //! and starts no engine.
 //!
 //! Invariant: what a rank loads is what its plan says, part for part; a plan that says something else than its layout makes
@@ -10,8 +11,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use forge_kernels::{CpuBackend, CpuOptions};
-use forge_model::sharded::{MakeBackend, RankLayout};
+use forge_kernels::{CpuBackend, CpuOptions, KernelError};
+use forge_model::sharded::{FollowingRanks, MakeBackend, RankLayout, Reach};
 use forge_model::{DecoderOptions, Shard, ShardedModel, StepModel};
 use forge_shared::ids::NodeId;
 use forge_shared::plan::{Plan, RankPlan};
@@ -24,19 +25,26 @@ use crate::threads;
 
 /// The longest a rank waits for its peers, and the engine for a step: longer than a first step that reads all weights from
 /// a slow disk.
-const STEP_DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const STEP_DEADLINE: Duration = Duration::from_secs(120);
+
+/// The numbers of a plan's ranks that are on a node.
+///
+/// # Errors
+/// [`WorkerError::Setting`] where none is.
+pub(crate) fn here(plan: &Plan, node: &NodeId) -> Result<Vec<usize>, WorkerError> {
+    let here: Vec<usize> = (0..plan.ranks.len()).filter(|&rank| plan.ranks[rank].node == *node).collect();
+    if here.is_empty() {
+        return Err(WorkerError::Setting { field: "plan.ranks.node", reason: format!("none of the plan's ranks is on {node}") });
+    }
+    Ok(here)
+}
 
 /// How a plan's ranks divide its model.
 ///
 /// # Errors
-/// [`WorkerError::Setting`] for ranks of other nodes, and for ranks that no layout has.
-pub(crate) fn layout(plan: &Plan, node: &NodeId) -> Result<RankLayout, WorkerError> {
+/// [`WorkerError::Setting`] for ranks that no layout has.
+pub(crate) fn layout(plan: &Plan) -> Result<RankLayout, WorkerError> {
     let wrong = |field, reason: String| Err(WorkerError::Setting { field, reason });
-    if let Some(rank) = plan.ranks.iter().find(|rank| rank.node != *node) {
-        let reason =
-            format!("the plan's rank is on {}, and this is {node}: workers of this version hold all ranks of a replica", rank.node);
-        return wrong("plan.ranks.node", reason);
-    }
     let Some(first) = plan.ranks.first() else { return wrong("plan.ranks", "there are none".into()) };
     let members = first.tensor_size.saturating_mul(first.expert_size);
     if members == 0 || !plan.ranks.len().is_multiple_of(members) {
@@ -55,13 +63,20 @@ pub(crate) fn layout(plan: &Plan, node: &NodeId) -> Result<RankLayout, WorkerErr
     Ok(layout)
 }
 
-/// Whether every rank's experts are those of its share, and its memory what it needs.
+/// Whether the experts of every rank that is here are those of its share, and its memory what it needs.
 ///
 /// # Errors
 /// [`WorkerError::Setting`] for experts that are not; [`WorkerError::Memory`] for the first that has not; a layout that this model cannot have.
-pub(crate) fn check(plan: &Plan, layout: &RankLayout, model: &PreparedModel, sizes: DecoderSizes) -> Result<(), WorkerError> {
+pub(crate) fn check(
+    plan: &Plan,
+    here: &[usize],
+    layout: &RankLayout,
+    model: &PreparedModel,
+    sizes: DecoderSizes,
+) -> Result<(), WorkerError> {
     let experts = model.model.architecture().experts.as_ref().map_or(0, |experts| experts.count);
-    for (number, rank) in plan.ranks.iter().enumerate() {
+    for &number in here {
+        let rank = &plan.ranks[number];
         let held = share(experts, rank.expert_rank, rank.expert_size);
         if held != rank.experts {
             let reason =
@@ -93,12 +108,12 @@ impl RankCores {
     }
 }
 
-/// The cores of every rank: those of its device, divided where ranks of this replica share it.
-pub(crate) fn cores(plan: &Plan, reservations: &[Reservation]) -> Vec<RankCores> {
-    let of = |(number, reservation): (usize, &Reservation)| {
-        let (rank, device) = (&plan.ranks[number], reservation.device());
-        let position = plan.ranks[..number].iter().filter(|other| other.device == rank.device).count();
-        let sharing = plan.ranks.iter().filter(|other| other.device == rank.device).count();
+/// The cores of every rank that is here: those of its device, divided where ranks of this replica share it.
+pub(crate) fn cores(plan: &Plan, here: &[usize], reservations: &[Reservation]) -> Vec<RankCores> {
+    let of = |(place, reservation): (usize, &Reservation)| {
+        let (rank, device) = (&plan.ranks[here[place]], reservation.device());
+        let same = |other: &&usize| plan.ranks[**other].device == rank.device;
+        let (position, sharing) = (here[..place].iter().filter(same).count(), here.iter().filter(same).count());
         let cores = share_of(&device.cores, position, sharing);
         let threads = if cores.is_empty() { rank.threads } else { rank.threads.min(cores.len()) };
         RankCores { cores, threads, niceness: device.niceness }
@@ -119,16 +134,29 @@ fn share_of(cores: &[usize], position: usize, sharing: usize) -> Vec<usize> {
 /// # Errors
 /// As `layout`; the model's, and the device's.
 pub fn load_here(model: &PreparedModel, options: &DecoderOptions, plan: &Plan) -> Result<Box<dyn StepModel>, WorkerError> {
-    let layout = match plan.ranks.first() {
-        Some(first) => layout(plan, &first.node)?,
-        None => return Err(WorkerError::Setting { field: "plan.ranks", reason: "there are none".into() }),
-    };
+    let layout = layout(plan)?;
     let (all, ranks) = (threads::allowed_cores(), plan.ranks.len());
     let of = |(number, rank): (usize, &RankPlan)| RankCores { cores: share_of(&all, number, ranks), threads: rank.threads, niceness: 0 };
-    load(model, options, &layout, plan.ranks.iter().enumerate().map(of).collect())
+    load(model, options, &layout, plan.ranks.iter().enumerate().map(of).collect(), None)
 }
 
-/// Loads all ranks; `options` are those of an undivided decoder. With one it uses the calling thread and its cores.
+fn backend(threads: usize) -> Result<Arc<CpuBackend>, KernelError> {
+    CpuBackend::new(CpuOptions { threads, ..CpuOptions::default() }).map(Arc::new)
+}
+
+/// What makes the backend of each rank, on the rank's own thread.
+fn backends(cores: Vec<RankCores>) -> Vec<MakeBackend<CpuBackend>> {
+    let make = |cores: RankCores| -> MakeBackend<CpuBackend> {
+        Box::new(move || {
+            cores.settle();
+            Ok(backend(cores.threads)?)
+        })
+    };
+    cores.into_iter().map(make).collect()
+}
+
+/// Loads the ranks that are here, on the worker that leads; `options` are those of an undivided decoder, `reach` has the ranks
+/// of other workers. A single rank uses the calling thread and its cores.
 ///
 /// # Errors
 /// The model's, and the device's.
@@ -137,19 +165,30 @@ pub(crate) fn load(
     options: &DecoderOptions,
     layout: &RankLayout,
     cores: Vec<RankCores>,
+    reach: Option<&Reach>,
 ) -> Result<Box<dyn StepModel>, WorkerError> {
-    let backend = |threads| CpuBackend::new(CpuOptions { threads, ..CpuOptions::default() }).map(Arc::new);
+    if let Some(reach) = reach {
+        return Ok(Box::new(ShardedModel::spanning(&model.model, layout, options, reach, backends(cores))?));
+    }
     if let [only] = cores.as_slice() {
         let options = DecoderOptions { shard: layout.shard(0), ..options.clone() };
         return Ok(Box::new(model.model.decoder(backend(only.threads)?, &options)?));
     }
-    let backends = cores.into_iter().map(|cores| -> MakeBackend<CpuBackend> {
-        Box::new(move || {
-            cores.settle();
-            Ok(backend(cores.threads)?)
-        })
-    });
-    Ok(Box::new(ShardedModel::local(&model.model, layout, options, STEP_DEADLINE, backends.collect())?))
+    Ok(Box::new(ShardedModel::local(&model.model, layout, options, STEP_DEADLINE, backends(cores))?))
+}
+
+/// Loads the ranks that are here, on a worker that does not lead.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn follow(
+    model: &PreparedModel,
+    options: &DecoderOptions,
+    layout: &RankLayout,
+    cores: Vec<RankCores>,
+    reach: &Reach,
+) -> Result<FollowingRanks, WorkerError> {
+    Ok(FollowingRanks::start(&model.model, layout, options, reach, backends(cores))?)
 }
 
 #[cfg(test)]

@@ -68,7 +68,7 @@ async fn plans_whose_ranks_cannot_be_here_are_refused_by_name() {
     assert!(failure(&mut node).await.contains("device 1 has"));
     type Change = fn(&mut Plan);
     let changes: [(Change, &str); 5] = [
-        (|plan| plan.ranks[1].node = "v".into(), "rank is on v"),
+        (|plan| plan.ranks[1].node = "v".into(), "w has no data plane"),
         (|plan| plan.ranks[1].tensor_rank = 0, "rank 1 is not where"),
         (|plan| plan.ranks.truncate(1), "are no stages of"),
         (|plan| plan.ranks[1].experts = 0..3, "is to hold experts 0..3"),

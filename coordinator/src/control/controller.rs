@@ -21,7 +21,7 @@ use super::failures::Failures;
 use super::inspect::Inspections;
 use super::lease::LeaseTable;
 use super::rollout::{Budget, Replaced, Work};
-use super::{RUNS_ON_ONE_NODE, drain_ms, present, wish_of};
+use super::{drain_ms, present, wish_of};
 use crate::placement::{self, Cluster, Placement, Wish};
 use crate::state::ClusterState;
 
@@ -453,7 +453,7 @@ impl Placing<'_> {
             last_epoch: self.epoch,
             standing: &standing,
             avoided: &avoided,
-            on_one_node: RUNS_ON_ONE_NODE,
+            on_one_node: false,
         };
         placement::plan(self.cluster, &wish)
     }

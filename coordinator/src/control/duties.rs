@@ -4,8 +4,9 @@
 //! failed or has stopped is not among them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use forge_shared::cluster::session::Assignment;
+use forge_shared::cluster::session::{Assignment, Peer};
 use forge_shared::ids::NodeId;
 use forge_shared::plan::Plan;
 use forge_shared::spec::ModelService;
@@ -18,12 +19,14 @@ use crate::state::{ClusterState, runs};
 pub struct Duties<'a>(BTreeMap<&'a NodeId, Vec<Duty<'a>>>);
 
 /// A replica that a worker has a rank of.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Duty<'a> {
     plan: &'a Plan,
     wish: &'a ModelService,
     weights_digest: &'a str,
     drain_ms: Option<u64>,
+    /// Where the workers of a plan of several reach each other.
+    peers: Arc<[Peer]>,
 }
 
 impl<'a> Duties<'a> {
@@ -36,7 +39,7 @@ impl<'a> Duties<'a> {
             for (replica, is_draining) in placed.chain(leaving).filter(|(replica, _)| runs(replica)) {
                 let Some((wish, weights_digest)) = wish_of(service, replica.generation) else { continue };
                 let drain_ms = is_draining.then(|| drain_ms(wish));
-                duties.add(Duty { plan: &replica.plan, wish, weights_digest, drain_ms });
+                duties.add(Duty { plan: &replica.plan, wish, weights_digest, drain_ms, peers: peers(state, &replica.plan) });
             }
         }
         duties
@@ -47,7 +50,7 @@ impl<'a> Duties<'a> {
         for (place, rank) in ranks.iter().enumerate() {
             // Several ranks on one worker are one duty.
             if ranks[..place].iter().all(|before| before.node != rank.node) {
-                self.0.entry(&rank.node).or_default().push(duty);
+                self.0.entry(&rank.node).or_default().push(duty.clone());
             }
         }
     }
@@ -55,7 +58,7 @@ impl<'a> Duties<'a> {
     /// One worker's alone.
     #[cfg(test)]
     pub(crate) fn of_one(node: &'a NodeId, plans: &'a [Plan], wish: &'a ModelService) -> Self {
-        let duties = plans.iter().map(|plan| Duty { plan, wish, weights_digest: "", drain_ms: None });
+        let duties = plans.iter().map(|plan| Duty { plan, wish, weights_digest: "", drain_ms: None, peers: Arc::default() });
         Duties(BTreeMap::from([(node, duties.collect())]))
     }
 
@@ -65,11 +68,24 @@ impl<'a> Duties<'a> {
     }
 }
 
+/// Where the workers of a plan of several reach each other.
+fn peers(state: &ClusterState, plan: &Plan) -> Arc<[Peer]> {
+    if !plan.is_divided() {
+        return Arc::default();
+    }
+    let peer = |node: &NodeId| {
+        let data_plane = state.nodes().get(node)?.spec.data_plane.clone()?;
+        Some(Peer { node: node.clone(), data_plane })
+    };
+    plan.nodes().into_iter().filter_map(peer).collect()
+}
+
 impl Duty<'_> {
     /// Whether a worker was told just this.
     pub fn is(&self, told: &Assignment) -> bool {
         (self.plan, self.wish) == (&told.plan, &*told.service)
             && (self.weights_digest, self.drain_ms) == (told.weights_digest.as_str(), told.drain_ms)
+            && *self.peers == *told.peers
     }
 
     /// As a worker is told.
@@ -79,12 +95,15 @@ impl Duty<'_> {
             service: Box::new(self.wish.clone()),
             weights_digest: self.weights_digest.to_owned(),
             drain_ms: self.drain_ms,
+            peers: self.peers.to_vec(),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use forge_shared::cluster::node::{DataPlane, DataTransport};
+
     use super::*;
     use crate::state::test_support::*;
 
@@ -104,12 +123,15 @@ mod tests {
         };
         let wish = service("s", Default::default());
         let mut duties = Duties::default();
-        let duty = Duty { plan: &plan, wish: &wish, weights_digest: "d", drain_ms: None };
-        duties.add(duty);
+        let duty = Duty { plan: &plan, wish: &wish, weights_digest: "d", drain_ms: None, peers: Arc::default() };
+        duties.add(duty.clone());
         let at = |node: &str| duties.at(&node.into()).len();
         assert_eq!([at("a"), at("b"), at("c")], [1, 1, 0]);
         let told = duty.assignment();
         assert!(duty.is(&told));
-        assert!(!Duty { drain_ms: Some(1), ..duty }.is(&told) && !Duty { weights_digest: "e", ..duty }.is(&told));
+        assert!(!Duty { drain_ms: Some(1), ..duty.clone() }.is(&told) && !Duty { weights_digest: "e", ..duty.clone() }.is(&told));
+        let data_plane = DataPlane { address: "b:7".into(), transport: DataTransport::Quic };
+        let peer = Peer { node: "b".into(), data_plane };
+        assert!(!Duty { peers: Arc::new([peer]), ..duty }.is(&told), "one that joined anew may have moved");
     }
 }

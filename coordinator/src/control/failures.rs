@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use forge_shared::cluster::node::NodePhase;
 use forge_shared::cluster::service::{ReplicaRecord, ServiceRecord};
 use forge_shared::ids::{Epoch, Incarnation, NodeId, ServiceName};
 
@@ -33,11 +34,13 @@ struct OfService {
     nodes: BTreeMap<NodeId, OfNode>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct OfReplica {
     count: u32,
     last_ms: u64,
     next_ms: u64,
+    /// Of several nodes, the one by whose fault it failed last.
+    culprit: Option<(NodeId, Incarnation)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -89,20 +92,30 @@ impl OfService {
         let count = self.replicas.get(&index).map_or(0, |known| known.count).saturating_add(1);
         let (first_ms, most_ms) = BACKOFF_MS;
         let wait_ms = first_ms.saturating_mul(1 << (count - 1).min(20)).min(most_ms);
-        self.replicas.insert(index, OfReplica { count, last_ms: now_ms, next_ms: now_ms.saturating_add(wait_ms) });
-        for rank in &replica.plan.ranks {
-            let Some(node) = state.nodes().get(&rank.node) else { continue };
+        let culprit = replica.status.fault.as_ref().and_then(|id| Some((id.clone(), state.nodes().get(id)?.spec.incarnation)));
+        self.replicas.insert(index, OfReplica { count, last_ms: now_ms, next_ms: now_ms.saturating_add(wait_ms), culprit });
+        // Of several nodes one lets the others down, as they say: it is not the first choice from then on, and that is all.
+        let plan = &replica.plan;
+        let (culprits, counts) = if plan.is_divided() { (replica.status.fault.iter().collect(), 0) } else { (plan.nodes(), 1) };
+        for id in culprits {
+            let Some(node) = state.nodes().get(id) else { continue };
             let incarnation = node.spec.incarnation;
-            let count = self.nodes.get(&rank.node).filter(|known| known.incarnation == incarnation).map_or(0, |known| known.count);
-            self.nodes.insert(rank.node.clone(), OfNode { incarnation, count: count.saturating_add(1), last_ms: now_ms });
+            let count = self.nodes.get(id).filter(|known| known.incarnation == incarnation).map_or(0, |known| known.count);
+            self.nodes.insert(id.clone(), OfNode { incarnation, count: count.saturating_add(counts), last_ms: now_ms });
         }
     }
 
     fn forget(&mut self, now_ms: u64, state: &ClusterState, service: &ServiceRecord) {
         let failed: BTreeSet<Epoch> = service.replicas.iter().filter(|replica| !runs(replica)).map(|replica| replica.plan.epoch).collect();
         self.counted.retain(|epoch| failed.contains(epoch));
-        self.replicas
-            .retain(|index, replica| *index < service.service.spec.replicas && now_ms < replica.last_ms.saturating_add(FORGET_REPLICA_MS));
+        let is_there = |(id, incarnation): &(NodeId, Incarnation)| {
+            state.nodes().get(id).is_some_and(|known| known.phase == NodePhase::Ready && known.spec.incarnation == *incarnation)
+        };
+        self.replicas.retain(|index, replica| {
+            // Whose loss was the reason is gone, or another process by now: nothing is waited for.
+            let is_explained = replica.culprit.as_ref().is_some_and(|culprit| !is_there(culprit));
+            *index < service.service.spec.replicas && !is_explained && now_ms < replica.last_ms.saturating_add(FORGET_REPLICA_MS)
+        });
         self.nodes.retain(|id, node| {
             now_ms < node.last_ms.saturating_add(FORGET_NODE_MS)
                 && state.nodes().get(id).is_some_and(|known| known.spec.incarnation == node.incarnation)

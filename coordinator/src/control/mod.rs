@@ -22,8 +22,8 @@ mod tests;
 use forge_cluster::api::{ClusterError, PlannedService};
 use forge_shared::cluster::service::{Facts, ServiceRecord};
 use forge_shared::ids::{Epoch, ServiceName};
-use forge_shared::plan::{ModelFacts, Plan};
-use forge_shared::spec::ModelService;
+use forge_shared::plan::{ModelFacts, Plan, RankPlan};
+use forge_shared::spec::{ByteSize, ModelService};
 
 pub use controller::{Controller, ControllerOptions, Intent};
 pub use duties::{Duties, Duty};
@@ -32,10 +32,6 @@ pub use shares::ShareTable;
 
 use crate::placement::{self, Cluster, Wish};
 use crate::state::{ClusterState, changes_replicas, check_wish, runs};
-
-/// Whether all ranks of a replica must be on one worker. Layouts over several are planned (`--dry-run`), with a note, and not
-/// carried out.
-pub const RUNS_ON_ONE_NODE: bool = true;
 
 /// How long a replica of this wish may finish its requests, milliseconds.
 fn drain_ms(wish: &ModelService) -> u64 {
@@ -97,17 +93,30 @@ pub fn plan_service(state: &ClusterState, service: &ModelService, facts: &ModelF
     plans.sort_by_key(|plan| plan.replica.index);
     let refused_devices = placement::why_not(&cluster, &wish, &plans);
     let changes = known.is_none_or(|known| known.is_deleted || known.service != *service);
-    let is_divided = |plan: &Plan| plan.ranks.iter().any(|rank| rank.node != plan.ranks[0].node);
     let mut notes = Vec::new();
-    if RUNS_ON_ONE_NODE && plans.iter().any(is_divided) {
-        notes.push(
-            "workers of this version run all ranks of a replica on one worker: applied, its ranks share the devices of one worker \
-             that has the memory, or the service stays pending; give one worker more devices, or choose a layout of fewer ranks"
-                .to_owned(),
-        );
+    if let Some(plan) = plans.iter().find(|plan| plan.is_divided()) {
+        notes.push(across_note(plan, facts));
     }
     notes.extend(known.filter(|known| !known.is_deleted).and_then(|known| how_it_rolls(known, service)));
     Ok(PlannedService { service: service.clone(), changes, plans, refused_devices, notes })
+}
+
+/// What a replica over several workers means, in a sentence.
+fn across_note(plan: &Plan, facts: &ModelFacts) -> String {
+    let nodes = plan.nodes().len();
+    let row_bytes = (facts.shape.hidden_size as u64).saturating_mul(4);
+    let stage_ranks = plan.ranks.first().map_or(1, |first| first.tensor_size * first.expert_size).max(1);
+    let stages = plan.ranks.chunks(stage_ranks);
+    let apart = |ranks: &[RankPlan]| ranks.iter().any(|rank| rank.node != ranks[0].node);
+    // Two sums a layer: after the attention, and after the rest.
+    let sums = stages.clone().filter(|stage| apart(stage)).map(|stage| stage[0].layers.len() as u64 * 2).sum::<u64>();
+    let handed = stages.clone().zip(stages.skip(1)).filter(|(from, to)| from.iter().zip(*to).any(|(from, to)| from.node != to.node));
+    let bytes = row_bytes.saturating_mul(sums.saturating_add(handed.count() as u64));
+    format!(
+        "ranks of a replica are on {nodes} workers: for each token about {} go from a rank over their network (dataPlane), in {sums} sums \
+         that each step waits for; where one worker has the devices it is faster",
+        ByteSize(bytes)
+    )
 }
 
 /// How a changed wish would be rolled out, in a sentence.

@@ -3,9 +3,9 @@ mod rollouts;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use forge_shared::cluster::node::NodePhase;
+use forge_shared::cluster::node::{DataPlane, DataTransport, NodePhase, NodeSpec};
 use forge_shared::cluster::service::{ReplicaPhase, ReplicaRecord, ReplicaReport, ReplicaStatus};
-use forge_shared::cluster::session::Assignment;
+use forge_shared::cluster::session::{Assignment, Peer};
 use forge_shared::plan::Refusal;
 use forge_shared::rollout::RolloutSpec;
 use forge_shared::spec::{ByteSize, Layout, ModelServiceSpec};
@@ -27,11 +27,17 @@ fn assignments(state: &ClusterState, node: &NodeId) -> Vec<Assignment> {
         let leaving = service.leaving.iter().map(|leaving| (&leaving.replica, Some(()).filter(|()| leaving.is_draining)));
         for (replica, drains) in placed.chain(leaving).filter(|(replica, _)| is_here(replica)) {
             let (wish, weights_digest) = wish_of(service, replica.generation).expect("it is kept");
+            let mut peers = Vec::new();
+            for node in replica.plan.nodes().into_iter().filter(|_| replica.plan.is_divided()) {
+                let data_plane = state.nodes().get(node).and_then(|record| record.spec.data_plane.clone());
+                peers.extend(data_plane.map(|data_plane| Peer { node: node.clone(), data_plane }));
+            }
             assignments.push(Assignment {
                 plan: replica.plan.clone(),
                 service: Box::new(wish.clone()),
                 weights_digest: weights_digest.to_owned(),
                 drain_ms: drains.map(|()| drain_ms(wish)),
+                peers,
             });
         }
     }
@@ -363,6 +369,47 @@ fn a_replica_that_fails_is_tried_elsewhere_and_not_for_ever_on_one_node() {
 }
 
 #[test]
+fn a_replica_of_several_nodes_is_placed_anew_without_the_one_that_let_it_down() {
+    let mut world = World::new();
+    for name in ["a", "b", "c"] {
+        let data_plane = Some(DataPlane { address: format!("{name}:7100"), transport: DataTransport::Quic });
+        let spec = Box::new(NodeSpec { data_plane, ..worker(name, 1, &[420]) });
+        world.run(Command::JoinNode { spec }).expect("joins");
+    }
+    let mut leader = Leader::new(world);
+    leader.weights_mib = 400;
+    let layout = Layout { tensor: 2, ..Layout::default() };
+    let (kv_memory, max_model_len) = (Some(ByteSize(50 * MIB)), Some(512));
+    let wish = ModelServiceSpec { replicas: 1, layout, kv_memory, max_model_len, ..Default::default() };
+    leader.apply("demo", wish.clone());
+    leader.settle(20_000);
+    let planned = plan_service(&leader.world.state, &service("demo", wish), &facts(400)).expect("it stands");
+    assert!(planned.notes[0].contains("are on 2 workers"), "{:?}", planned.notes);
+    let plan = leader.service("demo").replicas[0].plan.clone();
+    let [first, second] = plan.nodes()[..] else { panic!("{plan:?}") };
+    for node in [first, second] {
+        let peers: Vec<NodeId> = assignments(&leader.world.state, node).remove(0).peers.into_iter().map(|peer| peer.node).collect();
+        assert_eq!(peers, [first.clone(), second.clone()]);
+    }
+    // The leading worker says whose fault it was; a stranger's name is not believed.
+    for (fault, expected) in [("stranger", [first.clone(), second.clone()]), (second.0.as_str(), [first.clone(), NodeId::from("c")])] {
+        let plan = leader.service("demo").replicas[0].plan.clone();
+        let status = ReplicaStatus { phase: ReplicaPhase::Failed, fault: Some(fault.into()), ..ReplicaStatus::placed() };
+        let report = ReplicaReport { replica: plan.replica, epoch: plan.epoch, status, found_memory_bytes: None };
+        leader.world.run(Command::ReportReplica { node: first.clone(), incarnation: Incarnation(1), report }).expect("reports");
+        leader.settle(60_000);
+        let now = &leader.service("demo").replicas[0].plan;
+        assert!(now.epoch > plan.epoch);
+        assert_eq!(now.nodes(), expected.iter().collect::<Vec<_>>());
+    }
+    // A node that is lost ends the epoch, and what is left is planned.
+    leader.alive.retain(|(name, _)| name != "c");
+    leader.now_ms += 2 * LEASE_MS;
+    leader.settle(60_000);
+    assert_eq!(leader.service("demo").replicas[0].plan.nodes(), [first, second]);
+}
+
+#[test]
 fn a_node_with_less_memory_than_it_said_gets_no_more_than_was_found() {
     let mut leader = Leader::of(&[("a", 2_000), ("b", 1_000)]);
     leader.apply("demo", spec(1));
@@ -427,15 +474,14 @@ fn a_gateway_that_was_forgotten_while_it_was_cut_off_comes_back_as_it_is() {
 }
 
 #[test]
-fn layouts_over_several_workers_stay_pending_with_the_reason_and_are_planned_when_asked() {
+fn layouts_over_workers_that_do_not_reach_each_other_stay_pending_with_the_reason() {
     let mut leader = Leader::of(&[("a", 300), ("b", 300)]);
     let wish = ModelServiceSpec { layout: Layout { tensor: 2, ..Layout::default() }, ..spec(1) };
     leader.apply("demo", wish.clone());
     leader.settle(20_000);
     let refusal = leader.service("demo").refusal.as_ref().map(Refusal::to_string).unwrap_or_default();
-    assert!(refusal.contains("2 ranks must fit together on one worker"), "{refusal}");
-    let planned = plan_service(&leader.world.state, &service("other", wish), &facts(100)).expect("fits two nodes");
-    assert_eq!((planned.plans[0].ranks.len(), planned.notes.len()), (2, 1));
+    assert!(refusal.contains("2 ranks must fit together on one worker, or on several that reach each other"), "{refusal}");
+    assert!(plan_service(&leader.world.state, &service("other", wish), &facts(100)).is_err());
 }
 
 #[test]

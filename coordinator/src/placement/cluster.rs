@@ -3,7 +3,7 @@
 //! Invariant: nodes are in order of their names and devices of their numbers, so that the order in which they were given
 //! decides nothing; what is taken is what plans say, and never makes free memory negative.
 
-use forge_shared::cluster::node::{DeviceKind, NodePhase, NodeRecord, Role};
+use forge_shared::cluster::node::{DataTransport, DeviceKind, NodePhase, NodeRecord, Role};
 use forge_shared::ids::NodeId;
 use forge_shared::plan::{DeviceView, Plan};
 
@@ -22,6 +22,8 @@ pub(super) struct Node {
     /// Why it takes no new replicas, if so.
     pub unusable: Option<&'static str>,
     pub slots: Vec<Slot>,
+    /// How it reaches other workers; absent where its ranks can share no replica with theirs.
+    pub transport: Option<DataTransport>,
     /// Devices on which its worker runs nothing, and why.
     pub refused: Vec<(u32, String)>,
 }
@@ -59,7 +61,7 @@ impl Cluster {
                 Slot { device: view.device, kind: DeviceKind::Cpu, cores: view.threads, free_bytes: view.free_bytes.0, debt_bytes: 0 };
             match nodes.iter_mut().find(|node| node.id == view.node) {
                 Some(node) => node.slots.push(slot),
-                None => nodes.push(Node { id: view.node.clone(), unusable: None, slots: vec![slot], refused: Vec::new() }),
+                None => nodes.push(Node { id: view.node.clone(), unusable: None, slots: vec![slot], transport: None, refused: Vec::new() }),
             }
         }
         nodes.sort_by(|a, b| a.id.cmp(&b.id));
@@ -126,7 +128,8 @@ impl Node {
         let refused = record.spec.devices.iter().filter_map(|device| Some((device.index, device.cannot_run.clone()?)));
         let mut refused: Vec<(u32, String)> = refused.collect();
         refused.sort();
-        Node { id: record.spec.id.clone(), unusable, slots, refused }
+        let transport = record.spec.data_plane.as_ref().map(|told| told.transport);
+        Node { id: record.spec.id.clone(), unusable, slots, transport, refused }
     }
 
     /// The roomiest device; of equals the first.

@@ -123,7 +123,14 @@ fn constraints(cluster: &Cluster, wish: &Wish<'_>, index: u32) -> Vec<FailedCons
     let fitting = usable.len() - count(&|free| free < need_bytes);
     if demand.ranks.len() > 1 && (fitting < demand.ranks.len() || failed.is_empty()) {
         // Every device may do alone: what fails is all of them together.
-        let place = if wish.on_one_node { " on one worker (this version runs no replica over several)" } else { "" };
+        let lacks = |at: usize| cluster.nodes[at].unusable.is_none() && !avoided(at) && cluster.nodes[at].transport.is_none();
+        let place = if wish.on_one_node {
+            " on one worker"
+        } else if (0..cluster.nodes.len()).any(lacks) {
+            " on one worker, or on several that reach each other (dataPlane; the cluster at level 2)"
+        } else {
+            ""
+        };
         let constraint = format!("{} ranks must fit together{place}, and {fitting} devices hold one", demand.ranks.len());
         failed.push(FailedConstraint { constraint, failed_devices: devices - fitting, devices });
     }

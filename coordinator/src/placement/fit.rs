@@ -1,13 +1,13 @@
 //! Which devices a replica takes, and how much KV memory its ranks get there.
 //!
-//! Preferences, in order: the node with the fewest replicas of the service; one node for all ranks, each on a device of its
+//! Ranks are divided only among workers whose data planes reach each other. Preferences, in order: the node with the fewest replicas of the service; one node for all ranks, each on a device of its
 //! own; devices of several nodes, stage by stage; devices shared by several ranks; always the roomier.
 //!
 //! Invariant: what is chosen has free memory for every rank's weights, workspace and KV blocks together.
 
 use std::cmp::Reverse;
 
-use forge_shared::cluster::node::DeviceKind;
+use forge_shared::cluster::node::{DataTransport, DeviceKind};
 use forge_shared::plan::RankMemory;
 use forge_shared::spec::Layout;
 
@@ -60,13 +60,20 @@ pub(super) fn choose(cluster: &Cluster, demand: &Demand, spread: &Spread<'_>) ->
         candidates.sort_by_cached_key(|&at| (spread.counts[at], Reverse(free_bytes(&cluster.nodes[at])), at));
         candidates
     };
-    let several = |choose: &dyn Fn() -> Option<Vec<Place>>| if spread.on_one_node { None } else { choose() };
+    // Only workers that speak to each other share a replica.
+    let several = |choose: &dyn Fn(&[usize]) -> Option<Vec<Place>>| {
+        let of = |transport: DataTransport| -> Vec<usize> {
+            candidates.iter().copied().filter(|&at| cluster.nodes[at].transport == Some(transport)).collect()
+        };
+        let kinds = [DataTransport::Quic, DataTransport::Tcp];
+        kinds.into_iter().filter(|_| !spread.on_one_node).find_map(|transport| choose(&of(transport)))
+    };
     candidates
         .iter()
         .find_map(|&at| distinct(&cluster.nodes[at], at, &needs, &[]))
-        .or_else(|| several(&|| across(cluster, demand.layout, &needs, &candidates)))
+        .or_else(|| several(&|nodes| across(cluster, demand.layout, &needs, nodes)))
         .or_else(|| candidates.iter().find_map(|&at| shared(cluster, &needs, &[at])))
-        .or_else(|| several(&|| shared(cluster, &needs, &candidates)))
+        .or_else(|| several(&|nodes| shared(cluster, &needs, nodes)))
 }
 
 fn choose_one(cluster: &Cluster, need_bytes: u64, spread: &Spread<'_>) -> Option<Place> {

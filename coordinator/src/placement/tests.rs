@@ -5,11 +5,15 @@ use proptest::prelude::*;
 use super::*;
 use crate::state::check_plan;
 use crate::state::test_support::{MIB, facts, mixture, worker};
-use forge_shared::cluster::node::{NodePhase, NodeRecord};
+use forge_shared::cluster::node::{DataPlane, DataTransport, NodePhase, NodeRecord, NodeSpec};
+
+fn reached(id: &str, transport: DataTransport) -> DataPlane {
+    DataPlane { address: format!("{id}:7100"), transport }
+}
 
 fn record(id: &str, devices_mib: &[u64]) -> NodeRecord {
     NodeRecord {
-        spec: worker(id, 1, devices_mib),
+        spec: NodeSpec { data_plane: Some(reached(id, DataTransport::Quic)), ..worker(id, 1, devices_mib) },
         phase: NodePhase::Ready,
         cordoned: false,
         draining: false,
@@ -196,6 +200,20 @@ fn ranks_that_must_be_together_are_refused_where_no_node_holds_them() {
     assert_eq!(nodes_of(&apart), ["a", "b"]);
     let refusal = place(true).refusal.expect("neither holds both");
     assert!(refusal.to_string().contains("2 ranks must fit together on one worker"), "{refusal}");
+}
+
+#[test]
+fn ranks_are_divided_only_among_workers_that_reach_each_other() {
+    let mut nodes = [record("a", &[420]), record("b", &[420]), record("c", &[420])];
+    let layout = Layout { tensor: 2, ..Layout::default() };
+    let spec = ModelServiceSpec { layout, kv_memory: Some(ByteSize(50 * MIB)), max_model_len: Some(512), ..Default::default() };
+    nodes[0].spec.data_plane = None;
+    assert_eq!(nodes_of(&place_on(&nodes, &spec, &facts(400))), ["b", "c"]);
+    nodes[1].spec.data_plane = Some(reached("b", DataTransport::Tcp));
+    let refusal = place_on(&nodes, &spec, &facts(400)).refusal.expect("no two speak alike");
+    assert!(refusal.to_string().contains("on several that reach each other (dataPlane"), "{refusal}");
+    nodes[2].spec.data_plane = Some(reached("c", DataTransport::Tcp));
+    assert_eq!(nodes_of(&place_on(&nodes, &spec, &facts(400))), ["b", "c"]);
 }
 
 #[test]

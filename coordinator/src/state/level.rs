@@ -41,6 +41,9 @@ fn needs(command: &Command) -> Option<(&'static str, u32)> {
             Some(("the count of what tensor ranks have beyond their parts", SHARES))
         }
         Command::JoinNode { spec } if spec.data_plane.is_some() => Some(("the address of a worker's data plane", DATA_PLANES)),
+        Command::ReportReplica { report, .. } if report.status.fault.is_some() => {
+            Some(("the node by whose fault a replica failed", DATA_PLANES))
+        }
         Command::ScaleService { .. }
         | Command::DeleteService { .. }
         | Command::RecordFacts { .. }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::command::{CommandError, PlannedReplica};
-use forge_shared::cluster::node::{NodePhase, Role};
+use forge_shared::cluster::node::{DataTransport, NodePhase, Role};
 use forge_shared::cluster::service::{Facts, LeavingReplica, ReplicaPhase, ReplicaRecord, ReplicaStatus, ServiceRecord};
 use forge_shared::ids::{Epoch, NodeId, ReplicaId, ServiceName};
 use forge_shared::plan::{ModelFacts, Plan, Refusal};
@@ -132,6 +132,10 @@ impl ClusterState {
                 return stale(format!("nothing runs on device {}/{}: {reason}", rank.node, rank.device));
             }
         }
+        let transports: BTreeSet<Option<DataTransport>> = plan.nodes().into_iter().map(|node| self.transport_of(node)).collect();
+        if plan.is_divided() && (transports.len() > 1 || transports.contains(&None)) {
+            return stale(format!("the workers of {id} do not reach each other: all need a data plane of one transport"));
+        }
         service.last_epoch = plan.epoch;
         if self.level >= KEPT {
             service.longest_len = service.longest_len.max(Some(plan.max_model_len));
@@ -151,6 +155,11 @@ impl ClusterState {
         let message = format!("replica {id} was placed on {} under epoch {}", places.join(", "), plan.epoch);
         draft.notices.push((Weight::Normal, "ReplicaPlaced", format!("replica/{id}"), message));
         Ok(())
+    }
+
+    /// How a worker reaches others.
+    fn transport_of(&self, node: &NodeId) -> Option<DataTransport> {
+        Some(self.nodes.get(node)?.spec.data_plane.as_ref()?.transport)
     }
 
     fn draft_refusals(&self, draft: &mut Draft, refusals: &[Refusal], settled: &[ServiceName]) -> Result<(), CommandError> {

@@ -41,6 +41,7 @@ impl ClusterState {
         if devices.is_empty() {
             return Ok(Effect::NONE);
         }
+        status.fault = status.fault.filter(|fault| replica.plan.ranks.iter().any(|rank| rank.node == *fault));
         let believed = report.found_memory_bytes.is_some_and(|found_bytes| self.believe_memory(node, &devices, found_bytes, step));
         // Ranks that do not lead can only say that they are at their end.
         if replica.status == status || !runs(replica) || !(leads || ends) {

@@ -375,7 +375,7 @@ async fn live(mut session: Session, told: &Mutex<Vec<Assignment>>) -> Option<Str
 }
 
 fn report(assignment: &Assignment, phase: ReplicaPhase) -> NodeUp {
-    let status = ReplicaStatus { phase, percent: 100, reason: String::new(), restarts: 0, numerics_id: "test".into() };
+    let status = ReplicaStatus { phase, percent: 100, reason: String::new(), restarts: 0, numerics_id: "test".into(), fault: None };
     let report = ReplicaReport { replica: assignment.plan.replica.clone(), epoch: assignment.plan.epoch, status, found_memory_bytes: None };
     NodeUp::Replica { report: Box::new(report) }
 }

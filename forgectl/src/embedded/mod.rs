@@ -161,7 +161,7 @@ impl EmbeddedCoordinator {
             service,
             stored: StoredModels::new(home, false).counting(metrics.clone()),
         });
-        let node = WorkerNode::start(&spec, ledger, models.clone(), metrics).await.map_err(failed)?;
+        let node = WorkerNode::start(&spec, ledger, models.clone(), None, metrics).await.map_err(failed)?;
         let engine = EngineService::new(node.board.clone(), logging::lines());
         let api: Arc<dyn ClusterApi> = Arc::new(self.coordinator.clone());
         let node = node.join(spec, Box::new(move || Ok(api)), Arc::new(move |service| models.inspect(service))).map_err(failed)?;

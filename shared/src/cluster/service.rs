@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Epoch, ReplicaId};
+use crate::ids::{Epoch, NodeId, ReplicaId};
 use crate::plan::{ModelFacts, Plan, Refusal};
 use crate::spec::ModelService;
 
@@ -184,12 +184,22 @@ pub struct ReplicaStatus {
     pub restarts: u32,
     /// Of the running engine; empty before.
     pub numerics_id: String,
+    /// By whose fault a replica with ranks on several nodes failed, where that is known. Level 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<NodeId>,
 }
 
 impl ReplicaStatus {
     /// A replica that its worker has not spoken of yet.
     pub fn placed() -> Self {
-        ReplicaStatus { phase: ReplicaPhase::Placed, percent: 0, reason: String::new(), restarts: 0, numerics_id: String::new() }
+        ReplicaStatus {
+            phase: ReplicaPhase::Placed,
+            percent: 0,
+            reason: String::new(),
+            restarts: 0,
+            numerics_id: String::new(),
+            fault: None,
+        }
     }
 }
 

@@ -6,8 +6,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::Revision;
-use super::node::{NodeLoad, NodeSpec};
+use super::node::{DataPlane, NodeLoad, NodeSpec};
 use super::service::ReplicaReport;
+use crate::ids::NodeId;
 use crate::plan::{ModelFacts, Plan};
 use crate::spec::ModelService;
 
@@ -107,6 +108,19 @@ pub struct Assignment {
     pub weights_digest: String,
     /// Let running requests finish within this time and end; none is taken any more.
     pub drain_ms: Option<u64>,
+    /// Where the workers of a plan of several reach each other; nothing for a plan of one. Level 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<Peer>,
+}
+
+/// A worker that has a rank of a plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Peer {
+    /// Which.
+    pub node: NodeId,
+    /// Where it is reached.
+    pub data_plane: DataPlane,
 }
 
 /// What a gateway used of one key's budget.

@@ -162,7 +162,7 @@ impl Worker {
         let busy = process.runs.keys().filter(is_up).find(|run| process.engines.answers(run));
         let up = busy.or_else(|| process.runs.keys().find(is_up)).cloned();
         if let Some(run) = up {
-            let death = Death { reason: "told to".into(), restartable: true, found_memory_bytes: None };
+            let death = Death { reason: "told to".into(), restartable: true, found_memory_bytes: None, fault: None };
             self.feed(world, claims, AgentInput::Died { run, death });
         }
     }
@@ -379,7 +379,7 @@ impl Worker {
         }
         if !self.is_sound && self.random.chance(DEATH_PERCENT) {
             *world.faults.entry("run dies while loading").or_default() += 1;
-            let death = Death { reason: "it fell over".into(), restartable: true, found_memory_bytes: None };
+            let death = Death { reason: "it fell over".into(), restartable: true, found_memory_bytes: None, fault: None };
             return self.feed(world, claims, AgentInput::Died { run, death });
         }
         if step == READY_STEP {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use forge_kernels::KernelError;
 use forge_net::NetError;
-use forge_shared::ids::Epoch;
+use forge_shared::ids::{Epoch, NodeId};
 
 /// Errors of the model crate.
 #[derive(Debug, thiserror::Error)]
@@ -195,6 +195,20 @@ pub enum ModelError {
         what: String,
         /// How long.
         waited: Duration,
+    },
+    /// A rank of another worker has failed.
+    #[error("worker {node}: {reason}")]
+    FarRank {
+        /// The worker by whose fault.
+        node: NodeId,
+        /// What it said.
+        reason: String,
+    },
+    /// What another worker sent is none of what ranks say to each other.
+    #[error("a message of another worker's ranks cannot be read: {reason}; run one version of Forge on all workers")]
+    Message {
+        /// What is wrong with it.
+        reason: String,
     },
     /// Ranks of one replica are not alike.
     #[error("rank {rank} has {field} = {actual}, rank 0 has {expected}: all ranks need the same files and the same kind of device")]

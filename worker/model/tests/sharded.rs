@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::ranks::one_thread;
 use common::{assert_same_bits, chunked, fixture, options, plans, run, sequences, together};
 use forge_kernels::{CpuBackend, KvDType};
-use forge_model::sharded::{MakeBackend, RankLayout, RankSetup, ShardedOptions};
+use forge_model::sharded::{LoadedRank, MakeBackend, RankLayout, RankSetup, ShardedOptions};
 use forge_model::{
     DecoderOptions, LoadMode, Model, ModelError, ShardedModel, StageInput, StageModel, StageOutput, StepModel, StepModelInfo, StepPlan,
 };
@@ -186,7 +186,7 @@ fn scripted(faulty: usize, fault: Fault, deadline: Duration) -> Result<ShardedMo
         let (info, of_rank) = (info.clone(), Some(group.clone()));
         let fault = if rank == faulty { fault } else { Fault::None };
         RankSetup {
-            load: Box::new(move || Ok(Box::new(Scripted { info, group: of_rank, steps: 0, fault }) as Box<dyn StageModel>)),
+            load: Box::new(move || Ok(LoadedRank::alone(Box::new(Scripted { info, group: of_rank, steps: 0, fault })))),
             abort: Box::new(move |reason| group.abort(reason)),
         }
     };
@@ -240,7 +240,7 @@ fn ranks_that_are_not_alike_or_too_few_are_refused() {
     let setup = |numerics_id: &str| {
         let info = StepModelInfo { numerics_id: numerics_id.into(), ..StepModelInfo::default() };
         RankSetup {
-            load: Box::new(move || Ok(Box::new(Scripted { info, group: None, steps: 0, fault: Fault::None }) as Box<dyn StageModel>)),
+            load: Box::new(move || Ok(LoadedRank::alone(Box::new(Scripted { info, group: None, steps: 0, fault: Fault::None })))),
             abort: Box::new(|_| {}),
         }
     };

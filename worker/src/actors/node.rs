@@ -105,6 +105,8 @@ pub struct NodeState {
 
 struct Child {
     run: RunId,
+    /// It shares its replica with other workers, which begin anew together under another epoch or not at all.
+    is_divided: bool,
     actor: ActorRef<ReplicaMessage>,
 }
 
@@ -180,20 +182,20 @@ impl Actor for NodeActor {
             SupervisionEvent::ActorFailed(cell, error) => (cell, Some(error)),
             _ => return Ok(()),
         };
-        let Some(Child { run, .. }) = state.children.remove(&cell.get_id()) else { return Ok(()) };
+        let Some(Child { run, is_divided, .. }) = state.children.remove(&cell.get_id()) else { return Ok(()) };
         let input = match failure {
             None => AgentInput::Stopped { run },
-            Some(error) => AgentInput::Died { death: death(&run, &error, &state.board), run },
+            Some(error) => AgentInput::Died { death: death(&run, is_divided, &error, &state.board), run },
         };
         feed(&myself, state, input).await?;
         Ok(())
     }
 }
 
-fn death(run: &RunId, error: &ActorProcessingErr, board: &ReplicaBoard) -> Death {
+fn death(run: &RunId, is_divided: bool, error: &ActorProcessingErr, board: &ReplicaBoard) -> Death {
     // A panic carries no WorkerError; it is a death like any other.
     let known = error.downcast_ref::<WorkerError>();
-    let restartable = known.is_none_or(WorkerError::restartable);
+    let restartable = !is_divided && known.is_none_or(WorkerError::restartable);
     let reason = error.to_string();
     tracing::error!(replica = run.replica, epoch = run.epoch.0, restartable, reason, "replica died");
     if let Some(link) = board.get(run) {
@@ -203,7 +205,7 @@ fn death(run: &RunId, error: &ActorProcessingErr, board: &ReplicaBoard) -> Death
         }
     }
     let found_memory_bytes = known.and_then(WorkerError::found_memory_bytes);
-    Death { reason, restartable, found_memory_bytes }
+    Death { reason, restartable, found_memory_bytes, fault: known.and_then(WorkerError::fault).cloned() }
 }
 
 /// Feeds the core and carries out what it says. Returns the reason if the input was refused.
@@ -254,14 +256,15 @@ async fn start(
     assignment: Assignment,
     is_restart: bool,
 ) -> Result<(), ActorProcessingErr> {
-    let run = RunId::of(&assignment.plan);
-    let link = state.board.open(&run, &assignment);
+    let (run, is_divided) = (RunId::of(&assignment.plan), assignment.plan.is_divided());
+    let leads = assignment.plan.ranks.first().is_some_and(|first| first.node == *state.agent.node());
+    let link = state.board.open(&run, &assignment, leads);
     if is_restart {
         link.count_restart();
         state.metrics.engine_restarts.get_or_create(&run_label(&link.card().name, &run.replica, run.epoch)).inc();
     }
     let arguments = ReplicaArguments { assignment, launcher: state.launcher.clone(), link, node: myself.clone() };
     let (actor, _) = Actor::spawn_linked(None, ReplicaActor, arguments, myself.get_cell()).await?;
-    state.children.insert(actor.get_id(), Child { run, actor });
+    state.children.insert(actor.get_id(), Child { run, is_divided, actor });
     Ok(())
 }

@@ -5,11 +5,12 @@
 //!
 //! Invariant: it answers `Stop` while it pulls and loads too; what a launch brings after that is stopped unused.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use forge_shared::cluster::service::ReplicaPhase;
 use forge_shared::cluster::session::Assignment;
+use forge_shared::ids::NodeId;
 use forge_shared::link::{EngineLink, PrefixUpdate};
 use forge_store::CancelFlag;
 use forge_text::ModelText;
@@ -36,8 +37,12 @@ const STOP_MARGIN: Duration = Duration::from_secs(3);
 
 /// A running replica.
 pub struct Launched {
-    /// The way to its engine.
-    pub engine: Arc<dyn EngineLink>,
+    /// The way to its engine; none where another worker has it.
+    pub engine: Option<Arc<dyn EngineLink>>,
+    /// What computes: equal ids promise equal bits.
+    pub numerics_id: String,
+    /// Of a replica with ranks on several workers: by whose fault it ended, once that is known.
+    pub fault: Option<Arc<OnceLock<NodeId>>>,
     /// Resolves when the engine has ended: with the reason, if it died.
     pub ended: BoxFuture<'static, Option<String>>,
     /// Stops it; again with a shorter time shortens it.
@@ -101,6 +106,7 @@ pub struct ReplicaState {
     run: RunId,
     cancel: CancelFlag,
     stop: Option<StopEngine>,
+    fault: Option<Arc<OnceLock<NodeId>>>,
     stopping: bool,
 }
 
@@ -120,7 +126,7 @@ impl Actor for ReplicaActor {
             // An actor that has given up waiting needs no engine: dropping it ends it.
             let _ = myself.cast(ReplicaMessage::Launched(Box::new(launched)));
         });
-        Ok(ReplicaState { link, node, run, cancel, stop: None, stopping: false })
+        Ok(ReplicaState { link, node, run, cancel, stop: None, fault: None, stopping: false })
     }
 
     async fn handle(
@@ -136,8 +142,12 @@ impl Actor for ReplicaActor {
             }
             ReplicaMessage::Launched(launched) => begin(&myself, state, (*launched)?).map_err(ActorProcessingErr::from),
             ReplicaMessage::EngineEnded(reason) => {
-                let reason = reason.unwrap_or_else(|| "it ended by itself".into());
-                Err(WorkerError::EngineDied { reason }.into())
+                let died = WorkerError::EngineDied { reason: reason.unwrap_or_else(|| "it ended by itself".into()) };
+                Err(match &state.fault {
+                    None => died,
+                    Some(fault) => WorkerError::Several { node: fault.get().cloned(), source: Box::new(died) },
+                }
+                .into())
             }
             ReplicaMessage::Stop(timeout) => {
                 state.link.detach("the replica is stopping");
@@ -179,10 +189,11 @@ fn progress(run: RunId, node: ActorRef<NodeMessage>) -> Box<dyn Fn(ReplicaPhase,
 }
 
 fn begin(myself: &ActorRef<ReplicaMessage>, state: &mut ReplicaState, launched: Launched) -> Result<(), WorkerError> {
-    let Launched { engine, ended, stop, text, prefixes, generated_tokens } = launched;
-    let numerics_id = engine.card().numerics_id.clone();
-    state.stop = Some(stop);
-    state.link.attach(engine, text, prefixes, generated_tokens);
+    let Launched { engine, numerics_id, fault, ended, stop, text, prefixes, generated_tokens } = launched;
+    (state.stop, state.fault) = (Some(stop), fault);
+    if let Some(engine) = engine {
+        state.link.attach(engine, text, prefixes, generated_tokens);
+    }
     let replica = myself.clone();
     tokio::spawn(async move {
         let reason = ended.await;

@@ -73,7 +73,9 @@ impl Launch for ScriptedLauncher {
         }
         let alive = self.alive.clone();
         Ok(Launched {
-            engine: Arc::new(ScriptedEngine(Arc::new(card()))),
+            engine: Some(Arc::new(ScriptedEngine(Arc::new(card())))),
+            numerics_id: card().numerics_id,
+            fault: None,
             ended: Box::pin(async move { ended.await.unwrap_or_else(|_| Some("dropped".into())) }),
             stop: Box::new(move |_| {
                 for end in alive.lock().drain(..) {
@@ -175,7 +177,7 @@ impl World {
 
 fn assignment(epoch: u64) -> Assignment {
     let service = ModelService::new("m", ModelServiceSpec { model: "m".into(), ..Default::default() });
-    Assignment { plan: plan(epoch), service: Box::new(service), weights_digest: String::new(), drain_ms: None }
+    Assignment { plan: plan(epoch), service: Box::new(service), weights_digest: String::new(), drain_ms: None, peers: Vec::new() }
 }
 
 #[tokio::test]

@@ -125,6 +125,8 @@ pub struct Death {
     pub restartable: bool,
     /// Bytes Forge may really use on its device, where they were fewer than the node had said.
     pub found_memory_bytes: Option<u64>,
+    /// By whose fault, where several workers share the replica and that is known.
+    pub fault: Option<NodeId>,
 }
 
 /// What to do.
@@ -400,6 +402,7 @@ impl Agent {
         held.deaths_ms.push_back(now_ms);
         let deaths = held.deaths_ms.len();
         held.found_memory_bytes = death.found_memory_bytes;
+        held.status.fault = death.fault;
         if !death.restartable || deaths > limits.deaths_max {
             held.state = RunState::GivenUp;
             return vec![held.phase(ReplicaPhase::Failed, 0, &death.reason)];

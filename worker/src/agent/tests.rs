@@ -21,7 +21,7 @@ fn assignment(index: u32, epoch: u64) -> Assignment {
         ranks: Vec::new(),
     };
     let service = Box::new(ModelService::new("s", ModelServiceSpec { model: "m".into(), ..Default::default() }));
-    Assignment { plan, service, weights_digest: String::new(), drain_ms: None }
+    Assignment { plan, service, weights_digest: String::new(), drain_ms: None, peers: Vec::new() }
 }
 
 fn draining(index: u32, epoch: u64, drain_ms: u64) -> Assignment {
@@ -41,7 +41,10 @@ fn agent() -> Agent {
 }
 
 fn died(epoch: u64) -> AgentInput {
-    AgentInput::Died { run: run(0, epoch), death: Death { reason: "boom".into(), restartable: true, found_memory_bytes: None } }
+    AgentInput::Died {
+        run: run(0, epoch),
+        death: Death { reason: "boom".into(), restartable: true, found_memory_bytes: None, fault: None },
+    }
 }
 
 fn started(actions: &[AgentAction]) -> Vec<RunId> {
@@ -92,7 +95,7 @@ fn deaths_are_forgiven_with_growing_pauses_then_given_up() {
 fn a_model_that_cannot_load_is_not_tried_again_and_found_memory_is_told() {
     let mut agent = agent();
     agent.handle(0, set(1, vec![assignment(0, 1)]));
-    let death = Death { reason: "too large".into(), restartable: false, found_memory_bytes: Some(7) };
+    let death = Death { reason: "too large".into(), restartable: false, found_memory_bytes: Some(7), fault: None };
     let actions = agent.handle(1, AgentInput::Died { run: run(0, 1), death });
     assert!(
         matches!(&actions[..], [AgentAction::Report(report)] if report.found_memory_bytes == Some(7) && report.status.reason == "too large")
@@ -181,7 +184,7 @@ fn drain_stops_all_and_says_so() {
     assert_eq!(stopped(&agent.handle(1, AgentInput::Drain { timeout_ms: 9 })), [(run(0, 1), 9), (run(1, 1), 9)]);
     assert!(matches!(agent.handle(1, set(2, vec![assignment(2, 1)]))[..], [AgentAction::Refused { .. }]));
     agent.handle(2, AgentInput::Stopped { run: run(0, 1) });
-    let death = Death { reason: "slow".into(), restartable: true, found_memory_bytes: None };
+    let death = Death { reason: "slow".into(), restartable: true, found_memory_bytes: None, fault: None };
     let last = agent.handle(3, AgentInput::Died { run: run(1, 1), death });
     assert_eq!(last.last(), Some(&AgentAction::Drained));
 }
@@ -284,7 +287,7 @@ proptest! {
                 Move::Ready { pick: index } => pick(index, &world).map(|run| AgentInput::Ready { run, numerics_id: "x".into() }),
                 Move::Die { pick: index, restartable } => pick(index, &world).map(|run| {
                     world.alive.remove(&run);
-                    AgentInput::Died { run, death: Death { reason: "boom".into(), restartable, found_memory_bytes: None } }
+                    AgentInput::Died { run, death: Death { reason: "boom".into(), restartable, found_memory_bytes: None, fault: None } }
                 }),
                 Move::Stop { pick: index } => {
                     let stopping = |run: &RunId| matches!(agent.state(run), Some(RunState::Stopping { .. }));

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use forge_net::Fabric;
 use forge_shared::cluster::Revision;
 use forge_shared::cluster::node::{NodeSpec, Role};
 use forge_shared::cluster::service::{ReplicaPhase, ReplicaReport};
@@ -98,7 +99,7 @@ impl Models {
             max_batch_size: spec.max_batch_size,
             ranks: vec![rank],
         };
-        Assignment { plan, service: Box::new(service), weights_digest: facts.weights_digest, drain_ms: None }
+        Assignment { plan, service: Box::new(service), weights_digest: facts.weights_digest, drain_ms: None, peers: Vec::new() }
     }
 }
 
@@ -184,9 +185,13 @@ impl Node {
             niceness: 0,
         };
         let devices = memory_bytes.iter().enumerate().map(device).collect();
-        let worker = WorkerNode::start(&spec(name), Ledger::new(devices, Box::new(machine::free_bytes)), models.stored(), Metrics::new())
-            .await
-            .expect("it starts");
+        Self::with_fabric(name, models, devices, None).await
+    }
+
+    /// A node that takes part in a data plane.
+    pub async fn with_fabric(name: &str, models: &Models, devices: Vec<LedgerDevice>, fabric: Option<Arc<Fabric>>) -> Self {
+        let ledger = Ledger::new(devices, Box::new(machine::free_bytes));
+        let worker = WorkerNode::start(&spec(name), ledger, models.stored(), fabric, Metrics::new()).await.expect("it starts");
         Node { worker, revision: 0 }
     }
 

@@ -75,8 +75,14 @@ fn every_example_is_loaded() {
         names.dedup();
         assert_eq!(names.len(), all, "{name}: two processes with one name");
     }
-    let expected =
-        [("laptop", [1, 1, 1]), ("one-host", [3, 2, 1]), ("two-devices", [1, 1, 1]), ("2x8-gpu", [1, 2, 1]), ("8x8-gpu", [3, 8, 2])];
+    let expected = [
+        ("laptop", [1, 1, 1]),
+        ("one-host", [3, 2, 1]),
+        ("two-devices", [1, 1, 1]),
+        ("two-workers", [1, 2, 1]),
+        ("2x8-gpu", [1, 2, 1]),
+        ("8x8-gpu", [3, 8, 2]),
+    ];
     assert_eq!(counts, expected.map(|(name, count)| (name.to_owned(), count)).into());
 }
 
@@ -93,7 +99,7 @@ fn gpu_examples_declare_eight_devices_a_node() {
 
 #[test]
 fn gateways_are_loaded_with_their_own_keys() {
-    for name in ["laptop", "one-host", "two-devices", "2x8-gpu", "8x8-gpu"] {
+    for name in ["laptop", "one-host", "two-devices", "two-workers", "2x8-gpu", "8x8-gpu"] {
         for path in files(name).iter().filter(|path| kind_of(path) == "Gateway") {
             let text = std::fs::read_to_string(path).unwrap();
             let mut document: Value = serde_yaml_ng::from_str(&text).unwrap();

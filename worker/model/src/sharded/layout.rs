@@ -42,6 +42,19 @@ impl RankLayout {
         }
     }
 
+    /// Ranks that share every product with a rank, itself included.
+    pub(super) fn tensor_group(&self, rank: usize) -> Vec<usize> {
+        let first = rank - rank % self.tensor.max(1);
+        (first..first + self.tensor).collect()
+    }
+
+    /// Ranks that divide the experts with a rank, itself included.
+    pub(super) fn expert_group(&self, rank: usize) -> Vec<usize> {
+        let (members, tensor) = (self.members().max(1), self.tensor.max(1));
+        let first = rank - rank % members + rank % tensor;
+        (0..self.expert).map(|group| first + group * tensor).collect()
+    }
+
     /// What a rank of the last stage gives: the first the logits, its tensor peers their share of them.
     pub(super) fn gives(&self, member: usize) -> Gives {
         match member {

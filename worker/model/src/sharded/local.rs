@@ -10,12 +10,11 @@ use forge_kernels::Backend;
 use forge_net::{Collective, GroupOptions, local};
 use forge_shared::ids::Epoch;
 
-use super::{RankLayout, RankSetup, ShardedModel, ShardedOptions};
+use super::{LoadedRank, RankLayout, RankSetup, ShardedModel, ShardedOptions};
 use crate::decoder::options::DecoderOptions;
 use crate::decoder::{Decoder, Groups};
 use crate::error::{ModelError, Result};
 use crate::model::Model;
-use crate::step::StageModel;
 
 /// Makes a rank's backend, on the rank's own thread: what that thread is told of cores and priority its kernels inherit.
 pub type MakeBackend<B> = Box<dyn FnOnce() -> Result<Arc<B>> + Send>;
@@ -35,12 +34,16 @@ impl ShardedModel {
     ) -> Result<Self> {
         layout.check(backends.len())?;
         let parts = options.progress.divided(backends.len());
-        let seats = seats::<B>(layout, options.epoch, deadline)?;
+        let groups = seats::<B>(layout, options.epoch, deadline, |_| true)?.into_iter().map(|seats| match seats {
+            Seats { tensor: Some(tensor), expert: Some(expert) } => Ok(Groups { tensor, expert }),
+            Seats { .. } => Err(ModelError::RankGone { whom: "a member of a group" }),
+        });
+        let seats: Vec<Groups<B>> = groups.collect::<Result<_>>()?;
         let setups = backends.into_iter().zip(seats).zip(parts).enumerate().map(|(rank, ((backend, groups), progress))| {
             let options = DecoderOptions { shard: layout.shard(rank), progress, ..options.clone() };
             let (model, of_rank) = (model.clone(), groups.clone());
             RankSetup {
-                load: Box::new(move || Ok(Box::new(Decoder::new(&model, backend()?, &options, of_rank)?) as Box<dyn StageModel>)),
+                load: Box::new(move || Ok(LoadedRank::alone(Box::new(Decoder::new(&model, backend()?, &options, of_rank)?)))),
                 abort: Box::new(move |reason| groups.abort(reason)),
             }
         });
@@ -48,30 +51,44 @@ impl ShardedModel {
     }
 }
 
-/// The groups of all ranks of a layout, in its order. `deadline` bounds every wait of a rank for its peers.
-fn seats<B: Backend>(layout: &RankLayout, epoch: Epoch, deadline: Duration) -> Result<Vec<Groups<B>>> {
-    let members = layout.members();
-    let mut tensor: Vec<Option<Arc<dyn Collective<B>>>> = (0..layout.ranks()).map(|_| None).collect();
-    let mut expert = tensor.clone();
-    let form = |seats: &mut [Option<Arc<dyn Collective<B>>>], ranks: Vec<usize>| -> Result<()> {
+/// A rank's groups within this process; none where a group has ranks elsewhere.
+pub(super) struct Seats<B: Backend> {
+    pub(super) tensor: Option<Arc<dyn Collective<B>>>,
+    pub(super) expert: Option<Arc<dyn Collective<B>>>,
+}
+
+impl<B: Backend> Default for Seats<B> {
+    fn default() -> Self {
+        Seats { tensor: None, expert: None }
+    }
+}
+
+/// The groups of all ranks of a layout whose members are all here, in its order. `deadline` bounds every wait of a rank for
+/// its peers.
+pub(super) fn seats<B: Backend>(
+    layout: &RankLayout,
+    epoch: Epoch,
+    deadline: Duration,
+    is_here: impl Fn(usize) -> bool,
+) -> Result<Vec<Seats<B>>> {
+    let mut seats: Vec<Seats<B>> = (0..layout.ranks()).map(|_| Seats::default()).collect();
+    let form = |ranks: &[usize]| -> Result<Vec<Arc<dyn Collective<B>>>> {
         let group = local::group(GroupOptions { deadline, ..GroupOptions::new(ranks.len(), epoch) })?;
-        for (rank, handle) in ranks.into_iter().zip(group) {
-            seats[rank] = Some(Arc::new(handle));
-        }
-        Ok(())
+        Ok(group.into_iter().map(|handle| Arc::new(handle) as Arc<dyn Collective<B>>).collect())
     };
-    for stage in (0..layout.ranks()).step_by(members.max(1)) {
-        for group in 0..layout.expert {
-            let first = stage + group * layout.tensor;
-            form(&mut tensor, (first..first + layout.tensor).collect())?;
+    for rank in 0..layout.ranks() {
+        let (tensor, expert) = (layout.tensor_group(rank), layout.expert_group(rank));
+        // Formed once, for its first rank.
+        if tensor.first() == Some(&rank) && tensor.iter().all(|&rank| is_here(rank)) {
+            for (&rank, handle) in tensor.iter().zip(form(&tensor)?) {
+                seats[rank].tensor = Some(handle);
+            }
         }
-        for place in 0..layout.tensor {
-            form(&mut expert, (0..layout.expert).map(|group| stage + group * layout.tensor + place).collect())?;
+        if expert.first() == Some(&rank) && expert.iter().all(|&rank| is_here(rank)) {
+            for (&rank, handle) in expert.iter().zip(form(&expert)?) {
+                seats[rank].expert = Some(handle);
+            }
         }
     }
-    let groups = tensor.into_iter().zip(expert).map(|groups| match groups {
-        (Some(tensor), Some(expert)) => Ok(Groups { tensor, expert }),
-        _ => Err(ModelError::RankGone { whom: "a member of a group" }),
-    });
-    groups.collect()
+    Ok(seats)
 }

@@ -12,19 +12,26 @@
 //! next stage, and the last stage's first rank gives the logits. While one stage computes a step, the stage before it may
 //! compute the next: so many steps as there are stages may be under way.
 //!
-//! What it is not: it decides nothing and restarts nothing. Ranks of other processes are not known here yet.
+//! Ranks may be in several processes (`spanning`, `following`): the leading one has the first rank and the engine, and sends the
+//! plans; groups over processes go over the data plane (`reach`), those within one through its memory.
+//!
+//! What it is not: it decides nothing and restarts nothing.
 //!
 //! Invariants: all ranks run the same plans in the same order; a rank that fails, panics or is late ends all others by
 //! the abort of every group, and no wait of theirs outlives its deadline or that abort; logits have the bits of one
 //! process that holds everything.
 
+mod following;
 mod layout;
 mod local;
 mod rank;
+mod reach;
+mod spanning;
+mod wire;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -34,11 +41,14 @@ use crate::decoder::plan;
 use crate::error::{ModelError, Result};
 use crate::step::{Pipeline, StepModel, StepModelInfo, StepPlan};
 
+pub use following::{FollowingRanks, StopFollowing};
 pub use layout::RankLayout;
 pub use local::MakeBackend;
-pub use rank::{AbortGroups, LoadRank, RankSetup};
+pub use rank::{AbortGroups, LoadRank, LoadedRank, RankSetup};
+pub use reach::Reach;
 
-use rank::{Aborts, Gives, Ports, Rank, Report};
+use rank::{Report, Started};
+use spanning::Far;
 
 /// How long a root cause is waited for when a rank has only heard that another failed.
 const ROOT_CAUSE_WAIT: Duration = Duration::from_secs(1);
@@ -64,11 +74,12 @@ pub struct ShardedModel {
     info: StepModelInfo,
     options: ShardedOptions,
     stages: usize,
-    /// One channel per rank; empty once the model has ended.
-    plans: Vec<SyncSender<Arc<StepPlan>>>,
+    /// Those of this process; they take no plans once the model has ended.
+    ranks: Started,
     reports: Receiver<Report>,
-    aborts: Arc<Aborts>,
-    threads: Vec<JoinHandle<()>>,
+    /// Those of other processes.
+    far: Option<Far>,
+    listeners: Vec<JoinHandle<()>>,
     /// Steps whose logits are still to come, oldest first.
     under_way: VecDeque<u64>,
     ended: Option<String>,
@@ -81,61 +92,37 @@ impl ShardedModel {
     /// What a rank met while loading, ranks that are not alike, or a system without threads. All ranks have ended then.
     pub fn start(layout: &RankLayout, setups: Vec<RankSetup>, options: ShardedOptions) -> Result<Self> {
         layout.check(setups.len())?;
-        let stages = layout.stages.len();
-        let members = layout.members();
-        let (loads, aborts): (Vec<_>, Vec<_>) = setups.into_iter().map(|setup| (setup.load, setup.abort)).unzip();
-        let aborts = Arc::new(Aborts(aborts));
+        Self::begin(layout, setups.into_iter().enumerate().collect(), None, options)
+    }
+
+    /// As [`ShardedModel::start`], where only these ranks are here, and `far` has the others.
+    fn begin(layout: &RankLayout, setups: Vec<(usize, RankSetup)>, far: Option<Far>, options: ShardedOptions) -> Result<Self> {
         let (report, reports) = channel();
-        // As many as there may be steps under way, so that nobody waits to send.
-        let mut inputs: Vec<Option<Receiver<_>>> = (0..members).map(|_| None).collect();
-        let (mut plans, mut ranks) = (Vec::new(), Vec::new());
-        for (number, load) in loads.into_iter().enumerate() {
-            let (stage, member) = (number / members, number % members);
-            let (plan, inbox) = sync_channel(stages);
-            let previous = inputs[member].take();
-            let mut next = None;
-            if stage + 1 < stages {
-                let (output, input) = sync_channel(stages);
-                next = Some(output);
-                inputs[member] = Some(input);
-            }
-            let gives = match next {
-                Some(output) => Gives::Hidden(output),
-                None => layout.gives(member),
-            };
-            let ports = Ports { plans: inbox, previous, gives, reports: report.clone(), deadline: options.deadline };
-            plans.push(plan);
-            ranks.push((Rank { number, ports, aborts: aborts.clone() }, load));
-        }
-        drop(report);
+        let ranks = Started::new(layout, setups, &report, options.deadline)?;
         let mut model = ShardedModel {
             info: StepModelInfo::default(),
             options,
-            stages,
-            plans,
+            stages: layout.stages.len(),
+            ranks,
             reports,
-            aborts,
-            threads: Vec::with_capacity(ranks.len()),
+            far: None,
+            listeners: Vec::new(),
             under_way: VecDeque::new(),
             ended: None,
         };
-        for (rank, load) in ranks {
-            let name = format!("forge-rank-{}", rank.number);
-            let thread = std::thread::Builder::new().name(name).spawn(move || rank.run(load));
-            model.threads.push(thread.map_err(|error| ModelError::Option {
-                option: "layout",
-                value: layout.ranks().to_string(),
-                reason: format!("the system gives no thread for a rank ({error}): allow more, or use fewer ranks"),
-            })?);
+        if let Some(far) = far {
+            let far = model.far.insert(far);
+            model.listeners = far.listen(&report)?;
         }
-        let infos = model.loaded()?;
+        drop(report);
+        let infos = model.loaded(layout.ranks())?;
         model.info = agreed(infos)?;
         Ok(model)
     }
 
     /// What every rank says once it is loaded.
-    fn loaded(&mut self) -> Result<Vec<StepModelInfo>> {
-        let mut infos: Vec<Option<StepModelInfo>> = vec![None; self.plans.len()];
+    fn loaded(&mut self, ranks: usize) -> Result<Vec<StepModelInfo>> {
+        let mut infos: Vec<Option<StepModelInfo>> = vec![None; ranks];
         while infos.iter().any(Option::is_none) {
             match self.reports.recv() {
                 Ok(Report::Loaded { rank, info }) => infos[rank] = Some(info),
@@ -149,7 +136,8 @@ impl ShardedModel {
     /// Ends everything with what happened first: a rank that only heard of another's failure is not the one to blame.
     fn root_cause(&mut self, rank: usize, error: ModelError) -> ModelError {
         let (mut rank, mut error) = (rank, error);
-        self.abort(&error.to_string());
+        // Other processes may still say what happened.
+        self.abort_ranks(&error.to_string());
         while is_consequence(&error) {
             match self.reports.recv_timeout(ROOT_CAUSE_WAIT) {
                 Ok(Report::Failed { rank: other, error: earlier }) if !is_consequence(&earlier) => (rank, error) = (other, earlier),
@@ -171,13 +159,23 @@ impl ShardedModel {
         }
     }
 
+    fn abort_ranks(&mut self, reason: &str) {
+        self.ranks.plans.clear();
+        self.ranks.aborts.all(reason);
+    }
+
     fn abort(&mut self, reason: &str) {
-        self.plans.clear();
-        self.aborts.all(reason);
+        self.abort_ranks(reason);
+        if let Some(far) = &self.far {
+            far.links.abort(reason);
+        }
     }
 
     fn end(&mut self, error: ModelError) -> ModelError {
         let reason = error.to_string();
+        if let Some(far) = &self.far {
+            far.reach.blame(&error);
+        }
         self.abort(&reason);
         self.ended = Some(reason);
         error
@@ -227,8 +225,10 @@ impl Pipeline for ShardedModel {
         plan::check(plan, &self.info, self.options.epoch)?;
         self.options.epoch = plan.epoch;
         let shared = Arc::new(plan.clone());
+        // A process that is gone says why in its listener's report.
+        let far_gone = self.far.as_ref().is_some_and(|far| far.send(plan).is_err());
         // A rank that has ended has said why, or will have; there is room for a step in every other's channel.
-        let gone = self.plans.iter().any(|rank| rank.try_send(shared.clone()).is_err());
+        let gone = self.ranks.plans.iter().any(|rank| rank.try_send(shared.clone()).is_err()) || far_gone;
         self.under_way.push_back(plan.step);
         if gone { Err(self.failure()) } else { Ok(()) }
     }
@@ -284,9 +284,10 @@ impl Drop for ShardedModel {
     /// Returns when all memory is free: ranks wait for nothing that an abort does not end.
     fn drop(&mut self) {
         self.abort("the replica has ended");
-        for thread in self.threads.drain(..) {
-            // It has caught its own panics.
-            let _ = thread.join();
+        self.ranks.end("the replica has ended");
+        for listener in self.listeners.drain(..) {
+            // It does nothing that panics; if it did, that is over too.
+            let _ = listener.join();
         }
     }
 }

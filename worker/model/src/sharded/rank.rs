@@ -3,16 +3,34 @@
 //! It decides nothing. Invariants: however it ends, it says so and aborts every group, so that nobody waits for it; its
 //! memory is free before it is counted as ended.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::RankLayout;
+use super::reach::HiddenLink;
 use crate::error::{ModelError, Result};
 use crate::step::{StageInput, StageModel, StageOutput, StepModelInfo, StepPlan};
 
 /// Loads a rank's part, on the rank's own thread: what that thread is told of cores and priority its kernels inherit.
-pub type LoadRank = Box<dyn FnOnce() -> Result<Box<dyn StageModel>> + Send>;
+pub type LoadRank = Box<dyn FnOnce() -> Result<LoadedRank> + Send>;
+
+/// A rank's part, and the way to ranks of neighbouring stages in other processes.
+pub struct LoadedRank {
+    pub(super) model: Box<dyn StageModel>,
+    pub(super) previous: Option<HiddenLink>,
+    pub(super) next: Option<HiddenLink>,
+}
+
+impl LoadedRank {
+    /// One whose neighbours are in this process.
+    pub fn alone(model: Box<dyn StageModel>) -> Self {
+        LoadedRank { model, previous: None, next: None }
+    }
+}
 
 /// Ends a rank's groups with a reason.
 pub type AbortGroups = Box<dyn Fn(&str) + Send + Sync>;
@@ -44,6 +62,8 @@ pub(super) struct Hidden {
 pub(super) enum Gives {
     /// It goes to the next stage.
     Hidden(SyncSender<Hidden>),
+    /// It goes to the next stage, in another process.
+    FarHidden,
     /// It goes to the engine.
     Logits,
     /// The first rank gathers it.
@@ -74,6 +94,68 @@ pub(super) struct Rank {
     pub(super) aborts: Arc<Aborts>,
 }
 
+/// The ranks of one process, each in a thread of its own.
+pub(super) struct Started {
+    /// Where each takes its plans.
+    pub(super) plans: Vec<SyncSender<Arc<StepPlan>>>,
+    pub(super) aborts: Arc<Aborts>,
+    pub(super) threads: Vec<JoinHandle<()>>,
+}
+
+impl Started {
+    /// Starts them, in the layout's order; each loads its part and says so to `report`.
+    ///
+    /// # Errors
+    /// A system without threads. Those that were started have ended then.
+    pub(super) fn new(layout: &RankLayout, setups: Vec<(usize, RankSetup)>, report: &Sender<Report>, deadline: Duration) -> Result<Self> {
+        let (stages, members) = (layout.stages.len(), layout.members());
+        let here: Vec<usize> = setups.iter().map(|(rank, _)| *rank).collect();
+        let (loads, aborts): (Vec<_>, Vec<_>) = setups.into_iter().map(|(rank, setup)| ((rank, setup.load), setup.abort)).unzip();
+        let mut started = Started { plans: Vec::new(), aborts: Arc::new(Aborts(aborts)), threads: Vec::new() };
+        // As many as there may be steps under way, so that nobody waits to send.
+        let mut inputs: HashMap<usize, Receiver<Hidden>> = HashMap::new();
+        for (number, load) in loads {
+            let (plan, inbox) = sync_channel(stages);
+            let next = number + members;
+            let gives = if next >= layout.ranks() {
+                layout.gives(number % members)
+            } else if here.contains(&next) {
+                let (output, input) = sync_channel(stages);
+                inputs.insert(next, input);
+                Gives::Hidden(output)
+            } else {
+                Gives::FarHidden
+            };
+            let ports = Ports { plans: inbox, previous: inputs.remove(&number), gives, reports: report.clone(), deadline };
+            let rank = Rank { number, ports, aborts: started.aborts.clone() };
+            let thread = std::thread::Builder::new().name(format!("forge-rank-{number}")).spawn(move || rank.run(load));
+            match thread {
+                Ok(thread) => started.threads.push(thread),
+                Err(error) => {
+                    started.end("the system gives no thread");
+                    return Err(ModelError::Option {
+                        option: "layout",
+                        value: layout.ranks().to_string(),
+                        reason: format!("the system gives no thread for a rank ({error}): allow more, or use fewer ranks"),
+                    });
+                }
+            }
+            started.plans.push(plan);
+        }
+        Ok(started)
+    }
+
+    /// Ends all ranks, and waits until their memory is free: they wait for nothing that an abort does not end.
+    pub(super) fn end(&mut self, reason: &str) {
+        self.plans.clear();
+        self.aborts.all(reason);
+        for thread in self.threads.drain(..) {
+            // It has caught its own panics.
+            let _ = thread.join();
+        }
+    }
+}
+
 impl Rank {
     /// The thread's life.
     pub(super) fn run(self, load: LoadRank) {
@@ -98,14 +180,18 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
 
 /// Until no plan comes any more.
 fn serve(number: usize, ports: &Ports, load: LoadRank) -> Result<()> {
-    let mut model = load()?;
+    let LoadedRank { mut model, previous, next } = load()?;
     let info = model.stage_info().clone();
     let loaded = Report::Loaded { rank: number, info };
     // Who listens to reports gives the plans too: without one there are none.
     let _ = ports.reports.send(loaded);
     let mut scratch = Vec::new();
     while let Ok(plan) = ports.plans.recv() {
-        let hidden = ports.previous.as_ref().map(|previous| from_stage_before(previous, &plan, ports.deadline)).transpose()?;
+        let hidden = match (&ports.previous, &previous) {
+            (Some(previous), _) => Some(from_stage_before(previous, &plan, ports.deadline)?),
+            (None, Some(previous)) => Some(previous.take(plan.step, ports.deadline)?),
+            (None, None) => None,
+        };
         let input = hidden.as_deref().map_or(StageInput::Tokens, StageInput::Hidden);
         match &ports.gives {
             Gives::Hidden(next) => {
@@ -113,6 +199,11 @@ fn serve(number: usize, ports: &Ports, load: LoadRank) -> Result<()> {
                 model.run_stage(&plan, input, StageOutput::Hidden(&mut values))?;
                 let sent = next.send(Hidden { step: plan.step, values });
                 sent.map_err(|_| ModelError::RankGone { whom: "a rank of the next stage" })?;
+            }
+            Gives::FarHidden => {
+                let next = next.as_ref().ok_or(ModelError::RankGone { whom: "a rank of the next stage" })?;
+                model.run_stage(&plan, input, StageOutput::Hidden(&mut scratch))?;
+                next.give(plan.step, &scratch)?;
             }
             Gives::Logits => {
                 let mut values = Vec::new();
