@@ -105,7 +105,7 @@ async fn a_replica_that_its_device_cannot_hold_is_refused_before_it_loads() {
     // A plan of ranks elsewhere is not ours to carry out.
     let elsewhere = models.assignment(models.service("t", "llama"), 0, 3, "other");
     node.assign(vec![elsewhere]);
-    assert!(failed(&mut node, "t/0", 3).await.0.contains("rank is on other"));
+    assert!(failed(&mut node, "t/0", 3).await.0.contains("none of the plan's ranks is on w"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
